@@ -1,0 +1,302 @@
+"""The budget solver: from scores and a cost model to the units that stay, never above the limit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ibprune.costs import CostModel
+from ibprune.errors import BadRecipe
+from ibprune.groups import Site
+
+WIDTH_KINDS = ("ffn", "hidden", "embedding_rank")
+Keep = dict[str, tuple[int, ...]]
+Scores = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost.
+
+    Attributes:
+        cost: "params" or "macs".
+        keep: Share of the dense cost that may stay, in (0, 1].
+        scope: "model" counts everything, "blocks" leaves embeddings and heads out, as papers do.
+        limit: The same in the unit of the cost.
+        round_to: Widths (FFN, hidden, rank) of at least 16 such steps become multiples of it.
+    """
+
+    cost: str
+    keep: float
+    scope: str
+    limit: int
+    round_to: int = 1
+
+
+def make_budget(model: CostModel, sites: dict[str, Site], *, keep: float, scope: str, round_to: int) -> Budget:
+    """The budget for a share of the dense cost.
+
+    Raises:
+        BadRecipe: `keep` lies outside (0, 1] or below what the sites can reach.
+    """
+    if not 0 < keep <= 1:
+        raise BadRecipe(f"expected a budget in (0, 1], found {keep}: the share of the dense {model.cost} to keep.")
+    full = {name: site.n_units for name, site in sites.items()}
+    dense = model(model.n_units, scope=scope)
+    limit = int(keep * dense + 1e-9)
+    reachable = least_cost(model, sites, scope=scope, round_to=round_to)
+    if limit < reachable:
+        share = np.ceil(reachable / dense * 1e4) / 1e4
+        raise BadRecipe(
+            f"the budget {keep:g} allows {limit:,} {model.cost}, but cutting {_kinds(sites)} cannot go below "
+            f"{reachable:,}: ask for at least {share:g}, or cut more kinds."
+            if full
+            else f"expected at least one kind to cut for the budget {keep:g}, found none."
+        )
+    return Budget(model.cost, keep, scope, limit, round_to)
+
+
+def least_cost(model: CostModel, sites: dict[str, Site], *, scope: str, round_to: int) -> int:
+    """The smallest cost the sites can reach; sites that are not given keep everything."""
+    kept = dict(model.n_units)
+    kept |= {name: site.min_units for name, site in sites.items()}
+    kept |= {n: _allowed(s.min_units, s, round_to, up=True) for n, s in sites.items() if s.kind in WIDTH_KINDS}
+    return min(model(kept, scope=scope), model(model.n_units, scope=scope))
+
+
+def solve_by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:
+    """Cuts the units with the least score per cost, all kinds together, costs recomputed as others go.
+
+    With scores = gate Fisher information this is the ranking that a converged VIB mask with
+    beta proportional to cost would give (one division by cost, here and nowhere else).
+    """
+    table = _CostTable(model, budget.scope)
+    order = {name: np.argsort(_array(scores[name]), kind="stable") for name in sites}
+    ranked = {name: np.sort(_array(scores[name])) for name in sites}
+    kept = np.array([model.n_units[name] for name in table.names])
+    spots = [table.names.index(name) for name in sites]
+    total = table.total(kept)
+    while total > budget.limit:
+        unit_costs = table.unit_costs(kept)
+        best, best_ratio, best_count = -1, np.inf, 0
+        for spot in spots:
+            site = sites[table.names[spot]]
+            lower = _allowed(int(kept[spot]) - 1, site, budget.round_to)
+            if lower < site.min_units or lower >= kept[spot] or unit_costs[spot] <= 0:
+                continue
+            removed = site.n_units - kept[spot]
+            step = int(kept[spot]) - lower
+            ratio = ranked[site.name][removed : removed + step].sum() / (step * unit_costs[spot])
+            if ratio < best_ratio:
+                best, best_ratio, best_count = spot, ratio, lower
+        kept[best] = best_count
+        total = table.total(kept)
+    keep = {
+        name: tuple(sorted(order[name][sites[name].n_units - kept[table.names.index(name)] :].tolist()))
+        for name in sites
+    }
+    return fill(keep, scores, sites, model, budget)
+
+
+def solve_by_shares(
+    scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget, pressure: Mapping[str, float]
+) -> Keep:
+    """Keeps the best units within each kind; kind k keeps the fraction exp(-t * pressure[k]).
+
+    One t for all kinds is found by bisection so that the budget is met. Kinds that `pressure` does
+    not name, or names with 0, keep everything. Equal shares are pressure 1 for every kind but "layers".
+
+    Raises:
+        BadRecipe: The kinds under pressure cannot reach the budget by themselves.
+    """
+    ranking = Ranking(scores, sites)
+
+    def keep_at(t: float) -> Keep:
+        fractions = {kind: float(np.exp(-t * pressure.get(kind, 0.0))) for kind in ranking.kinds}
+        return ranking.keep(fractions, budget.round_to)
+
+    low, high = 0.0, 20.0 / max([value for value in pressure.values() if value > 0], default=1.0)
+    if _cost(keep_at(low), model, budget) <= budget.limit:
+        return keep_at(low)
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _cost(keep_at(middle), model, budget) <= budget.limit else (middle, high)
+    keep = keep_at(high)
+    if _cost(keep, model, budget) > budget.limit:
+        raise BadRecipe(
+            f"cutting {', '.join(kind for kind, p in pressure.items() if p > 0)} alone leaves "
+            f"{_cost(keep, model, budget):,} {model.cost}, above the limit {budget.limit:,}: use --shares cost or probe."
+        )
+    return fill(keep, scores, sites, model, budget)
+
+
+def fractions_kept(keep: Keep, sites: dict[str, Site]) -> dict[str, float]:
+    """Kept share of the units of each kind."""
+    total: dict[str, list[int]] = {}
+    for name, site in sites.items():
+        counts = total.setdefault(site.kind, [0, 0])
+        counts[0] += len(keep[name])
+        counts[1] += site.n_units
+    return {kind: kept / units for kind, (kept, units) in total.items()}
+
+
+class Ranking:
+    """The units of each kind in one order over all sites, best first, floors in front."""
+
+    def __init__(self, scores: Scores, sites: dict[str, Site]):
+        self.sites = sites
+        self.kinds: dict[str, list[Site]] = {}
+        for site in sites.values():
+            self.kinds.setdefault(site.kind, []).append(site)
+        self.order: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for kind, members in self.kinds.items():
+            values, owner, unit = [], [], []
+            for i, site in enumerate(members):
+                score = _array(scores[site.name]).copy()
+                score[np.argsort(-score, kind="stable")[: site.min_units]] = np.inf
+                values.append(score)
+                owner.append(np.full(site.n_units, i))
+                unit.append(np.arange(site.n_units))
+            best = np.argsort(-np.concatenate(values), kind="stable")
+            self.order[kind] = np.concatenate(owner)[best], np.concatenate(unit)[best]
+
+    def keep(self, fractions: Mapping[str, float], round_to: int = 1) -> Keep:
+        """The best `fractions[kind]` of the units of each kind; widths rounded down."""
+        keep: Keep = {}
+        for kind, members in self.kinds.items():
+            owner, unit = self.order[kind]
+            floor = sum(site.min_units for site in members)
+            total = max(floor, int(fractions[kind] * len(owner) + 1e-9))
+            for i, site in enumerate(members):
+                units = unit[:total][owner[:total] == i]
+                units = units[: max(_allowed(len(units), site, round_to), site.min_units)]
+                keep[site.name] = tuple(sorted(units.tolist()))
+        return keep
+
+
+def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:
+    """Gives what is left under the limit back, to the best units that still fit, one step at a time.
+
+    A sub-layer that was cut comes back last, at its least width, and then grows like the others.
+    """
+    keep = _drop_useless_rank(dict(keep), sites, model, budget)
+    table = _CostTable(model, budget.scope)
+    spot = {name: i for i, name in enumerate(table.names)}
+    order = {name: np.argsort(-_array(scores[name]), kind="stable") for name in sites}
+    rank = {name: np.argsort(order[name]) / sites[name].n_units for name in sites}
+    inside = {name: _inner_sites(model, sites, name) for name, site in sites.items() if site.kind == "layers"}
+    dormant = {inner for name, inners in inside.items() if not keep[name] for inner in inners}
+    for name in dormant:
+        keep[name] = tuple(sorted(order[name][: _allowed(0, sites[name], budget.round_to, up=True)].tolist()))
+    kept = np.array([len(keep[name]) if name in keep else model.n_units[name] for name in table.names])
+    closed: set[str] = set()
+    while True:
+        best = None
+        for name, site in sites.items():
+            if name in closed or name in dormant or name in inside or len(keep[name]) == site.n_units:
+                continue
+            step = _allowed(len(keep[name]) + 1, site, budget.round_to, up=True) - len(keep[name])
+            trial = kept.copy()
+            trial[spot[name]] += step
+            if table.total(trial) > budget.limit:
+                closed.add(name)  # costs only grow as units come back
+                continue
+            chosen = set(keep[name])
+            new = [int(unit) for unit in order[name] if unit not in chosen][:step]
+            if best is None or rank[name][new[0]] < best[0]:
+                best = rank[name][new[0]], name, trial, new
+        if best is None:
+            for name in sorted((n for n in inside if not keep[n]), key=lambda n: -float(scores[n])):
+                trial = kept.copy()
+                trial[spot[name]] = 1
+                if table.total(trial) <= budget.limit:
+                    best = 0.0, name, trial, [0]
+                    dormant -= set(inside[name])
+                    break
+        if best is None:
+            return keep
+        _, name, kept, new = best
+        keep[name] = tuple(sorted({*keep[name], *new}))
+
+
+def _inner_sites(model: CostModel, sites: dict[str, Site], layer: str) -> list[str]:
+    """Sites whose units live inside a sub-layer: their every cost goes when it goes."""
+    return [
+        name
+        for name, site in sites.items()
+        if site.block == sites[layer].block
+        and site.kind != "layers"
+        and all(layer in term.sites for term in model.terms if name in term.sites)
+    ]
+
+
+def _drop_useless_rank(keep: Keep, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:
+    """A rank so high that the factors outweigh the matrix is given up: all directions stay, as one matrix."""
+    for name, site in sites.items():
+        if site.kind == "embedding_rank" and len(keep[name]) < site.n_units:
+            full = keep | {name: tuple(range(site.n_units))}
+            if _cost(full, model, budget) <= _cost(keep, model, budget):
+                return full
+    return keep
+
+
+class _CostTable:
+    """The cost model as arrays, for solvers that evaluate it thousands of times."""
+
+    def __init__(self, model: CostModel, scope: str):
+        self.names = list(model.n_units)
+        spot = {name: i for i, name in enumerate(self.names)}
+        terms = [term for term in model.terms if scope == "model" or term.in_blocks]
+        self.n_units = np.array([model.n_units[name] for name in self.names])
+        self.coefficient = np.array([term.coefficient for term in terms], dtype=np.float64)
+        width = max([len(term.sites) for term in terms], default=0)
+        padding = len(self.names)  # a site that always keeps one unit
+        self.sites = np.array(
+            [[spot[s] for s in term.sites] + [padding] * (width - len(term.sites)) for term in terms]
+        ).reshape(len(terms), width)
+        self.rank = next((spot[term.rank] for term in terms if term.rank), -1)
+        self.when = np.array([0 if not term.rank else 2 if term.dense else 1 for term in terms])
+
+    def _values(self, kept: np.ndarray) -> np.ndarray:
+        padded = np.append(kept, 1).astype(np.float64)
+        values = self.coefficient * padded[self.sites].prod(axis=1)
+        if self.rank >= 0:
+            full = kept[self.rank] >= self.n_units[self.rank]
+            values = np.where(self.when == (1 if full else 2), 0.0, values)
+        return values
+
+    def total(self, kept: np.ndarray) -> float:
+        return float(self._values(kept).sum())
+
+    def unit_costs(self, kept: np.ndarray) -> np.ndarray:
+        """Cost per unit of each site as things stand; a rank in its factored form."""
+        active = kept
+        if self.rank >= 0 and kept[self.rank] >= self.n_units[self.rank]:
+            active = kept.copy()
+            active[self.rank] -= 1
+        values = self._values(active)
+        padded = np.append(active, 1).astype(np.float64)
+        per_unit = values[:, None] / np.maximum(padded[self.sites], 1)
+        return np.bincount(self.sites.ravel(), weights=per_unit.ravel(), minlength=len(padded))[:-1]
+
+
+def _allowed(count: int, site: Site, round_to: int, *, up: bool = False) -> int:
+    """The nearest permitted count at or below (or above) `count`; the dense width is always permitted."""
+    step = round_to if site.kind in WIDTH_KINDS and site.n_units >= 16 * round_to else 1
+    if count >= site.n_units:
+        return site.n_units
+    rounded = (count + step - 1) // step * step if up else count // step * step
+    return min(max(rounded, min(step, site.n_units) if site.min_units else 0), site.n_units)
+
+
+def _cost(keep: Keep, model: CostModel, budget: Budget) -> int:
+    return model(model.n_units | {name: len(units) for name, units in keep.items()}, scope=budget.scope)
+
+
+def _array(score: torch.Tensor) -> np.ndarray:
+    return score.detach().cpu().double().numpy()
+
+
+def _kinds(sites: dict[str, Site]) -> str:
+    return ", ".join(dict.fromkeys(site.kind for site in sites.values()))

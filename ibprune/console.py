@@ -1,0 +1,40 @@
+"""What the user sees while a run goes on: stage lines and progress bars, or nothing."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Quiet:
+    """Says nothing; the default for Python callers."""
+
+    def say(self, line: str) -> None:
+        """Shows one line."""
+
+    def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """Passes the items on, showing how far it is."""
+        yield from items
+
+
+class Terminal(Quiet):
+    """Lines and rich progress bars on stderr; stdout stays free for results."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn
+
+        columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
+            task = progress.add_task(what, total=total)
+            for item in items:
+                yield item
+                progress.advance(task)

@@ -1,0 +1,212 @@
+"""What a model costs as an exact formula of how many units each site keeps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ibprune.groups import ATTENTION_KINDS, Site, axis_dims, axis_width
+from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding
+
+COSTS = ("params", "macs")
+SCOPES = ("model", "blocks")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost of `coefficient` x the product of the kept units of `sites`.
+
+    `rank` names the embedding_rank site for terms of a factorised embedding: the factored form
+    (`dense` False) counts while some direction is cut, the dense form while all are kept.
+    """
+
+    coefficient: int
+    sites: tuple[str, ...]
+    in_blocks: bool
+    rank: str = ""
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Sum over tensors (params) or products (MACs) of size x kept fractions; exact, one formula.
+
+    Attributes:
+        cost: "params", or "macs" of one sequence of `length` tokens.
+    """
+
+    cost: str
+    terms: tuple[Term, ...]
+    n_units: dict[str, int]
+    length: int = 0
+
+    def __call__(self, kept: Mapping[str, int], *, scope: str = "model") -> int:
+        """The exact cost when `kept[site]` units stay (the number matters, not which)."""
+        return int(sum(self._values(kept, scope)))
+
+    def expected(self, kept: Mapping[str, torch.Tensor], *, scope: str = "model") -> torch.Tensor:
+        """The same formula on soft counts (scalars), differentiable."""
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in self._values(kept, scope)]).sum()
+
+    def _values(self, kept: Mapping, scope: str) -> list:
+        values = []
+        for term in self.terms:
+            if scope == "blocks" and not term.in_blocks:
+                continue
+            if term.rank and (float(kept[term.rank]) >= self.n_units[term.rank]) != term.dense:
+                continue
+            value = term.coefficient
+            for site in term.sites:
+                value = value * kept[site]
+            values.append(value)
+        return values
+
+    def unit_cost(self, kept: Mapping[str, int], site: str, *, scope: str = "model") -> float:
+        """Cost that the next unit of a site takes with it, all else as in `kept` (factored form for a rank)."""
+        total = 0
+        for term in self.terms:
+            if site in term.sites and not (term.rank == site and term.dense) and (scope == "model" or term.in_blocks):
+                if term.rank and term.rank != site and (kept[term.rank] >= self.n_units[term.rank]) != term.dense:
+                    continue
+                value = term.coefficient
+                for other in term.sites:
+                    value *= kept[other] if other != site else 1
+                total += value
+        return total
+
+
+def _owners(model: nn.Module, sites: dict[str, Site]) -> tuple[dict[tuple[str, int], str], dict[str, list[str]]]:
+    """Which site cuts each (parameter name, dimension), and which sub-layer sites hold each module."""
+    dims: dict[tuple[str, int], str] = {}
+    whole: dict[str, list[str]] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for site in sites.values():
+        for cut in site.cuts:
+            if cut.axis == "whole":
+                for path, _ in model.get_submodule(cut.path).named_modules(prefix=cut.path):
+                    whole.setdefault(path, []).append(site.name)
+                continue
+            module = model.get_submodule(cut.path)
+            for name, dim in axis_dims(module, cut.axis):
+                dims[names[id(module.get_parameter(name))], dim] = site.name
+    return dims, whole
+
+
+def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
+    """Parameters of the model as a function of the plan; tied tensors count once.
+
+    The counts equal `sum(p.numel() for p in model.parameters())` after compaction, exactly.
+    """
+    dims, whole = _owners(model, sites)
+    n_units = {name: site.n_units for name, site in sites.items()}
+    rank = _rank_site(sites)
+    terms = []
+    for name, parameter in model.named_parameters():
+        if name.startswith("vib_masks"):
+            continue
+        owner = name.rpartition(".")[0]
+        cutters = tuple(dims[name, d] for d in range(parameter.ndim) if (name, d) in dims)
+        factors = (*cutters, *whole.get(owner, ()))
+        coefficient = parameter.numel()
+        for site in cutters:
+            coefficient //= n_units[site]
+        in_rank = rank if rank and rank in cutters else ""
+        terms.append(Term(coefficient, factors, _in_blocks(sites, owner), in_rank))
+        if in_rank and not owner.endswith(".projection"):  # while nothing is cut the two factors are one matrix
+            embedding = model.get_submodule(owner)
+            hidden = dims.get((f"{owner}.projection.weight", 0))
+            width = embedding.embedding_dim // (n_units[hidden] if hidden else 1)
+            terms.append(
+                Term(parameter.shape[0] * width, (hidden,) if hidden else (), False, in_rank, dense=True)
+            )
+    return CostModel("params", tuple(terms), n_units)
+
+
+def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> CostModel:
+    """Multiply-accumulates of one forward pass over one sequence of `length` tokens.
+
+    Linear layers are counted on the rows they really see (found by one forward pass on the meta
+    device); an attention adds 2 * length^2 * width for its two products, as eager attention does.
+    One MAC is two FLOPs.
+    """
+    dims, whole = _owners(model, sites)
+    names = {id(p): name for name, p in model.named_parameters()}
+    n_units = {name: site.n_units for name, site in sites.items()}
+    rank = _rank_site(sites)
+    terms = []
+    for path, rows in linear_rows(model, length).items():
+        module = model.get_submodule(path)
+        weight = module.weight
+        shapes = [(weight, weight.numel())]
+        if isinstance(module, (FactorizedEmbedding, FactorizedUnembedding)):
+            shapes = [(module.projection.weight, module.projection.weight.numel())]
+            if isinstance(module, FactorizedUnembedding):
+                shapes.append((weight, weight.numel()))
+        for tensor, size in shapes:
+            name = names[id(tensor)]
+            cutters = tuple(dims[name, d] for d in range(2) if (name, d) in dims)
+            coefficient = rows * size
+            for site in cutters:
+                coefficient //= n_units[site]
+            in_rank = rank if rank in cutters else ""
+            terms.append(Term(coefficient, (*cutters, *whole.get(path, ())), _in_blocks(sites, path), in_rank))
+        if isinstance(module, FactorizedUnembedding):
+            hidden = dims.get((names[id(module.projection.weight)], 0))
+            width = module.projection.weight.shape[0] // (n_units[hidden] if hidden else 1)
+            sites_of = (hidden,) if hidden else ()
+            terms.append(Term(rows * weight.shape[0] * width, sites_of, False, rank, dense=True))
+    for site in sites.values():
+        if site.kind in ATTENTION_KINDS:
+            width = axis_width(model, next(cut for cut in site.cuts if cut.path == site.mask_at.path))
+            layers = whole.get(site.mask_at.path, ())
+            terms.append(Term(2 * length * length * width // site.n_units, (site.name, *layers), True))
+    return CostModel("macs", tuple(terms), n_units, length)
+
+
+def linear_rows(model: nn.Module, length: int) -> dict[str, int]:
+    """How many rows each linear layer multiplies for one sequence of `length` tokens, by module path."""
+    skeleton = _meta_copy(model)
+    rows: dict[str, int] = {}
+
+    def count(path: str):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            rows[path] = rows.get(path, 0) + output.numel() // output.shape[-1]
+
+        return hook
+
+    inside = [p for p, m in skeleton.named_modules() if isinstance(m, (FactorizedEmbedding, FactorizedUnembedding))]
+    for path, module in skeleton.named_modules():
+        factored = isinstance(module, (FactorizedEmbedding, FactorizedUnembedding))
+        if factored or (isinstance(module, nn.Linear) and path.rpartition(".")[0] not in inside):
+            module.register_forward_hook(count(path))
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        skeleton(input_ids=ids)  # no attention mask: its values would be read
+    return rows
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters by identity, masks left out."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vib_masks"))
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """The same structure without storage and without hooks."""
+    import copy
+
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    skeleton = copy.deepcopy(model, memo).eval()
+    for module in skeleton.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return skeleton
+
+
+def _rank_site(sites: dict[str, Site]) -> str:
+    return next((site.name for site in sites.values() if site.kind == "embedding_rank"), "")
+
+
+def _in_blocks(sites: dict[str, Site], path: str) -> bool:
+    return any(site.block and path.startswith(site.block + ".") for site in sites.values())

@@ -1,0 +1,316 @@
+"""Text data: GLUE tasks, Hub data sets, local files, and prose that every Python carries."""
+
+import ast
+import itertools
+import os
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ibprune.errors import BadData, did_you_mean
+
+GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
+    "cola": (("sentence",), ("matthews_correlation",)),
+    "mnli": (("premise", "hypothesis"), ("accuracy",)),
+    "mrpc": (("sentence1", "sentence2"), ("accuracy", "f1")),
+    "qnli": (("question", "sentence"), ("accuracy",)),
+    "qqp": (("question1", "question2"), ("accuracy", "f1")),
+    "rte": (("sentence1", "sentence2"), ("accuracy",)),
+    "sst2": (("sentence",), ("accuracy",)),
+    "stsb": (("sentence1", "sentence2"), ("spearmanr",)),
+    "wnli": (("sentence1", "sentence2"), ("accuracy",)),
+}
+PROSE = "prose"
+TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",), ("text",), ("content",))
+LABEL_COLUMNS = ("label", "labels", "score")
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+SPLITS = {"train": ("train",), "held_out": ("validation", "dev", "valid", "validation_matched")}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Texts, with labels where there are any.
+
+    Attributes:
+        name: What the report calls it.
+        train, held_out: Columns `text_columns` and, when labelled, `label_column`.
+        labels: Class names; empty for unlabelled texts and for regression.
+        metrics: Names of the metrics the task is judged by.
+    """
+
+    name: str
+    train: Dataset
+    held_out: Dataset
+    text_columns: tuple[str, ...]
+    label_column: str | None = None
+    labels: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+
+
+def load_task(task: str) -> TextData:
+    """A GLUE task by name, from the Hub.
+
+    Raises:
+        BadData: An unknown task, or the Hub cannot be reached.
+    """
+    if task not in GLUE:
+        raise BadData(f"expected a GLUE task, found '{task}': {did_you_mean(task, GLUE)}. Other data: --data.")
+    splits = _from_hub("nyu-mll/glue", task)
+    columns, metrics = GLUE[task]
+    return _describe(task, splits, columns, "label", metrics)
+
+
+def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: str = "", seed: int = 0) -> TextData:
+    """Data from a local file or folder, or from the Hub; "prose" is the embedded text.
+
+    A folder holds files named train.* and validation.* (or dev.*). Without a held-out split, a
+    twentieth of the training rows (at most 2,000) is held out by the seed.
+
+    Raises:
+        BadData: Nothing there, an unknown format or column, or the Hub cannot be reached.
+    """
+    if source == PROSE:
+        return load_prose(seed=seed)
+    path = Path(source)
+    if path.exists():
+        splits = _from_files(path)
+    elif path.suffix in READERS or source.startswith((".", "/", "~")):
+        raise BadData(f"expected a data file or folder, found nothing at '{source}'.")
+    else:
+        repo, _, config = source.partition(":")
+        splits = _from_hub(repo, config or None)
+    if "held_out" not in splits:
+        rows = splits["train"]
+        if len(rows) < 20:
+            raise BadData(f"expected at least 20 rows in '{source}', found {len(rows)}.")
+        parts = rows.train_test_split(test_size=min(2000, max(1, len(rows) // 20)), seed=seed)
+        splits = {"train": parts["train"], "held_out": parts["test"]}
+    names = splits["train"].column_names
+    for column in (*text_columns, *((label_column,) if label_column else ())):
+        if column not in names:
+            raise BadData(f"expected a column '{column}' in '{source}', found none: {did_you_mean(column, names)}.")
+    if not text_columns:
+        text_columns = next((c for c in TEXT_COLUMNS if set(c) <= set(names)), ())
+    if not text_columns:
+        raise BadData(f"expected a text column in '{source}', found {', '.join(names)}: name it with --text-columns.")
+    label_column = label_column or next((c for c in LABEL_COLUMNS if c in names), "")
+    return _describe(path.name if path.exists() else source, splits, text_columns, label_column, ())
+
+
+def load_prose(*, seed: int = 0, limit: int = 24_000) -> TextData:
+    """English that is already on this machine: Python's language reference and library docstrings.
+
+    Passages of 8 to 80 words from `pydoc_data.topics` and from the docstrings of the standard library
+    and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 1,000) is held out.
+    """
+    passages = list(dict.fromkeys(itertools.islice(_passages(), limit)))
+    order = list(range(len(passages)))
+    random.Random(seed).shuffle(order)
+    cut = min(1000, len(order) // 10)
+    held_out, train = order[:cut], order[cut:]
+    return TextData(
+        name=PROSE,
+        train=Dataset.from_dict({"text": [passages[i] for i in train]}),
+        held_out=Dataset.from_dict({"text": [passages[i] for i in held_out]}),
+        text_columns=("text",),
+    )
+
+
+def _passages() -> Iterator[str]:
+    import pydoc_data.topics
+
+    for text in pydoc_data.topics.topics.values():
+        yield from _paragraphs(text)
+    library = Path(sysconfig.get_path("stdlib"))
+    site = Path(sysconfig.get_path("purelib"))
+    roots = [site / name for name in ("sklearn", "scipy", "numpy", "transformers", "datasets")] + [library]
+    for root in roots:
+        files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.relative_to(root).parts)
+        for file in files[:: max(1, len(files) // 250)]:
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+                continue  # a test file of broken syntax is not prose
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    yield from _paragraphs(ast.get_docstring(node) or "")
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Paragraphs that read as English: 8 to 80 words, mostly letters."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        words = paragraph.split()
+        line = " ".join(words)
+        letters = sum(c.isalpha() or c == " " for c in line)
+        if 8 <= len(words) <= 80 and letters > 0.85 * len(line) and ">>>" not in line:
+            yield line
+
+
+def _from_files(path: Path) -> dict[str, Dataset]:
+    if path.is_file():
+        return {"train": _read(path)}
+    splits = {}
+    for split, names in SPLITS.items():
+        found = [f for name in names for f in sorted(path.glob(f"{name}.*")) if f.suffix in READERS]
+        if found:
+            splits[split] = _read(found[0])
+    if "train" not in splits:
+        files = ", ".join(sorted(f.name for f in path.iterdir())[:8])
+        raise BadData(f"expected a train.* file ({', '.join(READERS)}) in '{path}', found: {files or 'nothing'}.")
+    return splits
+
+
+def _read(path: Path) -> Dataset:
+    if path.suffix not in READERS:
+        raise BadData(f"expected one of {', '.join(READERS)}, found '{path.name}'.")
+    try:
+        if path.suffix == ".txt":
+            text = path.read_text(encoding="utf-8")
+            mark = "<|endoftext|>" if "<|endoftext|>" in text else r"\n\s*\n"
+            parts = re.split(re.escape(mark) if mark.startswith("<") else mark, text)
+            return Dataset.from_dict({"text": [part.strip() for part in parts if part.strip()]})
+        options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
+        return load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+    except BadData:
+        raise
+    except Exception as error:  # datasets wraps every parser's own error class
+        reason = str(error.__cause__ or error).splitlines()[0] if str(error.__cause__ or error) else repr(error)
+        raise BadData(f"could not read '{path}' as {READERS[path.suffix]}: {reason}") from error
+
+
+def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
+    try:
+        found: DatasetDict = load_dataset(repo, config)
+    except Exception as error:  # network, missing repo, gated repo: many classes, one meaning here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadData(
+            f"could not load the data set '{repo}' from the Hub ({reason}). Check the name and the network, or give "
+            "local files with --data."
+        ) from error
+    splits = {}
+    for split, names in SPLITS.items():
+        name = next((name for name in names if name in found), None)
+        if name:
+            splits[split] = found[name]
+    if "train" not in splits:
+        raise BadData(f"expected a split 'train' in '{repo}', found {', '.join(found)}.")
+    return splits
+
+
+def _describe(
+    name: str, splits: dict[str, Dataset], text: tuple[str, ...], label: str, metrics: tuple[str, ...]
+) -> TextData:
+    train, held_out = splits["train"], splits["held_out"]
+    if not label:
+        return TextData(name, train, held_out, text)
+    feature = train.features[label]
+    labels = tuple(getattr(feature, "names", None) or ())
+    if not labels and not feature.dtype.startswith("float"):
+        values = sorted(set(train.unique(label)))
+        labels = tuple(str(value) for value in values)
+        if values != list(range(len(values))):
+            index = {value: i for i, value in enumerate(values)}
+            unknown = set(held_out.unique(label)) - set(index)
+            if unknown:
+                raise BadData(f"'{name}': the held-out labels {sorted(unknown)[:5]} never occur in training.")
+            train = train.map(lambda row: {label: index[row[label]]})
+            held_out = held_out.map(lambda row: {label: index[row[label]]})
+    if labels and len(labels) < 2:
+        raise BadData(f"expected at least two classes in the column '{label}' of '{name}', found {len(labels)}.")
+    return TextData(name, train, held_out, text, label, labels, metrics or (("accuracy",) if labels else ("spearmanr",)))
+
+
+class Collate:
+    """Tokenises rows into one padded batch; tokenising here keeps large data sets off the disk."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: TextData, max_length: int):
+        self.tokenizer, self.data, self.max_length = tokenizer, data, max_length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        texts = [[row[column] for row in rows] for column in self.data.text_columns]
+        batch = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        batch = dict(batch)
+        if self.data.label_column:
+            dtype = torch.long if self.data.labels else torch.float32
+            batch["labels"] = torch.tensor([row[self.data.label_column] for row in rows], dtype=dtype)
+        return batch
+
+
+def windows(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Texts cut into windows of at most `max_length` tokens, for language models; column `text` of ids."""
+
+    def split(rows: dict) -> dict:
+        ids = tokenizer(rows[column], verbose=False)["input_ids"]
+        return {"input_ids": [row[i : i + max_length] for row in ids for i in range(0, len(row), max_length)]}
+
+    found = dataset.select_columns([column]).map(split, batched=True, remove_columns=[column], keep_in_memory=True)
+    return found.filter(lambda row: len(row["input_ids"]) > 1, keep_in_memory=True)
+
+
+class CollateIds:
+    """Pads windows of token ids; `labels` are the ids, -100 where padded."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self.pad)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            mask[i, : len(row["input_ids"])] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+class CollateMasked:
+    """Pads windows and hides 15 % of the tokens for a masked language model (BERT's 80/10/10 rule)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self.ids = CollateIds(tokenizer)
+        self.tokenizer = tokenizer
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.ids(rows)
+        ids = batch["input_ids"]
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids)) | (batch["attention_mask"] == 0)
+        draw = torch.rand(ids.shape, generator=self.generator)
+        hidden = (draw < 0.15) & ~special
+        batch["labels"] = ids.masked_fill(~hidden, -100)
+        random_ids = torch.randint(len(self.tokenizer), ids.shape, generator=self.generator)
+        ids = ids.masked_fill(hidden & (draw < 0.12), self.tokenizer.mask_token_id)
+        batch["input_ids"] = torch.where(hidden & (draw >= 0.12) & (draw < 0.135), random_ids, ids)
+        return batch
+
+
+def make_loader(dataset: Dataset, collate, *, batch_size: int, seed: int | None) -> DataLoader:
+    """Batches of rows; shuffled by the seed into rows of like length, or in order when it is None."""
+    sampler = None
+    if seed is not None:
+        column = "input_ids" if "input_ids" in dataset.column_names else collate.data.text_columns[0]
+        lengths = [len(value) for value in dataset[column]]
+        generator = torch.Generator().manual_seed(seed)
+        sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+
+
+def token_counts(loader: DataLoader, vocab_size: int, *, batches: int) -> torch.Tensor:
+    """How often each token id occurs in the first batches, (vocab_size,)."""
+    counts = torch.zeros(vocab_size)
+    for batch in itertools.islice(loader, batches):
+        ids = batch["input_ids"][batch["attention_mask"].bool()]
+        counts += torch.bincount(ids, minlength=vocab_size)[:vocab_size]
+    return counts
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader may fork after the tokenizer was used

@@ -1,0 +1,37 @@
+"""The errors that ibprune raises for its users, and the hint for a misspelt name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class IBPruneError(ValueError):
+    """A mistake the user can mend. The message says what was expected, what was found, what to do."""
+
+
+class UnsupportedModel(IBPruneError):
+    """The model's structure is not described by any row of `ibprune.families`."""
+
+
+class BadRecipe(IBPruneError):
+    """A flag, a recipe key or its value cannot be used."""
+
+
+class PlanMismatch(IBPruneError):
+    """A pruning plan, or an exported folder, does not fit the model it is applied to."""
+
+
+class BadData(IBPruneError):
+    """A data set, a column or a metric cannot be used."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Returns the end of an error message: the nearest valid name, then all of them.
+
+    Example:
+        >>> did_you_mean("fischer", ["vib", "fisher"])
+        "did you mean 'fisher'? Valid: fisher, vib"
+    """
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}Valid: {', '.join(valid)}"

@@ -1,0 +1,93 @@
+"""VIB masks: a Gaussian multiplier per prunable unit and what it costs to keep it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+class VIBMask(nn.Module):
+    """Multiplies each unit by z = hard * (mu + noise * sigma * eps), eps ~ N(0, 1) (VIBNet, arXiv 1802.10399, eq. 6).
+
+    One eps per (sequence, unit): removing a unit removes it for all tokens at once, and noise drawn
+    per token would under-count that damage. Parameters stay in float32 whatever the model's dtype.
+
+    Attributes:
+        mu, log_var: Mean and log-variance, float32, (n_units,).
+        hard: 1 for units in the model, 0 for units already cut, (n_units,).
+        noise: Scale of the noise while training; 0 makes the mask deterministic.
+        probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it.
+
+    Example:
+        >>> mask = VIBMask(4).eval()
+        >>> mask(batch=2)
+        tensor([[1., 1., 1., 1.]], grad_fn=<UnsqueezeBackward0>)
+    """
+
+    def __init__(self, n_units: int, *, log_alpha: float = -9.0):
+        super().__init__()
+        self.mu = nn.Parameter(torch.ones(n_units))
+        self.log_var = nn.Parameter(torch.full((n_units,), log_alpha))
+        self.register_buffer("hard", torch.ones(n_units), persistent=True)
+        self.n_kept = n_units  # sum of `hard`, without a read from the device
+        self.noise = 1.0
+        self.probe: torch.Tensor | None = None
+
+    def forward(self, batch: int) -> torch.Tensor:
+        """Returns the multipliers, (batch or 1, n_units), float32."""
+        if self.probe is not None:
+            return self.probe
+        if not self.training or self.noise == 0.0:
+            return (self.hard * self.mu).unsqueeze(0)
+        eps = torch.randn(batch, len(self.mu), device=self.mu.device)
+        return self.hard * (self.mu + self.noise * torch.exp(0.5 * self.log_var) * eps)
+
+    def log_alpha(self) -> torch.Tensor:
+        """log(sigma^2 / mu^2), (n_units,): large means prune, keep while below 0."""
+        return self.log_var - torch.log(self.mu.square() + 1e-8)
+
+    def kl(self) -> torch.Tensor:
+        """KL to the best zero-mean Gaussian prior, 1/2 log(1 + mu^2/sigma^2), in nats, (n_units,) (VIBNet, eq. 9)."""
+        return 0.5 * nn.functional.softplus(-self.log_alpha())
+
+    def keep_prob(self, tau: float = 1.0) -> torch.Tensor:
+        """A soft count of kept units, sigmoid(-tau * log_alpha), (n_units,)."""
+        return torch.sigmoid(-tau * self.log_alpha())
+
+    def cut(self, keep: tuple[int, ...]) -> None:
+        """Multiplies every unit that `keep` does not name by 0."""
+        self.hard.zero_()
+        self.hard[list(keep)] = 1.0
+        self.n_kept = len(keep)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for tensor in (self.mu, self.log_var, self.hard):
+            tensor.data = tensor.data.float()
+        return self
+
+
+class MaskSet(nn.Module):
+    """The masks of a model by site name; a site name holds dots, which module names may not."""
+
+    def __init__(self, masks: dict[str, VIBMask]):
+        super().__init__()
+        self.by_key = nn.ModuleDict({name.replace(".", "/"): mask for name, mask in masks.items()})
+
+    def __getitem__(self, name: str) -> VIBMask:
+        return self.by_key[name.replace(".", "/")]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.replace("/", ".") for key in self.by_key)
+
+    def items(self) -> Iterator[tuple[str, VIBMask]]:
+        return ((key.replace("/", "."), mask) for key, mask in self.by_key.items())
+
+    def set_noise(self, scale: float, *, sites: list[str]) -> None:
+        for name in sites:
+            self[name].noise = scale
+
+    def set_keep(self, keep: dict[str, tuple[int, ...]]) -> None:
+        """Cuts every unit that `keep` does not name."""
+        for name, mask in self.items():
+            mask.cut(keep[name])

@@ -1,0 +1,156 @@
+"""Turns a dense architecture into the shapes of a pruned checkpoint; also shipped inside every export.
+
+This file imports nothing of ibprune, because its text is copied into the `modeling_ibprune.py` of
+exports that plain transformers cannot express: what loads there is what loads here.
+"""
+
+import torch
+from torch import nn
+
+
+class FactorizedEmbedding(nn.Module):
+    """An embedding of rank k: rows of `weight` (vocabulary, k), then `projection` (hidden, k)."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden: int, padding_idx: int | None = None):
+        super().__init__()
+        self.padding_idx = padding_idx
+        self.weight = nn.Parameter(torch.empty(vocab_size, rank))
+        self.projection = nn.Linear(rank, hidden, bias=False)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.projection.weight.shape[0]
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # (batch, length) -> (batch, length, hidden)
+        return self.projection(nn.functional.embedding(input_ids, self.weight, self.padding_idx))
+
+
+class FactorizedUnembedding(nn.Module):
+    """The tied output of a `FactorizedEmbedding`: hidden -> k -> vocabulary."""
+
+    def __init__(self, embedding: FactorizedEmbedding, bias: nn.Parameter | None = None):
+        super().__init__()
+        self.weight = embedding.weight
+        self.projection = embedding.projection
+        self.codes = nn.Identity()  # a place for a mask on the directions
+        self.bias = bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # (..., hidden) -> (..., vocabulary)
+        return nn.functional.linear(self.codes(hidden @ self.projection.weight), self.weight, self.bias)
+
+
+class Zeros(nn.Module):
+    """Stands where a sub-layer was removed: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class NoAttention(nn.Module):
+    """Stands where an attention was removed: (zeros, no attention weights)."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+STUBS = {"zeros": Zeros, "no_attention": NoAttention, "identity": nn.Identity}
+
+
+def full_path(model: nn.Module, path: str) -> str:
+    """A path of the spec, relative to the backbone or ("/x") to the whole model, as a path from `model`."""
+    if path.startswith("/"):
+        return path[1:]
+    backbone = getattr(model, "base_model", model)
+    prefix = next(name for name, module in model.named_modules() if module is backbone)
+    return f"{prefix}.{path}" if prefix else path
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new.train(model.training))
+
+
+def factorize_modules(model: nn.Module, embedding: str, rank: int, output: str | None) -> None:
+    """Replaces the embedding (and the output tied to it) by factors of the given rank, not yet filled."""
+    dense = model.get_submodule(embedding)
+    factors = FactorizedEmbedding(dense.num_embeddings, rank, dense.embedding_dim, dense.padding_idx)
+    factors.to(device=dense.weight.device, dtype=dense.weight.dtype)
+    replace_module(model, embedding, factors)
+    if output is not None:
+        bias = model.get_submodule(output).bias
+        replace_module(model, output, FactorizedUnembedding(factors, bias))
+        model._tied_weights_keys = dict(model._tied_weights_keys or {}) | {
+            f"{output}.projection.weight": f"{embedding}.projection.weight"
+        }
+
+
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Sets a parameter of another shape and the size attributes that modules print and check."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, leaf)
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(module, leaf, value)
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        module.out_features, module.in_features = value.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = value.shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(value.shape)
+
+
+def rebuild_(model: nn.Module, spec: dict) -> None:
+    """Gives a freshly built dense model the structure described by `spec` (`config.ibprune`).
+
+    The weights are left unset: the checkpoint fills them, and every key of it must match.
+    """
+    for path in spec["dropped_blocks"]:
+        parent, _, index = full_path(model, path).rpartition(".")
+        model.get_submodule(parent)[int(index)] = None
+    for name, child in list(model.named_modules()):
+        if isinstance(child, nn.ModuleList) and any(block is None for block in child):
+            replace_module(model, name, nn.ModuleList(block for block in child if block is not None))
+    for path, stub in spec["stubs"].items():
+        replace_module(model, full_path(model, path), STUBS[stub]())
+    if spec["embedding"] is not None:
+        output = spec["embedding"]["output"]
+        output = full_path(model, output) if output and _has(model, full_path(model, output)) else None
+        factorize_modules(model, full_path(model, spec["embedding"]["path"]), spec["embedding"]["rank"], output)
+    for path, shape in spec["shapes"].items():
+        name = full_path(model, path)
+        if _has(model, name.rpartition(".")[0]):  # a head may be absent: AutoModel of a classifier's folder
+            old = model.get_parameter(name)
+            set_parameter(model, name, torch.empty(shape, dtype=old.dtype, device=old.device))
+    renumber_layers_(model)
+
+
+def renumber_layers_(model: nn.Module) -> None:
+    """Numbers the attentions that remain 0, 1, 2…: the key-value cache takes its length from number 0."""
+    attentions = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    order = {old: new for new, old in enumerate(sorted({module.layer_idx for module in attentions}))}
+    for module in attentions:
+        module.layer_idx = order[module.layer_idx]
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in model.named_modules())
+
+
+class Pruned:
+    """Mixed into a transformers class: builds the dense architecture, then takes the pruned shapes."""
+
+    def __init__(self, config, *args, **kwargs):
+        spec = config.ibprune
+        pruned = {key: getattr(config, key) for key in spec["dense"]}
+        for key, value in spec["dense"].items():
+            setattr(config, key, value)
+        super().__init__(config, *args, **kwargs)
+        for key, value in pruned.items():
+            setattr(config, key, value)
+        rebuild_(self, spec)
+        self.post_init()

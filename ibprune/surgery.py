@@ -1,0 +1,239 @@
+"""The only file that changes a model's weights' shapes: factorise, fold, cut, and describe the result."""
+
+import torch
+from torch import nn
+
+from ibprune.errors import PlanMismatch, UnsupportedModel
+from ibprune.groups import Site, axis_dims, block_paths, find_family, find_sites
+from ibprune.inject import MASKS, norm_paths, remove_
+from ibprune.plan import PruningPlan, check_plan
+from ibprune.rebuild import (
+    STUBS,
+    FactorizedEmbedding,
+    FactorizedUnembedding,
+    factorize_modules,
+    full_path,
+    renumber_layers_,
+    replace_module,
+    set_parameter,
+)
+
+SPEC = "ibprune"
+
+
+def factorize_(model: nn.Module, token_counts: torch.Tensor | None = None) -> None:
+    """Writes the token embedding W (V, d) as A (V, d) times B (d, d), its principal directions in order.
+
+    The model's output is unchanged (to rounding). The directions are the right singular vectors of
+    diag(sqrt(w)) W, so that keeping the first k of them loses the least of the embeddings that the
+    data use. The weights are w = counts + mean(counts): half what the data show, half uniform, so
+    that tokens absent from the data keep a share. An output tied to the embedding follows it.
+
+    Args:
+        model: A transformers model of a known family.
+        token_counts: How often each token id occurs in the data, (V,); None weighs all alike.
+
+    Raises:
+        UnsupportedModel: The embedding is not a plain `nn.Embedding`.
+    """
+    family = find_family(model.config.model_type)
+    path, output = full_path(model, family.embedding), family.output.removeprefix("/")
+    embedding = model.get_submodule(path)
+    if type(embedding) is not nn.Embedding:
+        raise UnsupportedModel(
+            f"expected '{path}' to be an nn.Embedding, found {type(embedding).__name__}: it cannot be factorised. "
+            "Leave 'embedding_rank' out of the kinds."
+        )
+    tied = output if _shares(model, output, embedding.weight) else None
+    weight = embedding.weight.detach()
+    hidden = weight.shape[1]
+    if weight.is_meta:
+        factorize_modules(model, path, hidden, tied)
+        return
+    work = weight.double()
+    counts = torch.ones(len(work), dtype=work.dtype) if token_counts is None else token_counts.to(work)
+    weights = (counts + counts.mean().clamp_min(1e-12)).to(work.device)
+    moment = work.T @ (work * weights[:, None])  # (d, d): its eigenvectors are the right singular vectors
+    directions = torch.linalg.eigh(moment).eigenvectors.flip(1)  # (d, d), largest first
+    factorize_modules(model, path, hidden, tied)
+    factors = model.get_submodule(path)
+    with torch.no_grad():
+        factors.weight.copy_(work @ directions)
+        factors.projection.weight.copy_(directions)
+
+
+def merge_(model: nn.Module) -> None:
+    """Multiplies the factors of an embedding back into one matrix; the opposite of `factorize_`."""
+    family = find_family(model.config.model_type)
+    path, output = full_path(model, family.embedding), family.output.removeprefix("/")
+    factors = model.get_submodule(path)
+    if not isinstance(factors, FactorizedEmbedding):
+        return
+    weight = (factors.weight.detach().double() @ factors.projection.weight.detach().double().T).to(factors.weight.dtype)
+    embedding = nn.Embedding(*weight.shape, padding_idx=factors.padding_idx, device="meta")
+    embedding.weight = nn.Parameter(weight, requires_grad=factors.weight.requires_grad)
+    replace_module(model, path, embedding)
+    unembedding = dict(model.named_modules()).get(output)
+    if isinstance(unembedding, FactorizedUnembedding):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=unembedding.bias is not None, device="meta")
+        linear.weight, linear.bias = embedding.weight, unembedding.bias
+        replace_module(model, output, linear)
+        model._tied_weights_keys = type(model)._tied_weights_keys
+
+
+def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Removes every unit that the plan does not keep and returns the model.
+
+    The result computes what the masked model computes. Masks, where present, are folded into the
+    weights first (mu scales the features that its unit owns) and taken out. A factorised embedding
+    that keeps all its directions becomes one matrix again. `model.config` tells the new structure.
+
+    Raises:
+        PlanMismatch: The plan does not fit the model; nothing is changed then.
+    """
+    sites = find_sites(model)
+    masked = hasattr(model, MASKS)
+    rank = [name for name in plan.keep if name.endswith("embedding_rank")]
+    if rank and rank[0] not in sites:
+        factorize_(model)
+        try:
+            return compact_(model, plan)
+        except PlanMismatch:
+            merge_(model)
+            raise
+    check_plan(plan, model, sites)
+    dense = {key: getattr(model.config, key) for key in _size_keys(model)}
+    before = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    if masked:
+        with torch.no_grad():
+            _fold_(model, sites)
+        remove_(model)
+    for site in sites.values():  # sub-layers first: their inner units need no cutting
+        if all(cut.axis == "whole" for cut in site.cuts) and not plan.keep[site.name]:
+            for cut in site.cuts:
+                replace_module(model, cut.path, STUBS[cut.stub]())
+    _slice_(model, sites, plan)
+    if rank and len(plan.keep[rank[0]]) == plan.n_units[rank[0]]:
+        merge_(model)
+    dropped = _drop_empty_blocks_(model)
+    renumber_layers_(model)
+    _describe_(model, dense, before, dropped)
+    return model
+
+
+def _slice_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> None:
+    """Index-selects every cut axis, each parameter once, however many modules share it."""
+    modules = dict(model.named_modules())
+    index: dict[int, dict[int, torch.Tensor]] = {}  # by parameter identity, then dimension
+    for site in sites.values():
+        for cut in site.cuts:
+            if cut.axis == "whole" or cut.path not in modules or len(plan.keep[site.name]) == site.n_units:
+                continue
+            for name, dim in axis_dims(modules[cut.path], cut.axis):
+                parameter = modules[cut.path].get_parameter(name)
+                width = parameter.shape[dim] // site.n_units
+                units = torch.tensor(plan.keep[site.name], dtype=torch.long)
+                features = (units[:, None] * width + torch.arange(width)).flatten()
+                index.setdefault(id(parameter), {})[dim] = features
+    new: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in index:
+            if id(parameter) not in new:
+                value = parameter.detach()
+                for dim, features in index[id(parameter)].items():
+                    value = value.index_select(dim, features.to(value.device))
+                new[id(parameter)] = nn.Parameter(value.contiguous(), requires_grad=parameter.requires_grad)
+            set_parameter(model, name, new[id(parameter)])
+
+
+def _fold_(model: nn.Module, sites: dict[str, Site]) -> None:
+    """Multiplies each mask's mean into the weights that make, or read, its unit's features."""
+    masks = getattr(model, MASKS)
+    for name, site in sites.items():
+        mu = masks[name].mu.detach()
+        if site.mask_at.side == "norms":
+            for path in norm_paths(model, site):
+                norm = model.get_submodule(path)
+                for parameter in norm.parameters():
+                    parameter.mul_(mu.to(parameter.dtype))
+            continue
+        module = model.get_submodule(site.mask_at.path)
+        if site.mask_at.side == "rank":
+            module.projection.weight.mul_(mu.to(module.weight.dtype))  # shared by the input and the tied output
+        elif site.mask_at.side == "in":
+            width = module.weight.shape[1] // site.n_units
+            module.weight.mul_(mu.repeat_interleave(width).to(module.weight.dtype))
+        else:
+            mu = mu.repeat_interleave(module.weight.shape[0] // site.n_units)
+            module.weight.mul_(mu[:, None].to(module.weight.dtype))
+            if module.bias is not None:
+                module.bias.mul_(mu.to(module.bias.dtype))
+
+
+def _drop_empty_blocks_(model: nn.Module) -> list[str]:
+    """Removes blocks that hold no parameter any more (both sub-layers gone, norms included)."""
+    family = find_family(model.config.model_type)
+    parent = full_path(model, family.blocks.removesuffix(".*"))
+    blocks = list(model.get_submodule(parent))
+    dropped = [path for path, block in zip(block_paths(model, family), blocks) if not list(block.parameters())]
+    if dropped and len(dropped) < len(blocks):
+        replace_module(model, parent, nn.ModuleList(block for block in blocks if list(block.parameters())))
+        model.config.num_hidden_layers = len(blocks) - len(dropped)
+        return dropped
+    return []
+
+
+def _size_keys(model: nn.Module) -> list[str]:
+    keys = [*find_family(model.config.model_type).config_keys.values(), "num_attention_heads", "num_hidden_layers"]
+    return [key for key in dict.fromkeys(keys) if hasattr(model.config, key)]
+
+
+def _describe_(model: nn.Module, dense: dict[str, int], before: dict[str, tuple], dropped: list[str]) -> None:
+    """Writes the structure into the config: uniform sizes as plain keys, all of it in `config.ibprune`."""
+    config = model.config
+    family = find_family(config.model_type)
+    old = getattr(config, SPEC, None) or {"dense": dense, "shapes": {}, "stubs": {}, "dropped_blocks": []}
+    if old["dropped_blocks"] or (old["shapes"] and dropped):
+        raise PlanMismatch("expected a model with all its blocks, found one pruned of whole blocks: start from dense.")
+    backbone = full_path(model, "")
+    factors = model.get_submodule(full_path(model, family.embedding))
+    embedding = None
+    if isinstance(factors, FactorizedEmbedding):
+        tied = isinstance(dict(model.named_modules()).get(family.output.removeprefix("/")), FactorizedUnembedding)
+        embedding = {
+            "path": family.embedding,
+            "rank": factors.weight.shape[1],
+            "output": family.output if tied else None,
+        }
+    stubs = dict(old["stubs"])
+    for path, module in model.named_modules():
+        stub = next((key for key, cls in STUBS.items() if type(module) is cls and path), None)
+        if stub:
+            stubs[_spec_path(path, backbone)] = stub
+    shapes = dict(old["shapes"])
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if tuple(parameter.shape) != before.get(path):
+            shapes[_spec_path(path, backbone)] = list(parameter.shape)
+    config.ibprune = {
+        "format": 1,
+        "model_type": config.model_type,
+        "architecture": type(model).__name__,
+        "dense": old["dense"],
+        "dropped_blocks": dropped,
+        "stubs": stubs,
+        "embedding": embedding,
+        "shapes": shapes,
+    }
+    config.hidden_size = model.get_submodule(full_path(model, family.embedding)).embedding_dim
+
+
+def _spec_path(path: str, backbone: str) -> str:
+    prefix = backbone.rstrip(".")
+    if not prefix:
+        return path
+    return path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else "/" + path
+
+
+def _shares(model: nn.Module, path: str, weight: nn.Parameter) -> bool:
+    module = dict(model.named_modules()).get(path)
+    return module is not None and getattr(module, "weight", None) is weight
