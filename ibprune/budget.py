@@ -126,7 +126,8 @@ def solve_by_shares(
     if _cost(keep, model, budget) > budget.limit:
         raise BadRecipe(
             f"cutting {', '.join(kind for kind, p in pressure.items() if p > 0)} alone leaves "
-            f"{_cost(keep, model, budget):,} {model.cost}, above the limit {budget.limit:,}: use --shares cost or probe."
+            f"{_cost(keep, model, budget):,} {model.cost}, above the limit {budget.limit:,}: "
+            "use --shares cost or probe."
         )
     return fill(keep, scores, sites, model, budget)
 

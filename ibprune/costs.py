@@ -117,9 +117,7 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
             embedding = model.get_submodule(owner)
             hidden = dims.get((f"{owner}.projection.weight", 0))
             width = embedding.embedding_dim // (n_units[hidden] if hidden else 1)
-            terms.append(
-                Term(parameter.shape[0] * width, (hidden,) if hidden else (), False, in_rank, dense=True)
-            )
+            terms.append(Term(parameter.shape[0] * width, (hidden,) if hidden else (), False, in_rank, dense=True))
     return CostModel("params", tuple(terms), n_units)
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import itertools
-import os
 import random
 import re
 import sysconfig
@@ -109,13 +108,13 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
 def load_prose(*, seed: int = 0, limit: int = 24_000) -> TextData:
     """English that is already on this machine: Python's language reference and library docstrings.
 
-    Passages of 8 to 80 words from `pydoc_data.topics` and from the docstrings of the standard library
-    and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 1,000) is held out.
+    Sentences of 8 to 40 words from `pydoc_data.topics` and from the docstrings of the standard library
+    and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 600) is held out.
     """
-    passages = list(dict.fromkeys(itertools.islice(_passages(), limit)))
+    passages = list(dict.fromkeys(itertools.islice(_sentences(), limit)))
     order = list(range(len(passages)))
     random.Random(seed).shuffle(order)
-    cut = min(1000, len(order) // 10)
+    cut = min(600, len(order) // 10)
     held_out, train = order[:cut], order[cut:]
     return TextData(
         name=PROSE,
@@ -125,34 +124,36 @@ def load_prose(*, seed: int = 0, limit: int = 24_000) -> TextData:
     )
 
 
-def _passages() -> Iterator[str]:
+def _sentences() -> Iterator[str]:
     import pydoc_data.topics
 
     for text in pydoc_data.topics.topics.values():
-        yield from _paragraphs(text)
+        yield from _english(text)
     library = Path(sysconfig.get_path("stdlib"))
     site = Path(sysconfig.get_path("purelib"))
     roots = [site / name for name in ("sklearn", "scipy", "numpy", "transformers", "datasets")] + [library]
     for root in roots:
-        files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.relative_to(root).parts)
-        for file in files[:: max(1, len(files) // 250)]:
+        skip = {"site-packages", "tests", "test", "externals"}
+        files = sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+        for file in files[:: max(1, len(files) // 150)]:
             try:
                 tree = ast.parse(file.read_text(encoding="utf-8"))
             except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
-                continue  # a test file of broken syntax is not prose
+                continue  # a file of broken syntax is not prose
             for node in ast.walk(tree):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    yield from _paragraphs(ast.get_docstring(node) or "")
+                    yield from _english(ast.get_docstring(node) or "")
 
 
-def _paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs that read as English: 8 to 80 words, mostly letters."""
+def _english(text: str) -> Iterator[str]:
+    """Sentences that read as English: 8 to 40 words, mostly letters."""
     for paragraph in re.split(r"\n\s*\n", text):
-        words = paragraph.split()
-        line = " ".join(words)
-        letters = sum(c.isalpha() or c == " " for c in line)
-        if 8 <= len(words) <= 80 and letters > 0.85 * len(line) and ">>>" not in line:
-            yield line
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph):
+            words = sentence.split()
+            line = " ".join(words)
+            letters = sum(c.isalpha() or c == " " for c in line)
+            if 8 <= len(words) <= 40 and letters > 0.88 * len(line) and ">>>" not in line:
+                yield line
 
 
 def _from_files(path: Path) -> dict[str, Dataset]:
@@ -226,7 +227,9 @@ def _describe(
             held_out = held_out.map(lambda row: {label: index[row[label]]})
     if labels and len(labels) < 2:
         raise BadData(f"expected at least two classes in the column '{label}' of '{name}', found {len(labels)}.")
-    return TextData(name, train, held_out, text, label, labels, metrics or (("accuracy",) if labels else ("spearmanr",)))
+    return TextData(
+        name, train, held_out, text, label, labels, metrics or (("accuracy",) if labels else ("spearmanr",))
+    )
 
 
 class Collate:
@@ -311,6 +314,3 @@ def token_counts(loader: DataLoader, vocab_size: int, *, batches: int) -> torch.
         ids = batch["input_ids"][batch["attention_mask"].bool()]
         counts += torch.bincount(ids, minlength=vocab_size)[:vocab_size]
     return counts
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader may fork after the tokenizer was used

@@ -1,0 +1,37 @@
+"""Latency of two models side by side: interleaved runs, median and spread."""
+
+import time
+
+import torch
+from torch import nn
+
+from ibprune.console import Quiet
+
+
+@torch.inference_mode()
+def measure_latency(
+    dense: nn.Module, pruned: nn.Module, *, batch: int, length: int, rounds: int = 15, console: Quiet
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of a forward pass of both models on the same input: {"median", "iqr"} each.
+
+    The runs alternate, so that a busy machine slows both alike; read the ratio, not the values.
+    """
+    device = next(dense.parameters()).device
+    ids = torch.randint(dense.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    models = (dense.eval(), pruned.eval())
+    for model in models:
+        model(input_ids=ids)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in console.track(range(rounds), "timing", rounds):
+        for model, found in zip(models, times):
+            start = time.perf_counter()
+            model(input_ids=ids)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(1000 * (time.perf_counter() - start))
+    return _summary(times[0]), _summary(times[1])
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    low, median, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return {"median": round(median, 3), "iqr": round(high - low, 3)}

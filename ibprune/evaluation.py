@@ -1,0 +1,94 @@
+"""Measures a model on held-out data: the metrics of its objective."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ibprune.console import Quiet
+from ibprune.feeding import Feed
+from ibprune.losses import Objective, forward, pooled
+from ibprune.metrics import load_metric
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module,
+    feed: Feed,
+    objective: Objective,
+    *,
+    dense: nn.Module | None = None,
+    console: Quiet,
+    what: str,
+) -> dict[str, float]:
+    """Metrics on the held-out batches, in eval mode and full precision.
+
+    Classification and regression: the named metrics. Language models: perplexity, exp of the mean
+    negative log-likelihood a token. Encoders: mean cosine of the pooled embedding to the dense
+    model's (1 for the dense model itself), and recall@1 of each text's second half among all second
+    halves, looked up by its first half.
+
+    Args:
+        dense: The dense model, for encoders; None when `model` is it.
+    """
+    model.eval()
+    loader = feed.held_out()
+    batches = console.track(loader, what, len(loader))
+    device = next(model.parameters()).device
+    on_device = ({key: value.to(device) for key, value in batch.items()} for batch in batches)
+    if objective.name in ("classification", "regression"):
+        return _labelled(model, on_device, objective, feed.metrics)
+    if objective.name in ("causal_lm", "masked_lm"):
+        return _perplexity(model, on_device, objective)
+    return _encoder(model, on_device, feed, objective, dense)
+
+
+def _labelled(model: nn.Module, batches, objective: Objective, metrics: tuple[str, ...]) -> dict[str, float]:
+    predictions, references = [], []
+    for batch in batches:
+        logits = forward(model, batch).logits.float()
+        predicted = logits.argmax(-1) if objective.name == "classification" else logits.squeeze(-1)
+        predictions += predicted.cpu().tolist()
+        references += batch["labels"].cpu().tolist()
+    found: dict[str, float] = {}
+    for name in metrics:
+        found |= load_metric(name).compute(predictions=predictions, references=references)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _perplexity(model: nn.Module, batches, objective: Objective) -> dict[str, float]:
+    total, count = 0.0, 0
+    for batch in batches:
+        logits, labels = forward(model, batch).logits.float(), batch["labels"]
+        if objective.name == "causal_lm":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        total += F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum").double().item()
+        count += int((labels != -100).sum())
+    return {"perplexity": float(torch.tensor(total / max(count, 1), dtype=torch.float64).exp())}
+
+
+def _encoder(model: nn.Module, batches, feed: Feed, objective: Objective, dense: nn.Module | None) -> dict[str, float]:
+    cosines = []
+    for batch in batches if dense is not None else ():
+        mean = pooled(forward(model, batch).last_hidden_state.float(), batch["attention_mask"])
+        theirs = pooled(forward(dense, batch).last_hidden_state.float(), batch["attention_mask"])
+        theirs = theirs if objective.dims is None else theirs[:, list(objective.dims)]
+        cosines.append(F.cosine_similarity(mean, theirs))
+    queries, answers = (_embed_halves(model, feed, second) for second in (False, True))
+    hits = ((queries @ answers.T).argmax(1) == torch.arange(len(queries), device=queries.device)).float()
+    cosine = float(torch.cat(cosines).mean()) if cosines else 1.0
+    return {"cosine_to_dense": cosine, "recall_at_1": float(hits.mean())}
+
+
+def _embed_halves(model: nn.Module, feed: Feed, second: bool) -> torch.Tensor:
+    """Normalised embeddings of the first or second half of each held-out text's words, (n, d)."""
+    column = feed.collate.data.text_columns[0]
+    device = next(model.parameters()).device
+    found = []
+    for start in range(0, len(feed.held_out_set), feed.batch_size):
+        texts = [text.split() for text in feed.held_out_set[start : start + feed.batch_size][column]]
+        halves = [words[len(words) // 2 :] if second else words[: len(words) // 2] for words in texts]
+        batch = feed.collate([{column: " ".join(words)} for words in halves])
+        batch = {key: value.to(device) for key, value in batch.items()}
+        hidden = forward(model, batch).last_hidden_state.float()
+        found.append(F.normalize(pooled(hidden, batch["attention_mask"]), dim=-1))
+    return torch.cat(found)

@@ -1,0 +1,235 @@
+"""The only file that writes models: a folder that loads, proven by a fresh process before it appears."""
+
+import copy
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ibprune import rebuild
+from ibprune.errors import BadRecipe, PlanMismatch
+from ibprune.groups import block_paths, find_family, find_sites
+from ibprune.plan import PruningPlan
+from ibprune.surgery import SPEC
+
+CODE = "modeling_ibprune.py"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_AUTO_MAPPINGS = (
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
+    ("AutoModel", "MODEL_MAPPING_NAMES"),
+)
+
+
+def check_output(folder: str | Path) -> Path:
+    """The output folder as a path.
+
+    Raises:
+        BadRecipe: It exists and is not an empty folder, or cannot be written.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BadRecipe(
+            f"expected a new or empty output folder, found something in '{folder}': choose another --output."
+        )
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise BadRecipe(f"expected to write the output folder '{folder}', but '{parent}' is not writable.")
+    return path
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name at the end, or vanishes on any error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()  # empty, or this raises
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def auto_class(cls_name: str, model_type: str) -> str:
+    """The transformers Auto class that serves a model class."""
+    from transformers.models.auto import modeling_auto
+
+    for auto, mapping in _AUTO_MAPPINGS:
+        if getattr(modeling_auto, mapping).get(model_type) == cls_name:
+            return auto
+    return "AutoModel"
+
+
+def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
+    """A config from which plain transformers builds exactly this model's shapes, or None."""
+    spec = getattr(model.config, SPEC, None)
+    if spec is None:
+        return copy.deepcopy(model.config)
+    if spec["embedding"] is not None or spec["stubs"]:
+        return None
+    family = find_family(model.config.model_type)
+    sites = find_sites(model)
+    config = copy.deepcopy(model.config)
+    delattr(config, SPEC)
+    for kind, key in family.config_keys.items():
+        counts = {site.n_units for site in sites.values() if site.kind == kind and (site.block or kind != "hidden")}
+        counts |= {sites[name].n_units for name in ("hidden",) if kind == "hidden"}
+        if len(counts) != 1:
+            return None
+        if kind == "kv_groups":
+            config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
+        setattr(config, key, min(counts))
+    config.num_hidden_layers = len(block_paths(model, family))
+    try:
+        config = type(config).from_dict(config.to_dict())
+        with torch.device("meta"):
+            plain = type(model)(config)
+    except ValueError:  # the family's own checks refuse the widths
+        return None
+    ours = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    theirs = {name: tuple(p.shape) for name, p in plain.named_parameters(remove_duplicate=False)}
+    return config if ours == theirs else None
+
+
+def tier_of(model: PreTrainedModel) -> str:
+    """How the folder will load: "vanilla" (plain transformers) or "remote_code"."""
+    return "vanilla" if vanilla_config(model) is not None else "remote_code"
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: PruningPlan, folder: Path
+) -> str:
+    """Writes weights, config, tokenizer, plan and, where needed, the loading code; returns the tier."""
+    config = vanilla_config(model)
+    tier = "vanilla" if config is not None else "remote_code"
+    raw = (config if config is not None else model.config).to_dict()
+    raw["architectures"] = [type(model).__name__]
+    raw.pop("_name_or_path", None)
+    if tier == "remote_code":
+        raw = _remote_config(model, raw, folder)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    tied = list(model.get_expanded_tied_weights_keys(all_submodels=True))
+    save_torch_state_dict(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder,
+        shared_tensors_to_discard=tied,
+        metadata={"format": "pt"},
+    )
+    if model.can_generate() and model.generation_config is not None:
+        (folder / "generation_config.json").write_text(model.generation_config.to_json_string(use_diff=True))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    plan.save(folder / "plan.json")
+    return tier
+
+
+def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
+    """Adds the generated loading code and names it in the config.
+
+    A model type of its own keeps plain transformers from loading the folder as the dense family, which
+    would fill removed sub-layers with random weights and only print a table about it.
+    """
+    model_type, name = model.config.model_type, type(model).__name__
+    base = type(getattr(model, "base_model", model)).__name__
+    auto = auto_class(name, model_type)
+    config_name = type(model.config).__name__
+    lines = [
+        inspect.getsource(rebuild).rstrip(),
+        "",
+        "",
+        f"from transformers import {', '.join(sorted({base, config_name, name}))}",
+    ]
+    lines += ["  # noqa: E402", "", ""]
+    lines[-4] += lines.pop(-3)
+    lines += [f"class Pruned{config_name}({config_name}):", f'    model_type = "ibprune_{model_type}"', ""]
+    for cls in dict.fromkeys((base, name)):
+        lines += ["", f"class Pruned{cls}(Pruned, {cls}):", f"    config_class = Pruned{config_name}", ""]
+    (folder / CODE).write_text("\n".join(lines))
+    module = CODE.removesuffix(".py")
+    raw["model_type"] = f"ibprune_{model_type}"
+    raw["architectures"] = [f"Pruned{name}"]
+    raw["auto_map"] = {
+        "AutoConfig": f"{module}.Pruned{config_name}",
+        "AutoModel": f"{module}.Pruned{base}",
+        auto: f"{module}.Pruned{name}",
+    }
+    try:  # the family's own checks may refuse the pruned width; then the key keeps the dense one
+        type(model.config).from_dict(raw | {"model_type": model_type})
+    except ValueError:
+        raw["hidden_size"] = raw[SPEC]["dense"]["hidden_size"]
+    return raw
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Token ids on which loaded copies are compared, with padding in the second row."""
+    vocab = model.config.vocab_size
+    ids = torch.randint(vocab, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def probe_outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What is compared: logits, or the last hidden state, on real tokens; float32."""
+    output = model.eval()(**inputs)[0].float()
+    if output.ndim == 3:
+        output = output * inputs["attention_mask"].unsqueeze(-1)
+    return output
+
+
+def verify(model: PreTrainedModel, folder: Path, tier: str) -> dict:
+    """Loads the folder in a fresh process, in every way it claims, and compares outputs.
+
+    Raises:
+        PlanMismatch: A load failed, a tensor was missing, extra, of another shape or re-initialised,
+            or the outputs differ by more than rounding.
+    """
+    inputs = {key: value.to(model.device) for key, value in probe_inputs(model).items()}
+    expected = probe_outputs(model, inputs)
+    auto = auto_class(type(model).__name__, model.config.model_type)
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch) / "probe.safetensors"
+        save_file({**{k: v.cpu() for k, v in inputs.items()}, "expected": expected.cpu().contiguous()}, probe)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
+        root = str(Path(__file__).parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        found = subprocess.run(
+            [sys.executable, "-m", "ibprune.verify", str(folder), str(probe), auto, tier],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    if found.returncode != 0:
+        reason = (found.stderr.strip().splitlines() or ["no message"])[-1]
+        raise PlanMismatch(f"the exported folder does not load in a fresh process, so it was not kept: {reason}")
+    result = json.loads(found.stdout.strip().splitlines()[-1])
+    allowed = TOLERANCE.get(model.dtype, 1e-5) * max(1.0, float(expected.abs().max()))
+    worst = max(result.values())
+    if not worst <= allowed:
+        raise PlanMismatch(f"the reloaded model differs by {worst:.2e}, more than {allowed:.0e}: {result}.")
+    return {"tier": tier, "max_abs_diff": worst, "ways": sorted(result), "transformers": transformers.__version__}

@@ -1,0 +1,148 @@
+"""Binds data to a model: which objective, which batches, which metrics, which defaults."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ibprune.console import Quiet
+from ibprune.data import (
+    PROSE,
+    Collate,
+    CollateIds,
+    CollateMasked,
+    TextData,
+    load_data,
+    load_prose,
+    load_task,
+    make_loader,
+    windows,
+)
+from ibprune.errors import BadData, BadRecipe
+from ibprune.hub import hub_reachable
+from ibprune.losses import Batch, Objective
+from ibprune.recipe import Recipe
+
+# objective: (learning rate of the recovery, tokens per sequence)
+DEFAULTS = {
+    "classification": (5e-5, 128),
+    "regression": (5e-5, 128),
+    "causal_lm": (2e-4, 256),
+    "masked_lm": (1e-4, 128),
+    "encoder": (3e-4, 64),
+}
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches for a model and what they are for.
+
+    Attributes:
+        objective: What the model is trained and judged by.
+        metrics: Metric names, for labelled data.
+        train_set, held_out_set: Rows the collator understands.
+        collate: Rows to a padded batch.
+        batch_size, seed: Of the run.
+    """
+
+    objective: Objective
+    metrics: tuple[str, ...]
+    train_set: Dataset
+    held_out_set: Dataset
+    collate: Collate | CollateIds | CollateMasked
+    batch_size: int
+    seed: int
+
+    def train(self, epoch_seed: int) -> DataLoader:
+        """Shuffled training batches, a function of the seed."""
+        return make_loader(self.train_set, self.collate, batch_size=self.batch_size, seed=epoch_seed)
+
+    def held_out(self) -> DataLoader:
+        """Held-out batches in order; hidden tokens of a masked LM are the same at every call."""
+        collate = self.collate
+        if isinstance(collate, CollateMasked):
+            collate = CollateMasked(collate.tokenizer, self.seed)
+        return make_loader(self.held_out_set, collate, batch_size=self.batch_size, seed=None)
+
+    def calibration(self, sequences: int, device: torch.device) -> list[Batch]:
+        """Training batches for scores and probes, moved to the device."""
+        loader = self.train(self.seed + 1_000_003)  # other batches than the first epoch's
+        batches = itertools.islice(loader, max(1, sequences // self.batch_size))
+        return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+
+    def unshuffled(self) -> Iterator[Batch]:
+        return iter(make_loader(self.train_set, self.collate, batch_size=256, seed=None))
+
+
+def find_data(recipe: Recipe, console: Quiet) -> TextData:
+    """The data a recipe names; prose of this machine when it names none."""
+    if recipe.task and recipe.data:
+        raise BadRecipe("expected --task or --data, found both: --task is a GLUE task from the Hub.")
+    if recipe.data:
+        return load_data(
+            recipe.data, text_columns=recipe.text_columns, label_column=recipe.label_column, seed=recipe.seed
+        )
+    if recipe.task:
+        return load_task(recipe.task)
+    why = "No data named" if hub_reachable() else "No data named and the Hub is out of reach"
+    console.say(f"{why}: using English prose of this Python installation (--data {PROSE}).")
+    return load_prose(seed=recipe.seed)
+
+
+def objective_name(model: PreTrainedModel, data: TextData) -> str:
+    """What a model can be trained for on some data.
+
+    Raises:
+        BadData: A task head that the data cannot feed.
+    """
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        if not data.label_column:
+            raise BadData(f"{name} needs labelled data, '{data.name}' has no label column: use --task or --data.")
+        return "classification" if data.labels else "regression"
+    if name.endswith("ForCausalLM"):
+        return "causal_lm"
+    if name.endswith(("ForMaskedLM", "ForPreTraining")):
+        return "masked_lm"
+    if name.endswith("Model"):
+        return "encoder"
+    raise BadData(f"{name} has a task head that ibprune cannot train yet: use a base, classification or LM model.")
+
+
+def make_feed(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TextData
+) -> tuple[Recipe, Feed]:
+    """The feed, and the recipe with the defaults that its objective decides filled in."""
+    name = objective_name(model, data)
+    lr, length = DEFAULTS[name]
+    limit = getattr(model.config, "max_position_embeddings", None) or length
+    max_length = recipe.max_length or min(length, limit)
+    if max_length > limit:
+        raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
+    recipe = recipe.model_copy(update={"lr": recipe.lr or lr, "max_length": max_length})
+    train_set, held_out_set = data.train, data.held_out
+    if name in ("causal_lm", "masked_lm"):
+        column = data.text_columns[0]
+        train_set = windows(train_set, column, tokenizer, max_length)
+        held_out_set = windows(held_out_set, column, tokenizer, max_length)
+        collate = CollateIds(tokenizer) if name == "causal_lm" else CollateMasked(tokenizer, recipe.seed)
+        if name == "masked_lm" and tokenizer.mask_token_id is None:
+            raise BadData("a masked language model needs a tokenizer with a mask token, found none.")
+    else:
+        if name == "encoder":  # every text column is text to embed; labels play no part
+            train_set, held_out_set = (_stack(rows, data.text_columns) for rows in (train_set, held_out_set))
+            data = replace(data, text_columns=("text",), label_column=None)
+        collate = Collate(tokenizer, data, max_length)
+    if len(train_set) == 0 or len(held_out_set) == 0:
+        raise BadData(f"expected text to train and to judge on in '{data.name}', found an empty split.")
+    feed = Feed(Objective(name), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed)
+    return recipe, feed
+
+
+def _stack(rows: Dataset, columns: tuple[str, ...]) -> Dataset:
+    """All text columns below each other as one column "text"."""
+    return Dataset.from_dict({"text": [text for column in columns for text in rows[column] if text]})

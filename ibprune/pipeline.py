@@ -1,0 +1,188 @@
+"""The steps of a run in order: load, measure, cut, recover, measure again, export."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ibprune.bench import measure_latency
+from ibprune.budget import Budget
+from ibprune.console import Quiet
+from ibprune.costs import CostModel, count_params
+from ibprune.cutting import MACS_LENGTH, Costs, cut, loss_with, train_settings
+from ibprune.evaluation import evaluate_model
+from ibprune.export import auto_class, check_output, staged, verify, write_model
+from ibprune.feeding import Feed, find_data, make_feed
+from ibprune.groups import KINDS
+from ibprune.losses import Objective
+from ibprune.model_card import model_card
+from ibprune.models import Loaded, check_finite, find_source, load_dense
+from ibprune.plan import PruningPlan
+from ibprune.recipe import Recipe
+from ibprune.report import Report, Side, versions
+from ibprune.trainer import make_accelerator, train
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` returns: the pruned model in eval mode, the plan, and the dict of report.json."""
+
+    model: PreTrainedModel
+    plan: PruningPlan
+    report: dict
+
+
+def run(recipe: Recipe, console: Quiet) -> PruneResult:
+    """Carries out a recipe. The output folder appears complete, or not at all."""
+    folder = check_output(recipe.output)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        source = find_source(recipe.model)
+        if source.note:
+            console.say(source.note)
+        data = find_data(recipe, console)
+        n_labels = (len(data.labels) or 1) if data.label_column else None
+        loaded = load_dense(source, n_labels=n_labels, regression=bool(data.label_column and not data.labels))
+        recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
+        accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
+        dense = loaded.model.to(accelerator.device)
+    console.say(
+        f"{type(dense).__name__} of {source.name}: {count_params(dense):,} parameters; "
+        f"{data.name}: {len(feed.train_set):,} training rows; {feed.objective.name}, {accelerator.mixed_precision}"
+    )
+    with _timed(seconds, "finetune"):
+        finetune_(dense, recipe, feed, accelerator, console, new_head=loaded.new_head)
+    with _timed(seconds, "evaluate"):
+        dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
+    with _timed(seconds, "cut"):
+        student, plan, budget, costs = cut(dense, recipe, feed, accelerator, console)
+    objective = _on_kept_features(feed.objective, plan)
+    with _timed(seconds, "recover"):
+        teacher = dense if recipe.distill else None
+        steps = train_settings(recipe, recipe.recover_steps)
+        train(student, loss_with(objective, teacher, accelerator), feed.train, steps,
+              accelerator=accelerator, phase="recovering", console=console)  # fmt: skip
+    check_finite(student, "the recovered model")
+    student = student.to(loaded.dtype).float()  # what is measured is what is stored
+    with _timed(seconds, "evaluate"):
+        metrics = evaluate_model(student, feed, objective, dense=dense, console=console, what="evaluating pruned")
+    with _timed(seconds, "bench"):
+        shape = {"batch": min(recipe.batch_size, 16), "length": min(recipe.max_length, 64)}
+        latencies = measure_latency(dense, student, **shape, console=console)
+    report = Report(
+        dense=_side(costs, costs.params.n_units, dense_metrics, latencies[0]),
+        pruned=_side(costs, plan.kept(), metrics, latencies[1]),
+        budget=_budget_record(budget, costs.of(budget.cost), plan),
+        score=recipe.score,
+        shares=recipe.shares,
+        seed=recipe.seed,
+        model=source.name,
+        data=data.name,
+        objective=feed.objective.name,
+        macs_length=MACS_LENGTH,
+        latency_input=shape,
+        kept=kept_by_kind(plan),
+        world_size=accelerator.num_processes,
+        device=str(accelerator.device),
+        precision=accelerator.mixed_precision,
+        timings_s=seconds,
+        versions=versions(),
+    )
+    console.say("writing and checking the folder in a fresh process")
+    with staged(folder) as temporary:
+        _export(student, dense, loaded, plan, recipe, report, temporary, folder)
+    return PruneResult(student.eval(), plan, report.to_dict())
+
+
+def finetune_(
+    model: PreTrainedModel, recipe: Recipe, feed: Feed, accelerator: Accelerator, console: Quiet, *, new_head: bool
+) -> None:
+    """Trains the dense model when its task head is new, or when steps are asked for."""
+    steps = recipe.finetune_steps
+    if steps is None:
+        steps = min(2000, -(-len(feed.train_set) // recipe.batch_size)) if new_head else 0
+    if steps and new_head:
+        console.say(f"The checkpoint has no head for this task: training the dense model for {steps} steps first.")
+    settings = replace(train_settings(recipe, steps), seed=recipe.seed + 17)  # other batches than the recovery's
+    loss_of = loss_with(feed.objective, None, accelerator)
+    train(model, loss_of, feed.train, settings, accelerator=accelerator, phase="training dense", console=console)
+
+
+def _export(
+    student: PreTrainedModel,
+    dense: PreTrainedModel,
+    loaded: Loaded,
+    plan: PruningPlan,
+    recipe: Recipe,
+    report: Report,
+    folder: Path,
+    final: Path,
+) -> None:
+    """Writes everything into the staged folder and proves that it loads."""
+    student = student.to(loaded.dtype)
+    tier = write_model(student, loaded.tokenizer, plan, folder)
+    recipe.save(folder / "recipe.yaml")
+    report.verify = verify(student, folder, tier)
+    student.float()
+    report.dense.file_bytes = count_params(dense) * loaded.dtype.itemsize
+    report.pruned.file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    report.save(folder / "report.json")
+    auto = auto_class(type(student).__name__, student.config.model_type)
+    (folder / "README.md").write_text(model_card(report.to_dict(), auto_class=auto, folder=final.name))
+
+
+def _side(costs: Costs, kept: dict[str, int], metrics: dict[str, float], latency: dict[str, float]) -> Side:
+    return Side(
+        params=costs.params(kept),
+        macs=costs.macs(kept),
+        file_bytes=0,
+        metrics=metrics,
+        latency_ms=latency,
+        params_blocks=costs.params(kept, scope="blocks"),
+        macs_blocks=costs.macs(kept, scope="blocks"),
+    )
+
+
+def _budget_record(budget: Budget, model: CostModel, plan: PruningPlan) -> dict:
+    return {
+        "cost": budget.cost,
+        "scope": budget.scope,
+        "keep": budget.keep,
+        "limit": budget.limit,
+        "achieved": model(plan.kept(), scope=budget.scope),
+    }
+
+
+def kept_by_kind(plan: PruningPlan) -> dict[str, float]:
+    """Kept share of the units of each kind; sub-layers of attention and FFN together are "layers"."""
+    totals: dict[str, list[int]] = {}
+    for name, units in plan.keep.items():
+        last = name.rpartition(".")[2]
+        kind = last if last in KINDS else "layers" if last.endswith("_sublayer") else "hidden"
+        totals.setdefault(kind, [0, 0])
+        totals[kind][0] += len(units)
+        totals[kind][1] += plan.n_units[name]
+    return {kind: kept / total for kind, (kept, total) in totals.items()}
+
+
+def _on_kept_features(objective: Objective, plan: PruningPlan) -> Objective:
+    """Compares a narrower encoder with the same features of the dense one."""
+    if objective.name != "encoder":
+        return objective
+    cut_dims = {
+        site: plan.keep[site]
+        for site in ("hidden", "pooler")
+        if site in plan.keep and len(plan.keep[site]) < plan.n_units[site]
+    }
+    return replace(objective, dims=cut_dims.get("hidden"), pooler_dims=cut_dims.get("pooler"))
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 2)

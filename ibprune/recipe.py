@@ -1,0 +1,108 @@
+"""The recipe: everything that decides a run, as one strict record read from YAML and flags."""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ibprune.errors import BadRecipe, did_you_mean
+from ibprune.groups import KINDS
+
+
+class Recipe(BaseModel):
+    """One field per idea; the YAML key, the flag and the argument of `ibprune.prune` are the same word.
+
+    Fields whose default is None are decided by the model's objective (see `pipeline.defaults`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Hub id, folder or alias of the dense model")
+    budget: float = Field(description="share of the dense cost to keep, in (0, 1]")
+    cost: Literal["params", "macs"] = Field("params", description="what the budget counts")
+    scope: Literal["model", "blocks"] = Field("model", description="blocks leaves embeddings and heads out")
+    task: str | None = Field(None, description="a GLUE task by name")
+    data: str | None = Field(None, description="file, folder or Hub data set; default: prose on this machine")
+    text_columns: tuple[str, ...] = Field((), description="columns with the text, if not the usual names")
+    label_column: str = Field("", description="column with the label, if not the usual name")
+    score: Literal["vib", "fisher", "magnitude", "random"] = Field("vib", description="what ranks the units")
+    shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
+    kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all the model has")
+    round_to: int = Field(8, ge=1, description="wide axes become multiples of this")
+    output: str = Field("pruned", description="folder to write")
+    seed: int = Field(0, ge=0)
+    finetune_steps: int | None = Field(None, ge=0, description="steps to train the dense model's task head first")
+    mask_steps: int = Field(300, ge=0, description="steps of mask learning (score vib)")
+    recover_steps: int = Field(900, ge=0, description="steps of recovery after the cut")
+    batch_size: int = Field(32, ge=1, description="sequences per step and process")
+    grad_accum: int = Field(1, ge=1, description="batches per step")
+    lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
+    max_length: int | None = Field(None, ge=4, description="tokens per sequence")
+    distill: bool = Field(True, description="learn from the dense model's outputs too")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto")
+    audit: bool = Field(True, description="audit the retained information")
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: float) -> float:
+        if not 0 < value <= 1:
+            raise ValueError(f"expected a share in (0, 1], found {value:g}")
+        return value
+
+    @field_validator("kinds", "text_columns", mode="before")
+    @classmethod
+    def _list(cls, value):
+        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @field_validator("kinds")
+    @classmethod
+    def _kinds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for kind in value:
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind '{kind}': {did_you_mean(kind, KINDS)}")
+        return value
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
+    """A recipe from a YAML file, `values` (flags) overriding it.
+
+    Raises:
+        BadRecipe: Unreadable, an unknown key (with the nearest valid one), or a value out of range.
+
+    Example:
+        >>> make_recipe({"model": "minilm", "budget": 0.3}).score
+        'vib'
+    """
+    found: dict = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise BadRecipe(f"could not read the recipe '{file}': {str(error).splitlines()[0]}") from error
+        if not isinstance(loaded, dict):
+            raise BadRecipe(f"expected keys and values in the recipe '{file}', found {type(loaded).__name__}.")
+        found = loaded
+    try:
+        return Recipe(**{str(key): value for key, value in (found | values).items()})
+    except ValidationError as error:
+        raise BadRecipe(_one_line(error)) from error
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = str(first["loc"][0]) if first["loc"] else "recipe"
+    if first["type"] == "extra_forbidden":
+        return f"unknown recipe key '{key}': {did_you_mean(key, Recipe.model_fields)}."
+    if first["type"] == "missing":
+        return f"expected --{key.replace('_', '-')} (recipe key '{key}'), found none."
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        expected = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        reason = f"found '{first['input']}': {did_you_mean(str(first['input']), expected)}"
+    elif reason == first["msg"]:
+        reason = f"{reason}, found {first['input']!r}"
+    return f"--{key.replace('_', '-')}: {reason}."

@@ -1,0 +1,79 @@
+"""How much of each kind to keep: found by measuring the loss of candidate cuts, not by a formula."""
+
+from collections.abc import Callable
+
+from ibprune.budget import Budget, Keep, Scores, fractions_kept, solve_by_cost, solve_by_shares
+from ibprune.console import Quiet
+from ibprune.costs import CostModel
+from ibprune.errors import BadRecipe
+from ibprune.groups import Site
+
+SHARES = ("probe", "cost", "equal")
+
+
+def equal_pressure(sites: dict[str, Site]) -> dict[str, float]:
+    """The same kept fraction for every kind of width; whole sub-layers stay unless they are all there is."""
+    kinds = dict.fromkeys(site.kind for site in sites.values())
+    return {kind: 0.0 if kind == "layers" and len(kinds) > 1 else 1.0 for kind in kinds}
+
+
+def probe_shares(
+    loss_of: Callable[[Keep], float],
+    scores: Scores,
+    sites: dict[str, Site],
+    model: CostModel,
+    budget: Budget,
+    *,
+    console: Quiet,
+    rounds: int = 3,
+) -> Keep:
+    """The cut with the least measured loss found by a coordinate search over the kinds.
+
+    A curvature at the dense point says which unit of a kind matters, but little about cutting half of
+    a kind: so candidates are cut for real (by masks) and their loss on calibration data decides.
+    The search starts from score-per-cost, from equal shares, and from equal shares with one kind spared, then
+    scales the pressure on one kind at a time. Kind k keeps exp(-t * pressure[k]) of its units.
+    """
+    tried: dict[tuple, float] = {}
+    best: tuple[float, Keep, dict[str, float]] | None = None
+
+    def consider(pressure: dict[str, float] | None) -> bool:
+        nonlocal best
+        try:
+            keep = (
+                solve_by_cost(scores, sites, model, budget)
+                if pressure is None
+                else solve_by_shares(scores, sites, model, budget, pressure)
+            )
+        except BadRecipe:  # the kinds under pressure cannot reach the budget alone
+            return False
+        key = tuple(len(units) for units in keep.values())
+        if key in tried:
+            return False
+        tried[key] = loss_of(keep)
+        if best is None or tried[key] < best[0]:
+            kept = fractions_kept(keep, sites)
+            best = tried[key], keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}
+            return True
+        return False
+
+    kinds = list(dict.fromkeys(site.kind for site in sites.values()))
+    equal = equal_pressure(sites)
+    starts = [None, equal] + [equal | {kind: 0.0} for kind in kinds if len(kinds) > 1 and equal[kind]]
+    moves = [(kind, factor) for factor in (2.0, 0.5) for kind in kinds]
+    total = len(starts) + rounds * len(moves)
+    steps = iter(console.track(range(total), "allocating between kinds", total))
+    for pressure in starts:
+        next(steps)
+        consider(pressure)
+    if best is None:
+        raise BadRecipe(f"expected a cut that meets the limit {budget.limit:,} {model.cost}, found none.")
+    for power in [1.0 / (i + 1) for i in range(rounds)]:  # steps of 2, 1.41, 1.26
+        for kind, factor in moves:
+            next(steps)
+            pressure = best[2]
+            typical = max(pressure.values())
+            start = pressure.get(kind, 0.0) or (0.1 * typical if factor > 1 else 0.0)
+            consider(pressure | {kind: start * factor**power})
+    list(steps)
+    return best[1]

@@ -1,0 +1,145 @@
+"""Learns which units carry needed information: VIB masks trained with the weights under a ramped hard budget."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ibprune.budget import Budget, Keep, Ranking, fractions_kept, solve_by_shares
+from ibprune.console import Quiet
+from ibprune.costs import CostModel
+from ibprune.groups import Site
+from ibprune.losses import Batch
+from ibprune.masks import MaskSet
+from ibprune.trainer import TrainSettings, TrainState, train
+
+NOISELESS_KINDS = ("hidden", "embedding_rank")  # one draw would hit every norm, or every token, at once
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How masks are learned; the shares of the steps add up from the start.
+
+    Attributes:
+        beta: Weight of the KL, per share of the dense cost: beta_j = beta * c_j / C, c_j the unit's cost.
+        lr_mu, lr_log_var: Learning rates of the masks (Adam, no decay, constant).
+        best, worst: log_alpha at the start for the first and last unit of each kind's Fisher ranking.
+        ramp: Share of the steps after which the hard budget is reached.
+        settle: Share after which noise and KL are off: the last phase is deterministic.
+    """
+
+    beta: float = 0.2
+    lr_mu: float = 0.01
+    lr_log_var: float = 0.05
+    best: float = -8.0
+    worst: float = -4.0
+    ramp: float = 0.6
+    settle: float = 0.75
+
+
+def learn_masks(
+    model: nn.Module,
+    masks: MaskSet,
+    sites: dict[str, Site],
+    cost_model: CostModel,
+    budget: Budget,
+    start: dict[str, torch.Tensor],
+    target: Keep,
+    loss_of: Callable[[nn.Module, Batch], torch.Tensor],
+    make_batches: Callable[[int], DataLoader],
+    train_settings: TrainSettings,
+    *,
+    accelerator: Accelerator,
+    console: Quiet,
+    settings: MaskSettings = MaskSettings(),
+) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
+    """Learns masks and weights together and returns (kept units, scores, training state).
+
+    The masks start from the Fisher ranking. At every step the hard mask is the exact top-k of the
+    present -log_alpha within each kind, where k follows a ramp from everything to the target's share
+    of the kind; so the budget is met all the way and no controller is needed. The loss is
+
+        loss + sum_j beta_j * KL_j,   beta_j = beta * cost_j / dense cost   (VIBNet eq. 10 with gamma = cost)
+
+    Noise acts on heads, FFN units and sub-layers; the shared residual mask and the embedding
+    directions learn their means only. At the end the exact budget comes from ranking by -log_alpha.
+    With `train_settings.steps` 0 the target is returned as it is.
+    """
+    if train_settings.steps == 0:
+        return target, start, TrainState("learning masks")
+    fractions = fractions_kept(target, sites)
+    noisy = [name for name, site in sites.items() if site.kind not in NOISELESS_KINDS]
+    _start_from_ranks_(masks, sites, start, settings)
+    dense = cost_model(cost_model.n_units, scope=budget.scope)
+    beta = torch.cat(
+        [
+            torch.full((site.n_units,), cost_model.unit_cost(cost_model.n_units, name, scope=budget.scope) / dense)
+            for name, site in sites.items()
+        ]
+    ).mul(settings.beta)
+    device = next(model.parameters()).device
+    beta = beta.to(device)
+    steps = train_settings.steps
+    penalise = [True]
+
+    def before_step(step: int) -> None:
+        progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
+        penalise[0] = step < settings.settle * steps
+        masks.set_noise(1.0 if penalise[0] else 0.0, sites=noisy)
+        if step % 5 == 0 or step + 1 == steps:
+            ramped = {kind: 1.0 - progress * (1.0 - share) for kind, share in fractions.items()}
+            masks.set_keep(Ranking(_scores(masks), sites).keep(ramped))
+
+    def loss_with_kl(prepared: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = loss_of(prepared, batch)
+        if not penalise[0]:
+            return loss
+        return loss + (beta * torch.cat([mask.kl() for _, mask in masks.items()])).sum()
+
+    masks.set_noise(0.0, sites=[name for name in sites if name not in noisy])
+    groups = [
+        {"params": [mask.mu for _, mask in masks.items()], "lr": settings.lr_mu},
+        {"params": [masks[name].log_var for name in noisy], "lr": settings.lr_log_var},
+    ]
+    for name in sites:
+        masks[name].log_var.requires_grad_(name in noisy)
+    state = train(
+        model,
+        loss_with_kl,
+        make_batches,
+        train_settings,
+        accelerator=accelerator,
+        phase="learning masks",
+        console=console,
+        extra_groups=[group for group in groups if group["params"]],
+        before_step=before_step,
+    )
+    scores = _scores(masks)
+    pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions.items()}
+    keep = solve_by_shares(scores, sites, cost_model, budget, pressure)
+    masks.set_keep(keep)
+    return keep, scores, state
+
+
+def _scores(masks: MaskSet) -> dict[str, torch.Tensor]:
+    """-log_alpha by site: the signal-to-noise ratio of each unit, already a score per cost."""
+    return {name: -mask.log_alpha().detach() for name, mask in masks.items()}
+
+
+def _start_from_ranks_(
+    masks: MaskSet, sites: dict[str, Site], scores: dict[str, torch.Tensor], settings: MaskSettings
+) -> None:
+    """Sets mu = 1 and log_var between `best` and `worst` by each unit's place in its kind's ranking."""
+    for kind in dict.fromkeys(site.kind for site in sites.values()):
+        members = [name for name, site in sites.items() if site.kind == kind]
+        values = torch.cat([scores[name].double() for name in members])
+        place = torch.empty(len(values))
+        place[torch.argsort(-values, stable=True)] = torch.linspace(0, 1, len(values))
+        for name, part in zip(members, place.split([sites[name].n_units for name in members])):
+            with torch.no_grad():
+                masks[name].mu.fill_(1.0)
+                masks[name].log_var.copy_(settings.best + (settings.worst - settings.best) * part)
