@@ -38,9 +38,21 @@ class Terminal(Quiet):
             TimeRemainingColumn,
         )
 
+        if not self.console.is_terminal:  # a log file: a line every tenth
+            yield from self._log(items, what, total)
+            return
         columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
             task = progress.add_task(what, total=total)
             for item in items:
                 yield item
                 progress.advance(task)
+
+    def _log(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        import time
+
+        start = time.perf_counter()
+        for done, item in enumerate(items, 1):
+            yield item
+            if done * 10 // total > (done - 1) * 10 // total:
+                self.say(f"{what}: {done}/{total}, {time.perf_counter() - start:.0f} s")

@@ -45,16 +45,12 @@ class CostModel:
         """The exact cost when `kept[site]` units stay (the number matters, not which)."""
         return int(sum(self._values(kept, scope)))
 
-    def expected(self, kept: Mapping[str, torch.Tensor], *, scope: str = "model") -> torch.Tensor:
-        """The same formula on soft counts (scalars), differentiable."""
-        return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in self._values(kept, scope)]).sum()
-
-    def _values(self, kept: Mapping, scope: str) -> list:
+    def _values(self, kept: Mapping[str, int], scope: str) -> list[int]:
         values = []
         for term in self.terms:
             if scope == "blocks" and not term.in_blocks:
                 continue
-            if term.rank and (float(kept[term.rank]) >= self.n_units[term.rank]) != term.dense:
+            if term.rank and (kept[term.rank] >= self.n_units[term.rank]) != term.dense:
                 continue
             value = term.coefficient
             for site in term.sites:

@@ -15,7 +15,7 @@ from ibprune.costs import CostModel, macs_model, params_model
 from ibprune.data import token_counts
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.feeding import Feed
-from ibprune.groups import Site, find_family, find_sites
+from ibprune.groups import Site
 from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective, forward, training_loss
 from ibprune.masks import MaskSet
@@ -23,12 +23,13 @@ from ibprune.plan import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares
+from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_, factorize_
 from ibprune.trainer import TrainSettings
 from ibprune.vib import learn_masks
 
-MACS_LENGTH = 128  # tokens of the sequence whose MACs are counted
-CALIBRATION = 1024  # sequences that score the units
+MACS_LENGTH = 128  # tokens of the sequence whose MACs are counted, where the model reads so many
+CALIBRATION = 512  # sequences that score the units
 PROBE = 256  # sequences on which candidate cuts are compared
 
 
@@ -72,7 +73,8 @@ def prepare_(
         factorize_(model, counts)
     everything = find_sites(model)
     chosen = {name: site for name, site in everything.items() if site.kind in kinds}
-    return everything, chosen, Costs(params_model(model, everything), macs_model(model, everything, length=MACS_LENGTH))
+    length = min(MACS_LENGTH, getattr(model.config, "max_position_embeddings", None) or MACS_LENGTH)
+    return everything, chosen, Costs(params_model(model, everything), macs_model(model, everything, length=length))
 
 
 def cut(

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
-from ibprune.groups import block_paths, find_family, find_sites
 from ibprune.plan import PruningPlan
+from ibprune.sites import block_paths, find_family, find_sites
 from ibprune.surgery import SPEC
 
 CODE = "modeling_ibprune.py"
@@ -107,7 +108,7 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             plain = type(model)(config)
-    except ValueError:  # the family's own checks refuse the widths
+    except (ValueError, StrictDataclassError):  # the family's own checks refuse the widths
         return None
     ours = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     theirs = {name: tuple(p.shape) for name, p in plain.named_parameters(remove_duplicate=False)}
@@ -149,36 +150,32 @@ def write_model(
 def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
     """Adds the generated loading code and names it in the config.
 
-    A model type of its own keeps plain transformers from loading the folder as the dense family, which
-    would fill removed sub-layers with random weights and only print a table about it.
+    Plain transformers refuses such a folder, because some tensor differs in shape from the dense family.
+    Where only sub-layers are gone every shape fits, and it would fill the gaps with random weights and just
+    print a table about it: then the folder gets a model type of its own, which it refuses too.
     """
     model_type, name = model.config.model_type, type(model).__name__
     base = type(getattr(model, "base_model", model)).__name__
-    auto = auto_class(name, model_type)
     config_name = type(model.config).__name__
-    lines = [
-        inspect.getsource(rebuild).rstrip(),
-        "",
-        "",
-        f"from transformers import {', '.join(sorted({base, config_name, name}))}",
-    ]
-    lines += ["  # noqa: E402", "", ""]
-    lines[-4] += lines.pop(-3)
-    lines += [f"class Pruned{config_name}({config_name}):", f'    model_type = "ibprune_{model_type}"', ""]
-    for cls in dict.fromkeys((base, name)):
-        lines += ["", f"class Pruned{cls}(Pruned, {cls}):", f"    config_class = Pruned{config_name}", ""]
-    (folder / CODE).write_text("\n".join(lines))
     module = CODE.removesuffix(".py")
-    raw["model_type"] = f"ibprune_{model_type}"
+    own_type = not raw[SPEC]["shapes"] and raw[SPEC]["embedding"] is None
+    imports = sorted({base, name, config_name} if own_type else {base, name})
+    lines = [inspect.getsource(rebuild).rstrip(), "", ""]
+    lines += [f"from transformers import {', '.join(imports)}  # noqa: E402", "", ""]
+    if own_type:
+        lines += [f"class Pruned{config_name}({config_name}):", f'    model_type = "ibprune_{model_type}"', "", ""]
+    for cls in dict.fromkeys((base, name)):
+        body = f"config_class = Pruned{config_name}" if own_type else "pass"
+        lines += [f"class Pruned{cls}(Pruned, {cls}):", f"    {body}", "", ""]
+    (folder / CODE).write_text("\n".join(lines).rstrip() + "\n")
     raw["architectures"] = [f"Pruned{name}"]
-    raw["auto_map"] = {
-        "AutoConfig": f"{module}.Pruned{config_name}",
-        "AutoModel": f"{module}.Pruned{base}",
-        auto: f"{module}.Pruned{name}",
-    }
+    raw["auto_map"] = {"AutoModel": f"{module}.Pruned{base}", auto_class(name, model_type): f"{module}.Pruned{name}"}
+    if own_type:
+        raw["model_type"] = f"ibprune_{model_type}"
+        raw["auto_map"]["AutoConfig"] = f"{module}.Pruned{config_name}"
     try:  # the family's own checks may refuse the pruned width; then the key keeps the dense one
         type(model.config).from_dict(raw | {"model_type": model_type})
-    except ValueError:
+    except (ValueError, StrictDataclassError):
         raw["hidden_size"] = raw[SPEC]["dense"]["hidden_size"]
     return raw
 

@@ -27,13 +27,23 @@ from ibprune.hub import hub_reachable
 from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
 
-# objective: (learning rate of the recovery, tokens per sequence)
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a recipe leaves open. An encoder's are sized so that MiniLM takes minutes on two CPU cores."""
+
+    lr: float
+    max_length: int
+    mask_steps: int = 300
+    recover_steps: int = 900
+
+
 DEFAULTS = {
-    "classification": (5e-5, 128),
-    "regression": (5e-5, 128),
-    "causal_lm": (2e-4, 256),
-    "masked_lm": (1e-4, 128),
-    "encoder": (3e-4, 64),
+    "classification": Defaults(5e-5, 128),
+    "regression": Defaults(5e-5, 128),
+    "causal_lm": Defaults(5e-4, 256),
+    "masked_lm": Defaults(1e-4, 128),
+    "encoder": Defaults(3e-4, 64, mask_steps=80, recover_steps=400),
 }
 
 
@@ -106,7 +116,7 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
         return "classification" if data.labels else "regression"
     if name.endswith("ForCausalLM"):
         return "causal_lm"
-    if name.endswith(("ForMaskedLM", "ForPreTraining")):
+    if name.endswith("ForMaskedLM"):
         return "masked_lm"
     if name.endswith("Model"):
         return "encoder"
@@ -118,12 +128,15 @@ def make_feed(
 ) -> tuple[Recipe, Feed]:
     """The feed, and the recipe with the defaults that its objective decides filled in."""
     name = objective_name(model, data)
-    lr, length = DEFAULTS[name]
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    max_length = recipe.max_length or min(length, limit)
+    defaults = DEFAULTS[name]
+    limit = getattr(model.config, "max_position_embeddings", None) or defaults.max_length
+    max_length = recipe.max_length or min(defaults.max_length, limit)
     if max_length > limit:
         raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
-    recipe = recipe.model_copy(update={"lr": recipe.lr or lr, "max_length": max_length})
+    open_steps = {
+        key: getattr(defaults, key) for key in ("mask_steps", "recover_steps") if getattr(recipe, key) is None
+    }
+    recipe = recipe.model_copy(update={"lr": recipe.lr or defaults.lr, "max_length": max_length, **open_steps})
     train_set, held_out_set = data.train, data.held_out
     if name in ("causal_lm", "masked_lm"):
         column = data.text_columns[0]

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ibprune.errors import PlanMismatch
-from ibprune.groups import find_family
 from ibprune.rebuild import Pruned
+from ibprune.sites import find_family
 from ibprune.surgery import SPEC
 
 
@@ -43,7 +44,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
         model, info = cls.from_pretrained(
             folder, config=config, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
         )
-    except (OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, ValueError, SafetensorError) as error:
         raise PlanMismatch(f"'{folder}' does not load: {str(error).strip().splitlines()[0]}") from error
     check_loaded(info, str(folder))
     return model.eval()

@@ -50,10 +50,6 @@ class VIBMask(nn.Module):
         """KL to the best zero-mean Gaussian prior, 1/2 log(1 + mu^2/sigma^2), in nats, (n_units,) (VIBNet, eq. 9)."""
         return 0.5 * nn.functional.softplus(-self.log_alpha())
 
-    def keep_prob(self, tau: float = 1.0) -> torch.Tensor:
-        """A soft count of kept units, sigmoid(-tau * log_alpha), (n_units,)."""
-        return torch.sigmoid(-tau * self.log_alpha())
-
     def cut(self, keep: tuple[int, ...]) -> None:
         """Multiplies every unit that `keep` does not name by 0."""
         self.hard.zero_()

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean
-from ibprune.groups import find_family
+from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean
 from ibprune.hub import hub_reachable
+from ibprune.sites import find_family
 
 ALIASES = {
     "bert-base": "google-bert/bert-base-uncased",
     "bert-large": "google-bert/bert-large-uncased",
+    "gpt2": "openai-community/gpt2",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "roberta-base": "FacebookAI/roberta-base",
     "tinyllama": "TinyLlama/TinyLlama_v1.1",
 }
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -163,6 +166,12 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
     config = load_config(source)
     extra = {}
     cls = model_class(config, classify=n_labels is not None)
+    trained = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    if trained and n_labels is not None and n_labels != config.num_labels:
+        raise BadData(
+            f"'{source.name}' was trained for {config.num_labels} output(s), the data have {n_labels}: give data of "
+            "its task, or the base model to train a new head."
+        )
     if n_labels is not None:
         extra = {"num_labels": n_labels}
         if regression:
@@ -171,12 +180,10 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
         model, info = cls.from_pretrained(
             source.location, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **extra
         )
+    except SafetensorError as error:
+        raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {_first_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise BadRecipe(f"could not load '{source.name}': {_first_line(error)}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {_first_line(error)}") from error
-        raise
     fresh = [key for key in info["missing_keys"] if key.startswith(NEW_HEADS) and n_labels is not None]
     broken = sorted({*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])} - set(fresh))
     if broken:

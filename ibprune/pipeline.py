@@ -13,7 +13,7 @@ from ibprune.bench import measure_latency
 from ibprune.budget import Budget
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
-from ibprune.cutting import MACS_LENGTH, Costs, cut, loss_with, train_settings
+from ibprune.cutting import Costs, cut, loss_with, train_settings
 from ibprune.evaluation import evaluate_model
 from ibprune.export import auto_class, check_output, staged, verify, write_model
 from ibprune.feeding import Feed, find_data, make_feed
@@ -41,6 +41,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     folder = check_output(recipe.output)
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
+        accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
         source = find_source(recipe.model)
         if source.note:
             console.say(source.note)
@@ -48,11 +49,10 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         n_labels = (len(data.labels) or 1) if data.label_column else None
         loaded = load_dense(source, n_labels=n_labels, regression=bool(data.label_column and not data.labels))
         recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
-        accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
         dense = loaded.model.to(accelerator.device)
     console.say(
         f"{type(dense).__name__} of {source.name}: {count_params(dense):,} parameters; "
-        f"{data.name}: {len(feed.train_set):,} training rows; {feed.objective.name}, {accelerator.mixed_precision}"
+        f"{data.name}: {len(feed.train_set):,} training rows; {feed.objective.name}"
     )
     with _timed(seconds, "finetune"):
         finetune_(dense, recipe, feed, accelerator, console, new_head=loaded.new_head)
@@ -83,12 +83,12 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         model=source.name,
         data=data.name,
         objective=feed.objective.name,
-        macs_length=MACS_LENGTH,
+        macs_length=costs.macs.length,
         latency_input=shape,
         kept=kept_by_kind(plan),
         world_size=accelerator.num_processes,
         device=str(accelerator.device),
-        precision=accelerator.mixed_precision,
+        precision="fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
         timings_s=seconds,
         versions=versions(),
     )

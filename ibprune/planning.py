@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ibprune.budget import least_cost, make_budget, solve_by_cost, solve_by_shares
-from ibprune.cutting import MACS_LENGTH, prepare_
+from ibprune.cutting import prepare_
 from ibprune.errors import BadRecipe
 from ibprune.export import tier_of
 from ibprune.models import build_meta, find_source, load_config, model_class
@@ -62,7 +62,7 @@ def plan(
         group["cost_per_unit"] = max(group["cost_per_unit"], int(cost_model.unit_cost(full, site.name, scope=scope)))
     return {
         "model_type": config.model_type,
-        "macs_length": MACS_LENGTH,
+        "macs_length": costs.macs.length,
         "dense": {"params": costs.params(full), "macs": costs.macs(full)},
         "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
         "budget": {

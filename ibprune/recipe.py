@@ -13,7 +13,7 @@ from ibprune.groups import KINDS
 class Recipe(BaseModel):
     """One field per idea; the YAML key, the flag and the argument of `ibprune.prune` are the same word.
 
-    Fields whose default is None are decided by the model's objective (see `pipeline.defaults`).
+    Fields whose default is None are decided by the model's objective (see `feeding.DEFAULTS`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,8 +33,8 @@ class Recipe(BaseModel):
     output: str = Field("pruned", description="folder to write")
     seed: int = Field(0, ge=0)
     finetune_steps: int | None = Field(None, ge=0, description="steps to train the dense model's task head first")
-    mask_steps: int = Field(300, ge=0, description="steps of mask learning (score vib)")
-    recover_steps: int = Field(900, ge=0, description="steps of recovery after the cut")
+    mask_steps: int | None = Field(None, ge=0, description="steps of mask learning (score vib)")
+    recover_steps: int | None = Field(None, ge=0, description="steps of recovery after the cut")
     batch_size: int = Field(32, ge=1, description="sequences per step and process")
     grad_accum: int = Field(1, ge=1, description="batches per step")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
@@ -93,7 +93,8 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # a misspelt key first: it is why its right name is missing
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     key = str(first["loc"][0]) if first["loc"] else "recipe"
     if first["type"] == "extra_forbidden":
         return f"unknown recipe key '{key}': {did_you_mean(key, Recipe.model_fields)}."

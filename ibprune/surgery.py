@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ibprune.errors import PlanMismatch, UnsupportedModel
-from ibprune.groups import Site, axis_dims, block_paths, find_family, find_sites
+from ibprune.groups import Site, axis_dims
 from ibprune.inject import MASKS, norm_paths, remove_
 from ibprune.plan import PruningPlan, check_plan
 from ibprune.rebuild import (
@@ -17,6 +17,7 @@ from ibprune.rebuild import (
     replace_module,
     set_parameter,
 )
+from ibprune.sites import block_paths, find_family, find_sites
 
 SPEC = "ibprune"
 
@@ -148,9 +149,8 @@ def _slice_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> None
 
 def _fold_(model: nn.Module, sites: dict[str, Site]) -> None:
     """Multiplies each mask's mean into the weights that make, or read, its unit's features."""
-    masks = getattr(model, MASKS)
-    for name, site in sites.items():
-        mu = masks[name].mu.detach()
+    for name, mask in getattr(model, MASKS).items():
+        site, mu = sites[name], mask.mu.detach()
         if site.mask_at.side == "norms":
             for path in norm_paths(model, site):
                 norm = model.get_submodule(path)

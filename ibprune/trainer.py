@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -67,6 +68,7 @@ def make_accelerator(precision: str, *, grad_accum: int = 1, seed: int = 0) -> A
     if precision == "auto":
         precision = "bf16" if _native_bf16() else "fp32"
     set_seed(seed)
+    AcceleratorState._reset_state()  # a second run in one process may ask for another precision
     mixed = "bf16" if precision == "bf16" else "no"
     return Accelerator(mixed_precision=mixed, gradient_accumulation_steps=grad_accum)
 

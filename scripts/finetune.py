@@ -39,12 +39,12 @@ def main() -> None:
             "finetune_steps": arguments.steps,
         }
     )
+    accelerator = make_accelerator(recipe.precision, seed=recipe.seed)
     data = find_data(recipe, console)
     loaded = load_dense(find_source(recipe.model), n_labels=len(data.labels) or 1, regression=not data.labels)
     recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
     if recipe.finetune_steps is None:
         recipe = recipe.model_copy(update={"finetune_steps": len(feed.train_set) // recipe.batch_size})
-    accelerator = make_accelerator(recipe.precision, seed=recipe.seed)
     start = time.perf_counter()
     finetune_(loaded.model, recipe, feed, accelerator, console, new_head=False)
     seconds = time.perf_counter() - start

@@ -1,0 +1,122 @@
+"""Binds the rows of a family to a model: every place where units can be removed."""
+
+import re
+
+from torch import nn
+
+from ibprune.errors import UnsupportedModel, did_you_mean
+from ibprune.families import FAMILIES
+from ibprune.groups import Cut, Family, Group, MaskAt, Site, axis_dims, axis_width
+from ibprune.rebuild import full_path
+
+
+def find_family(model_type: str) -> Family:
+    """The row of `families` for a model type.
+
+    Raises:
+        UnsupportedModel: No row; the message lists the rows and says how to add one.
+    """
+    known = {name: family for family in FAMILIES for name in family.model_types}
+    if model_type not in known:
+        raise UnsupportedModel(
+            f"no family describes model_type '{model_type}': {did_you_mean(model_type, known)}. "
+            "A row in ibprune/families adds one (ARCHITECTURE.md, 'Adding a family')."
+        )
+    return known[model_type]
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every place of a transformers model where units can be removed, by name, in model order.
+
+    Raises:
+        UnsupportedModel: The family is unknown, a module of its row is missing, or the model has
+            parameters that no row owns, so that cutting would be a guess.
+    """
+    family = find_family(model.config.model_type)
+    modules = dict(model.named_modules())
+    sites: dict[str, Site] = {}
+    for block in ("", *block_paths(model, family)):
+        for group in family.groups:
+            if group.per_block == bool(block):
+                site = _bind(model, modules, group, block)
+                if site is not None:
+                    sites[site.name] = site
+    _check_coverage(model, modules, family, sites)
+    return sites
+
+
+def block_paths(model: nn.Module, family: Family) -> list[str]:
+    """Paths of the blocks from the backbone, in order."""
+    parent = family.blocks.removesuffix(".*")
+    return [f"{parent}.{i}" for i in range(len(model.get_submodule(full_path(model, parent))))]
+
+
+def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: str) -> Site | None:
+    """The group at one block, or None where it has nothing to cut."""
+    cuts = []
+    for cut in group.cuts:
+        if cut.needs and _missing(model, modules, cut.needs):
+            continue
+        if cut.without and not _missing(model, modules, cut.without):
+            continue
+        pattern = _path(model, block, cut.path)
+        matches = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
+        found = [path for path in modules if matches(path)] if "*" in pattern else [pattern] * (pattern in modules)
+        if not found and not cut.optional:
+            if block and modules.get(full_path(model, block)) is not None and _stubbed(modules, model, group, block):
+                return None
+            raise UnsupportedModel(
+                f"expected a module '{pattern}' in {type(model).__name__}, found none: the model was renamed, "
+                "wrapped or quantised. Load the plain transformers model."
+            )
+        cuts += [Cut(path, cut.axis, cut.stub) for path in found]
+    cuts = [cut for cut in cuts if cut.axis == "whole" or axis_dims(modules[cut.path], cut.axis)]
+    whole = all(cut.axis == "whole" for cut in cuts)
+    if not cuts or (whole and _stubbed(modules, model, group, block)):
+        return None
+    n_units = 1
+    if not whole:
+        width = _attribute(model, _path(model, block, group.unit)) if group.unit else 1
+        n_units = axis_width(model, cuts[0]) // width
+    name = f"{block}.{group.name}" if block else group.name
+    mask_at = MaskAt(group.mask_at.side, _path(model, block, group.mask_at.path) if group.mask_at.path else "")
+    for cut in cuts:
+        if cut.axis != "whole" and axis_width(model, cut) % n_units:
+            raise UnsupportedModel(
+                f"expected the {cut.axis} features of '{cut.path}' to be a multiple of {n_units} {group.kind}, "
+                f"found {axis_width(model, cut)}."
+            )
+    return Site(name, group, full_path(model, block) if block else "", tuple(cuts), mask_at, n_units)
+
+
+def _stubbed(modules: dict[str, nn.Module], model: nn.Module, group: Group, block: str) -> bool:
+    """Whether the sub-layer was removed earlier: nothing of the group holds parameters any more."""
+    paths = [_path(model, block, cut.path) for cut in group.cuts]
+    return not any(list(modules[p].parameters()) for p in paths if p in modules)
+
+
+def _path(model: nn.Module, block: str, path: str) -> str:
+    return full_path(model, path if path.startswith("/") or not block else f"{block}.{path}")
+
+
+def _missing(model: nn.Module, modules: dict[str, nn.Module], path: str) -> bool:
+    return modules.get(full_path(model, path)) is None
+
+
+def _attribute(model: nn.Module, path: str) -> int:
+    owner, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+def _check_coverage(model: nn.Module, modules: dict[str, nn.Module], family: Family, sites: dict[str, Site]) -> None:
+    """Raises when some parameter belongs to no cut: an unknown head must not be left at a stale width."""
+    owned = {cut.path for site in sites.values() for cut in site.cuts if cut.axis != "whole"}
+    tied = {id(p) for path in owned for p in modules[path].parameters()}
+    free = tuple(full_path(model, path) for path in family.free)
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if id(parameter) not in tied and not owner.startswith("vib_masks") and owner not in free:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has a parameter '{name}' that the family '{family.model_types[0]}' does "
+                "not describe. Use one of the standard task heads, or add the module to its row in ibprune/families."
+            )

@@ -1,0 +1,157 @@
+"""The solver: exact, never above the limit, rounded inside, and one division by cost."""
+
+import random
+
+import pytest
+import torch
+from conftest import TINY
+from transformers import BertConfig, BertModel
+
+from ibprune.budget import fill, make_budget, solve_by_cost, solve_by_shares
+from ibprune.console import Quiet
+from ibprune.costs import macs_model, params_model
+from ibprune.errors import BadRecipe
+from ibprune.shares import equal_pressure, probe_shares
+from ibprune.sites import find_sites
+from ibprune.surgery import factorize_
+
+
+def setting(config=None, length=16):
+    with torch.device("meta"):
+        model = BertModel(config or TINY["bert"]())
+    factorize_(model)
+    sites = find_sites(model)
+    return sites, params_model(model, sites), macs_model(model, sites, length=length)
+
+
+def spent(model, keep, scope="model"):
+    return model(model.n_units | {name: len(units) for name, units in keep.items()}, scope=scope)
+
+
+WIDE = BertConfig(vocab_size=500, hidden_size=128, num_hidden_layers=3, num_attention_heads=8, intermediate_size=512)
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("cost", ["params", "macs"])
+def test_budgets_are_met_within_one_step_and_never_exceeded(cost, round_to):
+    sites, params, macs = setting(WIDE)
+    model = params if cost == "params" else macs
+    rng = random.Random(0)
+    for trial in range(25):
+        kinds = rng.sample(["heads", "ffn", "layers", "hidden", "embedding_rank"], rng.randint(2, 5))
+        chosen = {n: s for n, s in sites.items() if s.kind in kinds}
+        scope = rng.choice(["model", "blocks"])
+        torch.manual_seed(trial)
+        scores = {n: torch.rand(s.n_units) ** 3 for n, s in chosen.items()}
+        try:
+            budget = make_budget(model, chosen, keep=rng.uniform(0.1, 1.0), scope=scope, round_to=round_to)
+        except BadRecipe:
+            continue
+        keeps = [solve_by_cost(scores, chosen, model, budget)]
+        if set(kinds) & {"heads", "ffn", "hidden"}:
+            try:
+                keeps.append(solve_by_shares(scores, chosen, model, budget, equal_pressure(chosen)))
+            except BadRecipe:
+                pass
+        for keep in keeps:
+            achieved = spent(model, keep, scope)
+            assert achieved <= budget.limit
+            kept = model.n_units | {n: len(u) for n, u in keep.items()}
+            steps = [
+                model.unit_cost(kept, name, scope=scope) * (round_to if site.n_units >= 16 * round_to else 1)
+                for name, site in chosen.items()
+                if site.kind != "layers" and len(keep[name]) < site.n_units
+            ]
+            steps = [step for step in steps if step > 0]
+            if steps:
+                assert budget.limit - achieved < min(steps) * 1.01 + 1
+            for name, site in chosen.items():
+                assert site.min_units <= len(keep[name]) <= site.n_units
+                assert list(keep[name]) == sorted(set(keep[name]))
+                if site.kind in ("ffn", "hidden", "embedding_rank") and site.n_units >= 16 * round_to:
+                    assert len(keep[name]) % round_to == 0 or len(keep[name]) == site.n_units
+
+
+def test_scores_are_divided_by_cost_exactly_once():
+    """One head costs as much as some FFN units: the solver cuts by score/cost, not score or score/cost^2."""
+    sites, params, _ = setting()
+    chosen = {n: s for n, s in sites.items() if s.kind in ("heads", "ffn")}
+    head = params.unit_cost(params.n_units, "encoder.layer.0.heads")
+    unit = params.unit_cost(params.n_units, "encoder.layer.0.ffn")
+    assert head > 5 * unit
+    budget = make_budget(params, chosen, keep=0.97, scope="model", round_to=1)
+    cheap_heads = {n: torch.full((s.n_units,), 0.9 * head if s.kind == "heads" else unit) for n, s in chosen.items()}
+    keep = solve_by_cost(cheap_heads, chosen, params, budget)
+    assert any(len(keep[n]) < s.n_units for n, s in chosen.items() if s.kind == "heads")
+    dear_heads = {n: torch.full((s.n_units,), 1.1 * head if s.kind == "heads" else unit) for n, s in chosen.items()}
+    keep = solve_by_cost(dear_heads, chosen, params, budget)
+    assert all(len(keep[n]) == s.n_units for n, s in chosen.items() if s.kind == "heads")
+
+
+def test_the_best_units_stay():
+    sites, params, _ = setting()
+    chosen = {n: s for n, s in sites.items() if s.kind == "ffn"}
+    scores = {n: torch.arange(float(s.n_units)) for n, s in chosen.items()}
+    budget = make_budget(params, chosen, keep=0.9, scope="model", round_to=1)
+    for keep in (
+        solve_by_cost(scores, chosen, params, budget),
+        solve_by_shares(scores, chosen, params, budget, {"ffn": 1.0}),
+    ):
+        for name, units in keep.items():
+            assert units == tuple(range(20 - len(units), 20))
+
+
+def test_a_removed_sublayer_comes_back_narrower_when_there_is_room():
+    sites, params, _ = setting()
+    scores = {n: torch.ones(s.n_units) * (1e-9 if s.kind == "layers" else 1.0) for n, s in sites.items()}
+    budget = make_budget(params, sites, keep=0.9, scope="model", round_to=1)
+    keep = solve_by_cost(scores, sites, params, budget)
+    head = params.unit_cost(params.n_units, "encoder.layer.0.heads")
+    assert budget.limit - spent(params, keep) < head
+
+
+def test_the_search_follows_the_measured_loss():
+    """A loss that only hidden features carry: the search must spare them, whatever the scores say."""
+    sites, params, _ = setting(WIDE)
+    torch.manual_seed(0)
+    scores = {n: torch.rand(s.n_units) for n, s in sites.items()}
+    budget = make_budget(params, sites, keep=0.4, scope="model", round_to=1)
+    found = {}
+    for spared in ("hidden", "ffn"):
+        names = [n for n, s in sites.items() if s.kind == spared]
+        keep = probe_shares(
+            lambda keep, names=names: -float(sum(len(keep[n]) for n in names)),
+            scores, sites, params, budget, console=Quiet(),
+        )  # fmt: skip
+        assert spent(params, keep) <= budget.limit
+        found[spared] = keep
+    assert len(found["hidden"]["hidden"]) > len(found["ffn"]["hidden"])
+
+
+def test_unreachable_and_absurd_budgets_say_what_can_be_reached():
+    sites, params, _ = setting()
+    chosen = {n: s for n, s in sites.items() if s.kind == "heads"}
+    with pytest.raises(BadRecipe, match=r"cutting heads cannot go below .* ask for at least 0\.\d+"):
+        make_budget(params, chosen, keep=0.1, scope="model", round_to=1)
+    for keep in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(BadRecipe, match=r"\(0, 1\]"):
+            make_budget(params, chosen, keep=keep, scope="model", round_to=1)
+
+
+def test_the_named_least_budget_can_really_be_asked_for():
+    sites, params, _ = setting(WIDE)
+    with pytest.raises(BadRecipe) as error:
+        make_budget(params, sites, keep=1e-6, scope="model", round_to=8)
+    least = float(str(error.value).split("at least ")[1].split(",")[0])
+    budget = make_budget(params, sites, keep=least, scope="model", round_to=8)
+    scores = {n: torch.rand(s.n_units) for n, s in sites.items()}
+    assert spent(params, solve_by_cost(scores, sites, params, budget)) <= budget.limit
+
+
+def test_filling_uses_what_is_left():
+    sites, params, _ = setting()
+    scores = {n: torch.rand(s.n_units) for n, s in sites.items()}
+    least = {n: tuple(range(max(s.min_units, 1))) for n, s in sites.items()}
+    budget = make_budget(params, sites, keep=0.6, scope="model", round_to=1)
+    keep = fill(least, scores, sites, params, budget)
+    assert 0.99 * budget.limit < spent(params, keep) <= budget.limit

@@ -1,0 +1,154 @@
+"""The command line: recipes and flags agree, bad input is one line and exit code 2, nothing is half-written."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+
+from ibprune import cli, hub
+from ibprune.errors import BadRecipe
+from ibprune.recipe import Recipe, make_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(capsys, *argv) -> tuple[int, str]:
+    code = cli.main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.err
+
+
+def refused(capsys, *argv) -> str:
+    code, message = run(capsys, *argv)
+    last = message.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("ibprune: error: ") and "Traceback" not in message
+    return last
+
+
+def test_every_recipe_key_is_a_flag_and_every_flag_a_key():
+    actions = {a.dest for a in cli._prune_parser()._actions if not isinstance(a, argparse._HelpAction)}
+    assert actions - {"recipe", "debug", "quiet", "json"} == set(Recipe.model_fields)
+    assert {a.dest for a in cli._plan_parser()._actions} - {"help", "debug", "json"} <= set(Recipe.model_fields)
+
+
+def test_every_recipe_file_parses():
+    files = list((ROOT / "recipes").rglob("*.yaml"))
+    assert len(files) >= 3
+    for file in files:
+        make_recipe({}, file=file)
+
+
+def test_recipes_are_strict_and_flags_override_them(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: minilm\nbudget: 0.3\nscore: fisher\n")
+    assert make_recipe({"score": "random"}, file=file).score == "random"
+    assert make_recipe({}, file=file).score == "fisher"
+    file.write_text("model: minilm\nbuget: 0.3\n")
+    with pytest.raises(BadRecipe, match="unknown recipe key 'buget': did you mean 'budget'"):
+        make_recipe({}, file=file)
+    for text in ("- a\n", "model: [", "model: minilm\nbudget: two\n", "model: minilm\nbudget: 0.3\nseed: -1\n"):
+        file.write_text(text)
+        with pytest.raises(BadRecipe):
+            make_recipe({}, file=file)
+    saved = make_recipe({"model": "minilm", "budget": 0.3, "kinds": "ffn,heads"})
+    saved.save(file)
+    assert make_recipe({}, file=file) == saved
+    assert yaml.safe_load(file.read_text())["kinds"] == ["ffn", "heads"]
+
+
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        (["--model", "bert-bse", "--budget", "0.5"], "did you mean 'bert-base'"),
+        (["--model", "./nowhere", "--budget", "0.5"], "found './nowhere'"),
+        (["--model", "minilm", "--budget", "0"], "(0, 1]"),
+        (["--model", "minilm", "--budget", "1.5"], "(0, 1]"),
+        (["--model", "minilm", "--budget", "nan"], "(0, 1]"),
+        (["--model", "minilm", "--budget", "half"], "invalid float"),
+        (["--model", "minilm"], "--budget"),
+        (["--budget", "0.5"], "--model"),
+        (["--model", "minilm", "--budget", "0.5", "--scor", "vib"], "did you mean '--score'"),
+        (["--model", "minilm", "--budget", "0.5", "--score", "fischer"], "did you mean 'fisher'"),
+        (["--model", "minilm", "--budget", "0.5", "--cost", "flops"], "Valid: macs, params"),
+        (["--model", "minilm", "--budget", "0.5", "--kinds", "head"], "did you mean 'heads'"),
+        (["--model", "minilm", "--budget", "0.5", "--batch-size", "0"], "--batch-size"),
+        (["--recipe", "missing.yaml"], "could not read the recipe"),
+        (["prun", "--model", "minilm"], "did you mean 'prune'"),
+        (["plan", "--model", "minilm", "--budgte", "1"], "did you mean '--budget'"),
+    ],
+)
+def test_bad_flags(flags, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_models_data_and_folders(folders, reviews, stories, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.hub_reachable.cache_clear()
+    bert, classifier = folders["BertModel"], folders["BertForSequenceClassification"]
+    common = ["--budget", "0.5", "--mask-steps", "0", "--recover-steps", "0", "--output", "out", "--quiet"]
+    assert "out of reach" in refused(capsys, "--model", "bert-base", "--budget", "0.5")
+    assert "did you mean 'sst2'" in refused(capsys, "--model", bert, "--task", "sst", *common)
+    assert "Hub" in refused(capsys, "--model", bert, "--task", "sst2", *common)
+    assert "found both" in refused(capsys, "--model", bert, "--task", "sst2", "--data", reviews, *common)
+    assert "found nothing at" in refused(capsys, "--model", bert, "--data", "none.csv", *common)
+    columns = ["--data", reviews, "--text-columns", "sentense"]
+    assert "did you mean 'sentence'" in refused(capsys, "--model", classifier, *columns, *common)
+    assert "needs labelled data" in refused(capsys, "--model", classifier, "--data", stories, *common)
+    assert "no units 'kv_groups'" in refused(
+        capsys, "--model", bert, "--data", stories, "--kinds", "kv_groups", *common
+    )
+    low = ["--model", bert, "--data", stories, *common, "--budget", "0.001"]
+    assert "ask for at least" in refused(capsys, *low)
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "bertt"}')
+    assert "did you mean 'bert'" in refused(capsys, "--model", "unknown", *common)
+    (tmp_path / "unknown" / "config.json").write_text("{")
+    assert "could not read" in refused(capsys, "--model", "unknown", *common)
+    shutil.copytree(bert, tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights["pooler.dense.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    assert "'pooler.dense.bias'" in refused(capsys, "--model", "nan", "--data", stories, *common)
+    weights.pop("pooler.dense.bias")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    assert "missing" in refused(capsys, "--model", "nan", "--data", stories, *common)
+    (tmp_path / "out").mkdir()
+    assert not any((tmp_path / "out").iterdir())
+    (tmp_path / "out" / "keep.txt").write_text("mine")
+    assert "new or empty" in refused(capsys, "--model", bert, "--data", stories, *common)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "unknown", "nan"}
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["keep.txt"]
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(BadRecipe):
+        cli.main(["--model", "nowhere", "--budget", "0.5", "--debug"])
+
+
+def test_plan_from_the_config_alone(tmp_path, capsys):
+    TINY["bert"]().save_pretrained(tmp_path)
+    assert cli.main(["plan", "--model", str(tmp_path), "--budget", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) >= {"dense", "predicted", "budget", "reachable_keep", "tier", "groups"}
+    assert found["budget"]["achieved"] == found["predicted"]["params"] <= found["budget"]["limit"]
+    assert found["budget"]["limit"] == found["dense"]["params"] // 2
+    assert found["tier"] == "remote_code" and set(found["groups"]) >= {"heads", "ffn", "layers", "embedding_rank"}
+    TINY["llama"]().save_pretrained(tmp_path)
+    assert cli.main(["plan", "--model", str(tmp_path), "--kinds", "heads"]) == 0
+    assert "kv_groups" in capsys.readouterr().out
+
+
+def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():
+    code = "import sys, ibprune; ibprune.__version__; from ibprune import cli; cli._prune_parser().format_help(); "
+    code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

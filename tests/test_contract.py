@@ -1,0 +1,169 @@
+"""The contract of every family row: masked == compacted == exported == reloaded, and exact costs."""
+
+import copy
+
+import pytest
+import torch
+from conftest import CASES, build, outputs, random_keep, token_ids
+from torch.utils.flop_counter import FlopCounterMode
+
+from ibprune.costs import count_params, macs_model, params_model
+from ibprune.errors import UnsupportedModel
+from ibprune.families import FAMILIES
+from ibprune.inject import inject_, remove_
+from ibprune.plan import PruningPlan
+from ibprune.sites import find_sites
+from ibprune.surgery import compact_, factorize_, merge_
+
+
+def tolerance(family: str) -> float:
+    return 1e-12 if family == "bert" else 1e-6  # transformers computes an RMSNorm in float32
+
+
+def test_every_row_has_a_case():
+    covered = {family.split("-")[0] for family, _ in CASES}
+    assert {name for family in FAMILIES for name in family.model_types} == covered
+
+
+@pytest.mark.parametrize("family,head", CASES)
+def test_injection_and_factorising_change_nothing(family, head):
+    model = build(family, head)
+    before, keys = outputs(model), set(model.state_dict())
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    inject_(model, find_sites(model))
+    assert torch.equal(outputs(model), before)
+    assert keys == {key for key in model.state_dict() if not key.startswith("vib_masks")}
+    assert torch.equal(outputs(copy.deepcopy(model)), before)
+    remove_(model)
+    assert set(model.state_dict()) == keys
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+    factorize_(model)
+    assert torch.allclose(outputs(model), before, atol=1e-10 if family == "bert" else 1e-6)
+    merge_(model)
+    assert set(model.state_dict()) == keys
+    assert torch.allclose(outputs(model), before, atol=1e-10 if family == "bert" else 1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("family,head", CASES)
+def test_masked_equals_compacted_at_the_predicted_cost(family, head, seed):
+    model = build(family, head)
+    factorize_(model)
+    sites = find_sites(model)
+    masks = inject_(model, sites)
+    keep = random_keep(sites, seed)
+    torch.manual_seed(seed)
+    for _, mask in masks.items():
+        mask.mu.data.uniform_(0.5, 1.5)
+    masks.set_keep(keep)
+    masked = outputs(model)
+    params, macs = params_model(model, sites), macs_model(model, sites, length=7)
+    plan = PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep)
+    compact_(model, plan)
+    compacted = outputs(model)
+    if compacted.shape != masked.shape:  # a base model: its features are the residual's
+        masked = masked[..., list(keep["hidden"])]
+    assert (masked - compacted).abs().max() < tolerance(family)
+    assert params(plan.kept()) == count_params(model)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(input_ids=token_ids()[:1])
+    assert macs(plan.kept()) == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("family,head", [("bert", "BertForMaskedLM"), ("llama-tied", "LlamaForCausalLM")])
+def test_keeping_everything_is_the_dense_model(family, head):
+    model = build(family, head)
+    before, size = outputs(model), count_params(model)
+    factorize_(model)
+    sites = find_sites(model)
+    keep = {name: tuple(range(site.n_units)) for name, site in sites.items()}
+    compact_(model, PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep))
+    assert count_params(model) == size
+    assert torch.allclose(outputs(model), before, atol=1e-6)
+
+
+def test_every_mask_gets_a_gradient_and_only_masks_do():
+    for family, head in (("bert", "BertForSequenceClassification"), ("llama-tied", "LlamaForCausalLM")):
+        model = build(family, head)
+        factorize_(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        masks = inject_(model, find_sites(model)).train()
+        torch.manual_seed(0)
+        model(input_ids=token_ids())[0].square().sum().backward()
+        for name, mask in masks.items():
+            assert mask.mu.grad is not None and mask.mu.grad.abs().sum() > 0, name
+            assert mask.log_var.grad.abs().sum() > 0, name
+        assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("vib_masks"))
+
+
+def test_a_gqa_unit_is_a_key_value_head_with_the_query_heads_that_read_it():
+    model = build("llama", "LlamaForCausalLM")
+    sites = find_sites(model)
+    masks = inject_(model, sites)
+    layer, unit, group, width = 1, 2, 2, 4  # 6 query heads on 3 KV heads of width 4
+    seen = {}
+    attention = model.model.layers[layer].self_attn
+    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    keep = {name: tuple(range(site.n_units)) for name, site in sites.items()}
+    keep[f"layers.{layer}.kv_groups"] = tuple(i for i in range(3) if i != unit)
+    masks.set_keep(keep)
+    outputs(model)
+    heads = seen["x"].view(2, 7, 6, width)
+    gone = [h for h in range(6) if heads[:, :, h].abs().max() == 0]
+    assert gone == list(range(unit * group, (unit + 1) * group))
+
+
+@pytest.mark.parametrize("family,head", [("bert", "BertForSequenceClassification"), ("llama", "LlamaForCausalLM")])
+def test_eager_equals_sdpa_and_bfloat16_runs(family, head):
+    model = build(family, head, dtype=torch.float32)
+    factorize_(model)
+    sites = find_sites(model)
+    keep = random_keep(sites, 3)
+    compact_(model, PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep))
+    eager = outputs(model)
+    model.config._attn_implementation = "sdpa"
+    assert torch.allclose(outputs(model), eager, atol=1e-5)
+    assert torch.isfinite(outputs(model.bfloat16())).all()
+
+
+def test_masks_stay_in_float32_and_noise_is_shared_by_the_tokens_of_a_sequence():
+    model = build("bert", "BertModel", dtype=torch.bfloat16)
+    masks = inject_(model, find_sites(model)).bfloat16()
+    assert all(p.dtype == torch.float32 for p in masks.parameters())
+    mask = masks["encoder.layer.0.ffn"].train()
+    z = mask(5)
+    assert z.shape == (5, 20) and len(z.unique()) == 100
+
+
+def test_generation_with_and_without_cache_agrees_after_losing_the_first_attention():
+    model = build("llama-tied", "LlamaForCausalLM", dtype=torch.float32)
+    factorize_(model)
+    sites = find_sites(model)
+    keep = random_keep(sites, 4)
+    keep |= {name: (0,) for name, site in sites.items() if site.kind == "layers"}
+    keep["layers.0.attention_sublayer"] = ()
+    compact_(model, PruningPlan("llama", {n: s.n_units for n, s in sites.items()}, keep))
+    made = [
+        model.generate(token_ids(), max_new_tokens=12, do_sample=False, use_cache=cache, eos_token_id=None)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*made)
+    assert len(made[0][0]) == 19
+
+
+def test_models_outside_the_table_are_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(UnsupportedModel, match="no family describes model_type 'gpt2'.*bert, llama"):
+        find_sites(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10)))
+    model = build("bert", "BertModel")
+    model.extra = torch.nn.Linear(24, 2)
+    with pytest.raises(UnsupportedModel, match="'extra.weight'"):
+        find_sites(model)
+    model = build("llama", "LlamaForCausalLM")
+    mlp = model.model.layers[1].mlp
+    mlp.gate, mlp.gate_proj = mlp.gate_proj, None
+    with pytest.raises(UnsupportedModel, match="gate_proj"):
+        find_sites(model)

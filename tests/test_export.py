@@ -1,0 +1,228 @@
+"""Exports: the tiers, strict loading, and what happens when something is wrong with the folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import build, outputs, random_keep, token_ids
+from safetensors.torch import load_file, save_file
+
+import ibprune
+from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch
+from ibprune.export import check_output, staged, tier_of, verify, write_model
+from ibprune.plan import PruningPlan
+from ibprune.sites import find_sites
+from ibprune.surgery import compact_, factorize_
+
+
+def pruned(family, head, keep_of, factorize=True):
+    model = build(family, head, dtype=torch.float32)
+    model.config._attn_implementation = "sdpa"
+    if factorize:
+        factorize_(model)
+    sites = find_sites(model)
+    plan = PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep_of(sites))
+    return compact_(model, plan), plan
+
+
+def uniform(sites, **counts):
+    return {n: tuple(range(counts.get(s.kind, s.n_units))) for n, s in sites.items()}
+
+
+@pytest.mark.parametrize(
+    "family,head",
+    [("bert", "BertModel"), ("bert", "BertForMaskedLM"), ("llama-tied", "LlamaForCausalLM")],
+)
+def test_uneven_plans_reload_in_a_fresh_process_every_way(family, head, tmp_path, tokenizer):
+    model, plan = pruned(family, head, lambda sites: random_keep(sites, 5))
+    tier = write_model(model, tokenizer, plan, tmp_path)
+    assert tier == "remote_code"
+    found = verify(model, tmp_path, tier)
+    assert found["max_abs_diff"] <= 1e-5 and found["ways"] == ["ibprune", "transformers"]
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in model.parameters())
+    assert torch.allclose(outputs(ibprune.load(tmp_path)), outputs(model), atol=1e-5)
+    assert not ibprune.load(tmp_path).training
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+    assert not [f for f in tmp_path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_a_uniform_llama_loads_with_plain_transformers(tmp_path, tokenizer):
+    # 2 of 3 KV groups leave 4 query heads of width 4: the family takes head_dim
+    model, plan = pruned("llama", "LlamaForCausalLM", lambda s: uniform(s, kv_groups=2, ffn=8), factorize=False)
+    assert write_model(model, tokenizer, plan, tmp_path) == "vanilla"
+    assert verify(model, tmp_path, "vanilla")["max_abs_diff"] <= 1e-5
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "auto_map" not in config and "ibprune" not in config
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]) == (4, 2, 8)
+
+
+def test_dropped_layers_are_vanilla_in_a_pre_norm_family():
+    def keep(sites):
+        return uniform(sites) | {n: () for n in sites if n.startswith("layers.1.") and n.endswith("_sublayer")}
+
+    model, _ = pruned("llama", "LlamaForCausalLM", keep, factorize=False)
+    assert tier_of(model) == "vanilla" and model.config.num_hidden_layers == 2
+    model, _ = pruned("llama", "LlamaForCausalLM", lambda s: keep(s) | {"layers.0.ffn_sublayer": ()}, factorize=False)
+    assert tier_of(model) == "remote_code"
+
+
+def test_bert_is_vanilla_with_even_ffn_only():
+    assert tier_of(pruned("bert", "BertModel", lambda s: uniform(s, ffn=8), factorize=False)[0]) == "vanilla"
+    assert tier_of(pruned("bert", "BertModel", lambda s: uniform(s, heads=2), factorize=False)[0]) == "remote_code"
+    both = lambda s: uniform(s, heads=2, hidden=12)  # noqa: E731 - the family's own ratio of heads to width
+    assert tier_of(pruned("bert", "BertModel", both, factorize=False)[0]) == "vanilla"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("export")
+    model, plan = pruned("bert", "BertForSequenceClassification", lambda sites: random_keep(sites, 6))
+    write_model(model, tokenizer, plan, path)
+    return path
+
+
+def spoil_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rename(tensors):
+    tensors["bert.pooler.dense.wait"] = tensors.pop("bert.pooler.dense.weight")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("classifier.bias"),
+        lambda t: t.update(extra=torch.zeros(3)),
+        lambda t: t.update({"classifier.weight": torch.zeros(2, 99)}),
+        rename,
+    ],
+    ids=["missing", "extra", "mismatched", "renamed"],
+)
+def test_any_tensor_that_does_not_fit_is_an_error(change, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    spoil_weights(copy, change)
+    with pytest.raises(PlanMismatch):
+        ibprune.load(copy)
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "not json", "no file", "other class", "no config"])
+def test_damaged_folders_are_refused(spoil, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights, config = copy / "model.safetensors", copy / "config.json"
+    if spoil == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif spoil == "not json":
+        config.write_text("{")
+    elif spoil == "no file":
+        weights.unlink()
+    elif spoil == "no config":
+        config.unlink()
+    else:
+        raw = json.loads(config.read_text())
+        raw["ibprune"]["architecture"] = "Trainer"
+        config.write_text(json.dumps(raw))
+    with pytest.raises(IBPruneError):
+        ibprune.load(copy)
+
+
+@pytest.mark.parametrize("what", ["uneven widths", "only a sub-layer gone"])
+def test_plain_transformers_refuses_the_folder_rather_than_guess(what, tmp_path, tokenizer):
+    def keep(sites):
+        if what == "uneven widths":
+            return random_keep(sites, 6)
+        return uniform(sites) | {"encoder.layer.1.ffn_sublayer": ()}
+
+    model, plan = pruned("bert", "BertForSequenceClassification", keep, factorize=what == "uneven widths")
+    tier = write_model(model, tokenizer, plan, tmp_path)
+    assert tier == "remote_code" and verify(model, tmp_path, tier)["max_abs_diff"] < 1e-5
+    code = f"import transformers; transformers.AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert found.returncode != 0 and ("trust_remote_code" in found.stderr or "mismatch" in found.stderr)
+
+
+def test_the_tokenizer_loads_without_remote_code(folder):
+    code = f"import transformers; transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert found.returncode == 0 and "custom code" not in found.stdout + found.stderr
+
+
+def test_the_generated_file_is_short_and_needs_transformers_only(folder):
+    code = (folder / "modeling_ibprune.py").read_text()
+    assert "import ibprune" not in code and "from ibprune" not in code
+    compile(code, "modeling_ibprune.py", "exec")
+
+
+def test_verification_fails_when_the_weights_changed(folder, tmp_path, tokenizer):
+    model, plan = pruned("bert", "BertForSequenceClassification", lambda sites: random_keep(sites, 6))
+    tier = write_model(model, tokenizer, plan, tmp_path)
+    spoil_weights(tmp_path, lambda t: t["classifier.bias"].add_(0.01))
+    with pytest.raises(PlanMismatch, match="differs by"):
+        verify(model, tmp_path, tier)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), staged(tmp_path / "out") as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    with pytest.raises(BadRecipe, match="new or empty"):
+        check_output(tmp_path / "full")
+
+
+def test_a_plan_that_does_not_fit_changes_nothing():
+    model = build("bert", "BertModel")
+    before, sites = outputs(model), find_sites(model)
+    n_units = {n: s.n_units for n, s in sites.items()}
+    full = uniform(sites)
+    for plan, reason in (
+        (PruningPlan("llama", n_units, full), "model_type"),
+        (PruningPlan("bert", n_units | {"hidden": 23}, full), "counts 23 units"),
+        (PruningPlan("bert", n_units, full | {"hidden": ()}), "at least 1"),
+        (PruningPlan("bert", n_units | {"hiden": 1}, full | {"hiden": (0,)}), "did you mean 'hidden'"),
+        (PruningPlan("bert", n_units | {"embedding_rank": 24}, full | {"embedding_rank": ()}), "at least 1"),
+    ):
+        with pytest.raises(PlanMismatch, match=reason):
+            compact_(model, plan)
+        assert torch.allclose(outputs(model), before, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(format="other/1"),
+        lambda d: d["keep"].update(hidden=[3, 1]),
+        lambda d: d["keep"].update(hidden=[0, 0]),
+        lambda d: d["keep"].update(hidden=[-1]),
+        lambda d: d["keep"].update(hidden=[10**9]),
+        lambda d: d["keep"].update(hidden=["0"]),
+        lambda d: d["keep"].pop("hidden"),
+        lambda d: d.update(n_units=[]),
+    ],
+)
+def test_malformed_plans_are_refused(change, folder, tmp_path):
+    data = json.loads((folder / "plan.json").read_text())
+    change(data)
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanMismatch):
+        PruningPlan.load(tmp_path / "plan.json")
+
+
+def test_a_pruned_decoder_generates_alike_with_and_without_cache_after_reloading(tmp_path, tokenizer):
+    model, plan = pruned("llama-tied", "LlamaForCausalLM", lambda sites: random_keep(sites, 7))
+    write_model(model, tokenizer, plan, tmp_path)
+    loaded = ibprune.load(tmp_path)
+    expected = model.generate(token_ids(), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for cache in (True, False):
+        found = loaded.generate(token_ids(), max_new_tokens=8, do_sample=False, use_cache=cache, eos_token_id=None)
+        assert torch.equal(found, expected)

@@ -1,0 +1,60 @@
+"""Imports go one way: a file imports only from layers above it."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "ibprune"
+LAYERS = (
+    ("errors", "rebuild", "hub", "console"),
+    ("groups", "metrics"),
+    ("families.encoders", "families.decoders"),
+    ("families",),
+    ("sites", "masks"),
+    ("plan", "inject", "costs"),
+    ("surgery", "budget"),
+    ("losses", "recipe", "data", "bench", "report"),
+    ("scores", "shares", "models", "feeding", "model_card"),
+    ("trainer", "evaluation", "export", "loading"),
+    ("vib", "verify"),
+    ("cutting",),
+    ("planning", "pipeline"),
+    ("api",),
+    ("", "cli"),
+    ("__main__",),
+)
+PLACE = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".") or ""
+
+
+def test_imports_go_one_way():
+    files = list(PACKAGE.rglob("*.py"))
+    assert {name_of(f) if f.name != "__main__.py" else "__main__" for f in files} == set(PLACE)
+    for file in files:
+        here = "__main__" if file.name == "__main__.py" else name_of(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ibprune"):
+                continue
+            module = node.module.removeprefix("ibprune").lstrip(".")
+            targets = [module] if module else [a.name for a in node.names if a.name in PLACE]
+            for target in targets:
+                if here in ("", "cli"):
+                    continue
+                assert PLACE[target] < PLACE[here], f"{here} imports {target}, which does not lie above it"
+
+
+def test_only_their_owners_do_it():
+    """Optimisers step in trainer.py, models are written in export.py, nothing prints or pickles."""
+    for file in PACKAGE.rglob("*.py"):
+        text = file.read_text()
+        assert (".step()" in text) <= (file.name == "trainer.py"), file
+        assert ("save_torch_state_dict" in text) <= (file.name == "export.py"), file
+        assert "pickle" not in text and "torch.load(" not in text, file
+
+
+def test_files_are_small_and_say_what_they_are():
+    for file in PACKAGE.rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 500, file
+        assert ast.get_docstring(ast.parse(file.read_text())), file

@@ -1,0 +1,141 @@
+"""Whole runs on tiny models: every objective, every score, the folder, the report, and the same run again."""
+
+import json
+
+import pytest
+import torch
+from conftest import DATA, outputs
+from safetensors.torch import load_file
+
+import ibprune
+from ibprune import cli
+from ibprune.losses import Objective, distill_loss, forward, supervised_loss, training_loss
+
+SHORT = dict(mask_steps=6, recover_steps=4, batch_size=16, max_length=16, seed=3)
+
+
+def check(result, folder, keep):
+    report = json.loads((folder / "report.json").read_text())
+    assert report == result.report
+    assert report["schema"] == "ibprune.report/1"
+    saved = load_file(folder / "model.safetensors")
+    assert sum(t.numel() for t in saved.values()) == report["pruned"]["params"]
+    assert report["budget"]["achieved"] <= report["budget"]["limit"]
+    assert report["budget"]["keep"] == keep
+    assert set(report["dense"]) >= {"params", "macs", "file_bytes", "metrics", "latency_ms"}
+    assert set(report["dense"]["latency_ms"]) == {"median", "iqr"}
+    assert report["verify"]["max_abs_diff"] <= 1e-5 and report["world_size"] == 1
+    assert set(p.name for p in folder.iterdir()) >= {
+        "config.json", "model.safetensors", "plan.json", "report.json", "README.md", "recipe.yaml", "tokenizer.json",
+    }  # fmt: skip
+    assert torch.allclose(outputs(ibprune.load(folder)), outputs(result.model), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head,data,score,shares,keep",
+    [
+        ("BertForSequenceClassification", "reviews", "vib", "probe", 0.4),
+        ("BertModel", "stories", "vib", "probe", 0.5),
+        ("BertForMaskedLM", "stories", "fisher", "cost", 0.5),
+        ("LlamaForCausalLM", "stories", "vib", "equal", 0.6),
+        ("LlamaForCausalLM", "stories", "magnitude", "probe", 0.5),
+        ("BertForSequenceClassification", "reviews", "random", "equal", 0.5),
+    ],
+)
+def test_the_main_job(head, data, score, shares, keep, folders, request, tmp_path):
+    source = request.getfixturevalue(data)
+    out = tmp_path / "out"
+    result = ibprune.prune(folders[head], keep, data=source, score=score, shares=shares, output=str(out), **SHORT)
+    check(result, out, keep)
+
+
+def test_the_saved_recipe_repeats_the_run(folders, reviews, tmp_path, capsys):
+    first = tmp_path / "first"
+    flags = ["--model", folders["BertForSequenceClassification"], "--data", reviews, "--budget", "0.4"]
+    flags += ["--mask-steps", "6", "--recover-steps", "4", "--batch-size", "16", "--cost", "macs", "--quiet"]
+    assert cli.main([*flags, "--output", str(first)]) == 0
+    assert "written to" in capsys.readouterr().out
+    second = tmp_path / "second"
+    assert cli.main(["--recipe", str(first / "recipe.yaml"), "--output", str(second), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == "ibprune.report/1"
+    assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_no_steps_at_all_scores_cuts_and_exports(folders, stories, tmp_path):
+    out = tmp_path / "out"
+    steps = dict(mask_steps=0, recover_steps=0, batch_size=16, max_length=16)
+    result = ibprune.prune(folders["LlamaForCausalLM"], 0.7, data=stories, output=str(out), audit=False, **steps)
+    check(result, out, 0.7)
+
+
+def test_a_new_task_head_is_trained_first_and_the_model_learns(folders, reviews, tmp_path):
+    steps = dict(finetune_steps=60, mask_steps=20, recover_steps=40, batch_size=16, lr=3e-3)
+    result = ibprune.prune(folders["BertModel"], 0.6, data=reviews, output=str(tmp_path / "out"), **steps)
+    assert result.report["dense"]["metrics"]["accuracy"] > 0.8
+    assert result.report["pruned"]["metrics"]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_local_files_of_every_format(kind, folders, tmp_path):
+    import pandas
+
+    rows = pandas.DataFrame({"text": ["good film", "dull plot"] * 60, "label": ["yes", "no"] * 60})
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        rows.to_csv(path, index=False)
+    elif kind == "jsonl":
+        rows.to_json(path, orient="records", lines=True)
+    else:
+        rows.to_parquet(path)
+    steps = dict(mask_steps=0, recover_steps=0, score="magnitude", shares="cost")
+    model = folders["BertForSequenceClassification"]
+    result = ibprune.prune(model, 0.8, data=str(path), output=str(tmp_path / "out"), **steps)
+    assert result.report["dense"]["metrics"].keys() == {"accuracy"}
+
+
+def test_a_copy_of_the_teacher_has_no_distance_to_it(folders, reviews, tokenizer):
+    ids = torch.randint(5, 26, (6, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for head, name in (
+        ("BertModel", "encoder"),
+        ("BertForSequenceClassification", "classification"),
+        ("LlamaForCausalLM", "causal_lm"),
+        ("BertForMaskedLM", "masked_lm"),
+    ):
+        model = ibprune.load(folders[head])
+        labels = {"labels": torch.ones(6, dtype=torch.long) if name == "classification" else ids}
+        out = forward(model, batch)
+        objective = Objective(name)
+        distance = distill_loss(objective, out, out, batch | labels)
+        assert distance.shape == (6,) and distance.abs().max() < 1e-4
+        plain = supervised_loss(objective, out, batch | labels)
+        assert plain.shape == (6,)
+        assert torch.isclose(training_loss(objective, out, None, batch | labels), plain.mean())
+
+
+def test_padding_does_not_change_the_losses(folders):
+    ids = torch.randint(5, 26, (4, 9), generator=torch.Generator().manual_seed(0))
+    long = torch.nn.functional.pad(ids, (0, 5))
+    model = ibprune.load(folders["LlamaForCausalLM"])
+    objective = Objective("causal_lm")
+    found = []
+    for x, width in ((ids, 9), (long, 14)):
+        mask = (torch.arange(width) < 9).long().expand(4, width)
+        batch = {"input_ids": x, "attention_mask": mask, "labels": x.masked_fill(mask == 0, -100)}
+        found.append(supervised_loss(objective, forward(model, batch), batch))
+    assert torch.allclose(*found, atol=1e-5)
+
+
+@pytest.mark.data
+def test_a_trained_llama_keeps_its_perplexity_and_generates(tmp_path):
+    """stories260K at 0.9 without any training: perplexity stays near, text generates alike with and without cache."""
+    data = DATA / "tinystories" / "tinystories_sample.txt"
+    steps = dict(mask_steps=0, recover_steps=0, score="fisher", max_length=64)
+    model = str(DATA / "models" / "stories260K")
+    result = ibprune.prune(model, 0.9, data=str(data), output=str(tmp_path / "out"), **steps)
+    dense, pruned = (result.report[side]["metrics"]["perplexity"] for side in ("dense", "pruned"))
+    assert dense < 7 and pruned < 3 * dense
+    ids = torch.tensor([[1, 403, 407, 261]])
+    texts = [result.model.generate(ids, max_new_tokens=40, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*texts)
