@@ -158,19 +158,24 @@ def _english(text: str) -> Iterator[str]:
 
 def _from_files(path: Path) -> dict[str, Dataset]:
     if path.is_file():
-        return {"train": _read(path)}
+        return {"train": read_file(path)}
     splits = {}
     for split, names in SPLITS.items():
         found = [f for name in names for f in sorted(path.glob(f"{name}.*")) if f.suffix in READERS]
         if found:
-            splits[split] = _read(found[0])
+            splits[split] = read_file(found[0])
     if "train" not in splits:
         files = ", ".join(sorted(f.name for f in path.iterdir())[:8])
         raise BadData(f"expected a train.* file ({', '.join(READERS)}) in '{path}', found: {files or 'nothing'}.")
     return splits
 
 
-def _read(path: Path) -> Dataset:
+def read_file(path: Path) -> Dataset:
+    """The rows of one file; a txt file is split at <|endoftext|> marks or blank lines.
+
+    Raises:
+        BadData: Another ending, or a file its reader cannot parse.
+    """
     if path.suffix not in READERS:
         raise BadData(f"expected one of {', '.join(READERS)}, found '{path.name}'.")
     try:

@@ -43,9 +43,8 @@ def main() -> None:
             model, tokenizer = loaded.model, loaded.tokenizer
         first, second = (embed(model, tokenizer, [row[column] for row in rows]) for column in (5, 6))
         value = spearmanr((first * second).sum(1).tolist(), scores)[0]
-        print(
-            f"{name}: Spearman {value:.4f} on {len(rows)} pairs, {sum(p.numel() for p in model.parameters()):,} parameters"
-        )
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{name}: Spearman {value:.4f} on {len(rows)} pairs, {size:,} parameters")
 
 
 if __name__ == "__main__":

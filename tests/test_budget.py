@@ -97,7 +97,7 @@ def test_the_best_units_stay():
         solve_by_cost(scores, chosen, params, budget),
         solve_by_shares(scores, chosen, params, budget, {"ffn": 1.0}),
     ):
-        for name, units in keep.items():
+        for units in keep.values():
             assert units == tuple(range(20 - len(units), 20))
 
 

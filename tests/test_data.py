@@ -1,0 +1,105 @@
+"""Data: the splits, the columns, the embedded prose, and errors that say what to do."""
+
+import pytest
+import torch
+from conftest import WORDS
+from datasets import Dataset
+
+from ibprune.data import Collate, CollateIds, CollateMasked, TextData, load_data, load_prose, make_loader, windows
+from ibprune.errors import BadData
+from ibprune.metrics import load_metric
+
+
+def test_a_folder_gives_its_own_split_and_quotes_are_literal(tmp_path):
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + 'a "quoted film\t1\nbad\t0\n' * 10)
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\r\ngood\t1\r\n")
+    data = load_data(str(tmp_path))
+    assert len(data.train) == 20 and data.train[0]["sentence"] == 'a "quoted film'
+    assert data.held_out[:] == {"sentence": ["good"], "label": [1]}
+    assert data.labels == ("0", "1") and data.metrics == ("accuracy",)
+
+
+def test_without_a_split_rows_are_held_out_by_the_seed(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"row {i},{'yes' if i % 2 else 'no'}\n" for i in range(100)))
+    first, again, other = (load_data(str(file), seed=seed) for seed in (0, 0, 1))
+    assert len(first.train) == 95 and len(first.held_out) == 5
+    assert first.held_out["text"] == again.held_out["text"] != other.held_out["text"]
+    assert not set(first.held_out["text"]) & set(first.train["text"])
+    assert set(first.train["label"]) == {0, 1} and first.labels == ("no", "yes")
+
+
+def test_scores_make_it_a_regression(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("sentence1,sentence2,score\n" + "".join(f"a {i},b,{i / 7}\n" for i in range(40)))
+    data = load_data(str(file))
+    assert data.labels == () and data.label_column == "score" and data.metrics == ("spearmanr",)
+    assert data.text_columns == ("sentence1", "sentence2")
+
+
+@pytest.mark.parametrize(
+    "text,flags,reason",
+    [
+        ("text,label\nx,1\n" * 30, {"label_column": "lable"}, "did you mean 'label'"),
+        ("words,label\n" + "x,1\ny,0\n" * 20, {}, "name it with --text-columns"),
+        ("text,label\n" + "x,1\n" * 30, {}, "at least two classes"),
+        ("text,label\nx,1\n", {}, "at least 20 rows"),
+        ("", {}, "could not read"),
+    ],
+)
+def test_data_that_cannot_be_used(text, flags, reason, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(text)
+    with pytest.raises(BadData, match=reason):
+        load_data(str(file), **flags)
+
+
+def test_a_folder_without_a_training_file(tmp_path):
+    (tmp_path / "test.csv").write_text("text\nx\n")
+    with pytest.raises(BadData, match=r"expected a train\.\* file"):
+        load_data(str(tmp_path))
+
+
+def test_prose_is_english_the_same_every_time_and_split():
+    first, again = load_prose(limit=2000), load_prose(limit=2000)
+    assert first.train["text"] == again.train["text"]
+    assert not set(first.train["text"]) & set(first.held_out["text"])
+    assert all(8 <= len(text.split()) <= 40 for text in first.train["text"])
+
+
+def test_batches_are_a_function_of_the_seed(tokenizer):
+    rows = Dataset.from_dict({"text": [" ".join(WORDS[: 1 + i % 9]) for i in range(64)]})
+    collate = Collate(tokenizer, TextData("x", rows, rows, ("text",)), 16)
+    ids = [[b["input_ids"] for b in make_loader(rows, collate, batch_size=8, seed=seed)] for seed in (0, 0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(ids[0], ids[1]))
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(ids[0], ids[2]))
+
+
+def test_windows_cover_a_text_and_padding_is_not_a_label(tokenizer):
+    rows = Dataset.from_dict({"text": ["good film " * 10, "bad plot"]})
+    cut = windows(rows, "text", tokenizer, 8)
+    assert sum(len(ids) for ids in cut["input_ids"][:3]) == 22
+    batch = CollateIds(tokenizer)([cut[0], cut[len(cut) - 1]])
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert torch.equal(batch["labels"][0], batch["input_ids"][0])
+
+
+def test_masking_hides_a_seventh_and_never_special_tokens(tokenizer):
+    rows = [{"input_ids": [2, *range(5, 25), 3]} for _ in range(200)]
+    batch = CollateMasked(tokenizer, seed=0)(rows)
+    hidden = batch["labels"] != -100
+    assert 0.12 < hidden[:, 1:-1].float().mean() < 0.18
+    assert not hidden[:, [0, -1]].any()
+    assert torch.equal(batch["input_ids"][~hidden], torch.tensor([row["input_ids"] for row in rows])[~hidden])
+
+
+def test_metrics_speak_the_interface_of_evaluate():
+    found = load_metric("accuracy").compute(predictions=[1, 0, 1], references=[1, 1, 1])
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert load_metric("f1").compute(predictions=[1, 0, 1], references=[1, 1, 0])["f1"] == pytest.approx(0.5)
+    assert load_metric("spearmanr").compute(predictions=[1.0, 2, 3], references=[3.0, 2, 1])["spearmanr"] == -1
+    metric = load_metric("matthews_correlation")
+    metric.add_batch(predictions=[1, 0, 1, 0], references=[1, 0, 1, 0])
+    assert metric.compute()["matthews_correlation"] == 1
+    with pytest.raises(BadData, match="did you mean 'accuracy'"):
+        load_metric("acuracy")
