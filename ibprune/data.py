@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, DownloadConfig, load_dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ibprune.console import Quiet
 from ibprune.errors import BadData, did_you_mean
+from ibprune.hub import hub_reachable
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),
@@ -69,7 +71,7 @@ def load_task(task: str) -> TextData:
 
 
 def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: str = "", seed: int = 0) -> TextData:
-    """Data from a local file or folder, or from the Hub; "prose" is the embedded text.
+    """Data from a local file or folder, or from the Hub.
 
     A folder holds files named train.* and validation.* (or dev.*). Without a held-out split, a
     twentieth of the training rows (at most 2,000) is held out by the seed.
@@ -77,8 +79,6 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
     Raises:
         BadData: Nothing there, an unknown format or column, or the Hub cannot be reached.
     """
-    if source == PROSE:
-        return load_prose(seed=seed)
     path = Path(source)
     if path.exists():
         splits = _from_files(path)
@@ -105,13 +105,13 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
     return _describe(path.name if path.exists() else source, splits, text_columns, label_column, ())
 
 
-def load_prose(*, seed: int = 0, limit: int = 24_000) -> TextData:
+def load_prose(*, seed: int = 0, limit: int = 24_000, console: Quiet = Quiet()) -> TextData:
     """English that is already on this machine: Python's language reference and library docstrings.
 
     Sentences of 8 to 40 words from `pydoc_data.topics` and from the docstrings of the standard library
     and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 600) is held out.
     """
-    passages = list(dict.fromkeys(itertools.islice(_sentences(), limit)))
+    passages = list(dict.fromkeys(itertools.islice(_sentences(console), limit)))
     order = list(range(len(passages)))
     random.Random(seed).shuffle(order)
     cut = min(600, len(order) // 10)
@@ -124,25 +124,26 @@ def load_prose(*, seed: int = 0, limit: int = 24_000) -> TextData:
     )
 
 
-def _sentences() -> Iterator[str]:
+def _sentences(console: Quiet) -> Iterator[str]:
     import pydoc_data.topics
 
     for text in pydoc_data.topics.topics.values():
         yield from _english(text)
     library = Path(sysconfig.get_path("stdlib"))
     site = Path(sysconfig.get_path("purelib"))
-    roots = [site / name for name in ("sklearn", "scipy", "numpy", "transformers", "datasets")] + [library]
-    for root in roots:
-        skip = {"site-packages", "tests", "test", "externals"}
+    skip = {"site-packages", "tests", "test", "externals"}
+    chosen: list[Path] = []
+    for root in [site / name for name in ("sklearn", "scipy", "numpy", "transformers", "datasets")] + [library]:
         files = sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
-        for file in files[:: max(1, len(files) // 150)]:
-            try:
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-            except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
-                continue  # a file of broken syntax is not prose
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    yield from _english(ast.get_docstring(node) or "")
+        chosen += files[:: max(1, len(files) // 150)]
+    for file in console.track(chosen, "reading prose", len(chosen)):
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+            continue  # a file of broken syntax is not prose
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                yield from _english(ast.get_docstring(node) or "")
 
 
 def _english(text: str) -> Iterator[str]:
@@ -194,8 +195,9 @@ def read_file(path: Path) -> Dataset:
 
 
 def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
+    local_only = None if hub_reachable() else DownloadConfig(local_files_only=True)  # or it retries for half a minute
     try:
-        found: DatasetDict = load_dataset(repo, config)
+        found: DatasetDict = load_dataset(repo, config, download_config=local_only)
     except Exception as error:  # network, missing repo, gated repo: many classes, one meaning here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadData(

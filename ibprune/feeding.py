@@ -92,6 +92,8 @@ def find_data(recipe: Recipe, console: Quiet) -> TextData:
     """The data a recipe names; prose of this machine when it names none."""
     if recipe.task and recipe.data:
         raise BadRecipe("expected --task or --data, found both: --task is a GLUE task from the Hub.")
+    if recipe.data == PROSE:
+        return load_prose(seed=recipe.seed, console=console)
     if recipe.data:
         return load_data(
             recipe.data, text_columns=recipe.text_columns, label_column=recipe.label_column, seed=recipe.seed
@@ -100,7 +102,7 @@ def find_data(recipe: Recipe, console: Quiet) -> TextData:
         return load_task(recipe.task)
     why = "No data named" if hub_reachable() else "No data named and the Hub is out of reach"
     console.say(f"{why}: using English prose of this Python installation (--data {PROSE}).")
-    return load_prose(seed=recipe.seed)
+    return load_prose(seed=recipe.seed, console=console)
 
 
 def objective_name(model: PreTrainedModel, data: TextData) -> str:
