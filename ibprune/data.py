@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, DownloadConfig, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import constants
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -105,13 +106,13 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
     return _describe(path.name if path.exists() else source, splits, text_columns, label_column, ())
 
 
-def load_prose(*, seed: int = 0, limit: int = 24_000, console: Quiet = Quiet()) -> TextData:
+def load_prose(*, seed: int = 0, limit: int = 24_000, console: Quiet | None = None) -> TextData:
     """English that is already on this machine: Python's language reference and library docstrings.
 
     Sentences of 8 to 40 words from `pydoc_data.topics` and from the docstrings of the standard library
     and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 600) is held out.
     """
-    passages = list(dict.fromkeys(itertools.islice(_sentences(console), limit)))
+    passages = list(dict.fromkeys(itertools.islice(_sentences(console or Quiet()), limit)))
     order = list(range(len(passages)))
     random.Random(seed).shuffle(order)
     cut = min(600, len(order) // 10)
@@ -195,9 +196,13 @@ def read_file(path: Path) -> Dataset:
 
 
 def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
-    local_only = None if hub_reachable() else DownloadConfig(local_files_only=True)  # or it retries for half a minute
+    if not hub_reachable() and not constants.HF_HUB_OFFLINE:  # datasets would retry for half a minute
+        raise BadData(
+            f"expected to load the data set '{repo}' from the Hub, which is out of reach: give local files with --data, "
+            "or set HF_HUB_OFFLINE=1 to use a cached copy."
+        )
     try:
-        found: DatasetDict = load_dataset(repo, config, download_config=local_only)
+        found: DatasetDict = load_dataset(repo, config)
     except Exception as error:  # network, missing repo, gated repo: many classes, one meaning here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadData(

