@@ -198,8 +198,8 @@ def read_file(path: Path) -> Dataset:
 def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
     if not hub_reachable() and not constants.HF_HUB_OFFLINE:  # datasets would retry for half a minute
         raise BadData(
-            f"expected to load the data set '{repo}' from the Hub, which is out of reach: give local files with --data, "
-            "or set HF_HUB_OFFLINE=1 to use a cached copy."
+            f"expected to load the data set '{repo}' from the Hub, which is out of reach: give local files with "
+            "--data, or set HF_HUB_OFFLINE=1 to use a cached copy."
         )
     try:
         found: DatasetDict = load_dataset(repo, config)
