@@ -57,14 +57,19 @@ def magnitude_scores(model: nn.Module, sites: dict[str, Site]) -> dict[str, torc
     scores = {}
     for site in sites.values():
         score = torch.zeros(site.n_units, dtype=torch.float64)
+        counted: set[int] = set()  # a tied parameter belongs to two modules
         for cut in site.cuts:
             module = model.get_submodule(cut.path)
             if cut.axis == "whole":
                 score += sum(p.detach().double().square().sum().cpu() for p in module.parameters())
                 continue
             for name, dim in axis_dims(module, cut.axis):
-                weight = module.get_parameter(name).detach().double()
-                per_feature = weight.square().movedim(dim, 0).flatten(1).sum(1).cpu()
+                parameter = module.get_parameter(name)
+                if id(parameter) in counted:
+                    continue
+                counted.add(id(parameter))
+                weight = parameter.detach().double()
+                per_feature = weight.square().movedim(dim, 0).reshape(weight.shape[dim], -1).sum(1).cpu()
                 score += per_feature.view(site.n_units, -1).sum(1)
         scores[site.name] = score
     return scores

@@ -40,6 +40,7 @@ def check(result, folder, keep):
         ("LlamaForCausalLM", "stories", "vib", "equal", 0.6),
         ("LlamaForCausalLM", "stories", "magnitude", "probe", 0.5),
         ("BertForSequenceClassification", "reviews", "random", "equal", 0.5),
+        ("BertModel", "stories", "vib", "probe", 1.0),
     ],
 )
 def test_the_main_job(head, data, score, shares, keep, folders, request, tmp_path):
