@@ -323,6 +323,9 @@ def token_counts(loader: DataLoader, vocab_size: int, *, batches: int) -> torch.
     """How often each token id occurs in the first batches, (vocab_size,)."""
     counts = torch.zeros(vocab_size)
     for batch in itertools.islice(loader, batches):
-        ids = batch["input_ids"][batch["attention_mask"].bool()]
+        ids, labels = batch["input_ids"], batch.get("labels")
+        if labels is not None and labels.shape == ids.shape:
+            ids = torch.where(labels >= 0, labels, ids)  # what a masked LM's [MASK] hides
+        ids = ids[batch["attention_mask"].bool()]
         counts += torch.bincount(ids, minlength=vocab_size)[:vocab_size]
     return counts

@@ -5,7 +5,17 @@ import torch
 from conftest import WORDS
 from datasets import Dataset
 
-from ibprune.data import Collate, CollateIds, CollateMasked, TextData, load_data, load_prose, make_loader, windows
+from ibprune.data import (
+    Collate,
+    CollateIds,
+    CollateMasked,
+    TextData,
+    load_data,
+    load_prose,
+    make_loader,
+    token_counts,
+    windows,
+)
 from ibprune.errors import BadData
 from ibprune.metrics import load_metric
 
@@ -91,6 +101,13 @@ def test_masking_hides_a_seventh_and_never_special_tokens(tokenizer):
     assert 0.12 < hidden[:, 1:-1].float().mean() < 0.18
     assert not hidden[:, [0, -1]].any()
     assert torch.equal(batch["input_ids"][~hidden], torch.tensor([row["input_ids"] for row in rows])[~hidden])
+
+
+def test_token_counts_see_behind_masks_and_leave_padding_out(tokenizer):
+    rows = [{"input_ids": [2, *[7] * n, 3]} for n in (3, 10)]
+    batches = [CollateMasked(tokenizer, seed=0)(rows)]
+    counts = token_counts(batches, 26, batches=5)
+    assert counts[7] == 13 and counts[2] == counts[3] == 2 and counts.sum() == 17
 
 
 def test_metrics_speak_the_interface_of_evaluate():
