@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from huggingface_hub import constants
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -235,8 +235,10 @@ def _describe(
             unknown = set(held_out.unique(label)) - set(index)
             if unknown:
                 raise BadData(f"'{name}': the held-out labels {sorted(unknown)[:5]} never occur in training.")
-            train = train.map(lambda row: {label: index[row[label]]})
-            held_out = held_out.map(lambda row: {label: index[row[label]]})
+            features = Features(train.features | {label: Value("int64")})
+            train, held_out = (
+                rows.map(lambda row: {label: index[row[label]]}, features=features) for rows in (train, held_out)
+            )
     if labels and len(labels) < 2:
         raise BadData(f"expected at least two classes in the column '{label}' of '{name}', found {len(labels)}.")
     return TextData(

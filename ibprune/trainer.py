@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -68,9 +68,12 @@ def make_accelerator(precision: str, *, grad_accum: int = 1, seed: int = 0) -> A
     if precision == "auto":
         precision = "bf16" if _native_bf16() else "fp32"
     set_seed(seed)
-    AcceleratorState._reset_state()  # a second run in one process may ask for another precision
+    AcceleratorState._reset_state()  # a second run in one process may ask for other settings
+    GradientState._reset_state()
     mixed = "bf16" if precision == "bf16" else "no"
-    return Accelerator(mixed_precision=mixed, gradient_accumulation_steps=grad_accum)
+    # A step is always grad_accum batches, also across the end of an epoch.
+    accumulation = GradientAccumulationPlugin(num_steps=grad_accum, sync_with_dataloader=False)
+    return Accelerator(mixed_precision=mixed, gradient_accumulation_plugin=accumulation)
 
 
 def _native_bf16() -> bool:
@@ -123,8 +126,9 @@ def train(
             before_step(step)
         total = 0.0
         for _ in range(settings.grad_accum):
+            batch = next(batches)
             with accelerator.accumulate(prepared):
-                loss = loss_of(prepared, next(batches))
+                loss = loss_of(prepared, batch)
                 total += loss.detach().item() / settings.grad_accum
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
