@@ -65,7 +65,9 @@ def staged(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # temporary names are private; the folder is not
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             folder.rmdir()  # empty, or this raises
         temporary.rename(folder)

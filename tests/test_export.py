@@ -174,6 +174,10 @@ def test_a_failed_export_leaves_nothing(tmp_path):
         (temporary / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+    with staged(tmp_path / "whole") as temporary:
+        (temporary / "file").write_text("x")
+        (temporary / "file").chmod(0o600)
+    assert (tmp_path / "whole" / "file").stat().st_mode & 0o777 == 0o644
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     with pytest.raises(BadRecipe, match="new or empty"):
