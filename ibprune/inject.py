@@ -1,4 +1,4 @@
-"""Puts VIB masks into a model by hooks and takes them out again; no base parameter changes name."""
+"""Puts VIB masks into a model and takes them out again; no base parameter changes name."""
 
 import torch
 from torch import nn
@@ -31,11 +31,39 @@ class _OutputHook:
         return _multiply(self.mask, output, 1)
 
 
-class _NormInputHook:
-    """Prepares a norm's input so that its statistics cover the kept features only.
+class _MaskedLayerNorm:
+    """Stands in for a LayerNorm's `forward`: statistics over the kept features, then the mask.
 
-    With d' of d features kept, s = sqrt(d/d'), the norm sees s * kept * (x - mean over kept): its own
-    mean is then 0 and its own mean square that of the kept features, for any LayerNorm or RMSNorm.
+    With d' of d features kept, the others are set to the mean of the kept ones. The mean is then
+    theirs and the variance d'/d of theirs, which eps * d'/d and a weight times sqrt(d'/d) undo. A mask
+    without noise is folded into weight and bias: this runs at every norm of every step, and on a CPU
+    each pass over the activations counts.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, mask: VIBMask):
+        self.norm, self.mask = norm, mask
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        norm, hard = self.norm, self.mask.hard
+        n_units, kept = len(hard), self.mask.n_kept
+        if self.mask.probe is not None:
+            kept = n_units  # a probe asks for gradients at the dense model
+        if kept != n_units:
+            x = x * hard.to(x.dtype)
+            x = torch.addcmul(x, x.sum(-1, keepdim=True), (1 - hard).to(x.dtype), value=1 / kept)
+        z = self.mask(x.shape[0])
+        fold = z[0] if z.shape[0] == 1 else torch.ones_like(z[0])
+        weight = (kept / n_units) ** 0.5 * fold.to(norm.weight.dtype) * norm.weight
+        bias = None if norm.bias is None else fold.to(norm.bias.dtype) * norm.bias
+        output = nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps * kept / n_units)
+        return output if z.shape[0] == 1 else _scale(output, z)
+
+
+class _NormInputHook:
+    """Prepares an RMSNorm's input so that its statistics cover the kept features only.
+
+    With d' of d features kept, the norm sees sqrt(d/d') * kept * x, whose mean square is that of the
+    kept features, whatever the norm's class does with its weight.
     """
 
     def __init__(self, mask: VIBMask):
@@ -45,10 +73,7 @@ class _NormInputHook:
         hard, kept = self.mask.hard, self.mask.n_kept
         if self.mask.probe is not None or kept == len(hard):
             return args
-        x = args[0]
-        if isinstance(module, nn.LayerNorm):
-            x = x - (x * hard.to(x.dtype)).sum(-1, keepdim=True) / kept
-        return (x * (hard * (len(hard) / kept) ** 0.5).to(x.dtype), *args[1:])
+        return (args[0] * (hard * (len(hard) / kept) ** 0.5).to(args[0].dtype), *args[1:])
 
 
 class _NormOutputHook:
@@ -58,22 +83,22 @@ class _NormOutputHook:
         self.mask = mask
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        n_units, kept = len(self.mask.hard), self.mask.n_kept
-        if self.mask.probe is None and kept != n_units:
-            scale = (kept / n_units) ** 0.5
-            bias = getattr(module, "bias", None)
-            output = output * scale if bias is None else (output - bias) * scale + bias
-        return _multiply(self.mask, output, 1)
+        z = self.mask(output.shape[0])
+        if self.mask.probe is None:
+            z = z * (self.mask.n_kept / len(self.mask.hard)) ** 0.5
+        return _scale(output, z)
 
 
 _HOOKS = (_InputHook, _OutputHook, _NormInputHook, _NormOutputHook)
 
 
 def _multiply(mask: VIBMask, x: torch.Tensor, width: int) -> torch.Tensor:  # (batch, ..., n_units * width)
-    z = mask(x.shape[0]).to(x.dtype)
-    if width > 1 and len(mask.mu) > 1:
-        z = z.repeat_interleave(width, dim=1)
-    return x * z.view(z.shape[0], *[1] * (x.ndim - 2), z.shape[1])
+    z = mask(x.shape[0])
+    return _scale(x, z.repeat_interleave(width, dim=1) if width > 1 and z.shape[1] > 1 else z)
+
+
+def _scale(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:  # (batch, ..., features) by (batch or 1, features or 1)
+    return x * z.to(x.dtype).view(z.shape[0], *[1] * (x.ndim - 2), z.shape[1])
 
 
 def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0) -> MaskSet:
@@ -93,9 +118,13 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
     for name, site in sites.items():
         mask = masks[name]
         if site.mask_at.side == "norms":
-            for norm in norm_paths(model, site):
-                model.get_submodule(norm).register_forward_pre_hook(_NormInputHook(mask))
-                model.get_submodule(norm).register_forward_hook(_NormOutputHook(mask))
+            for path in norm_paths(model, site):
+                norm = model.get_submodule(path)
+                if isinstance(norm, nn.LayerNorm):
+                    norm.forward = _MaskedLayerNorm(norm, mask)
+                else:
+                    norm.register_forward_pre_hook(_NormInputHook(mask))
+                    norm.register_forward_hook(_NormOutputHook(mask))
             continue
         module = model.get_submodule(site.mask_at.path)
         if site.mask_at.side == "rank":
@@ -118,6 +147,8 @@ def norm_paths(model: nn.Module, site: Site) -> list[str]:
 def remove_(model: nn.Module) -> None:
     """Takes all masks out; the model is as it was before `inject_`."""
     for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _MaskedLayerNorm):
+            del module.forward
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
                 del hooks[key]
