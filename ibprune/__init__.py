@@ -1,15 +1,16 @@
 """ibprune: smaller models with a calibrated account of what was lost.
 
-The heavy imports happen inside the functions, so that `import ibprune` stays quick.
+The heavy imports happen inside the functions, so that `import ibprune` stays quick. No module may bear a
+function's name (`plans.py`, `auditing.py`): importing it would put the module in the function's place.
 """
 
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["PruneResult", "load", "plan", "prune"]
+__all__ = ["PruneResult", "audit", "load", "plan", "prune"]
 
 if TYPE_CHECKING:
-    from ibprune.api import PruneResult, load, plan, prune
+    from ibprune.api import PruneResult, audit, load, plan, prune
 
 
 def __getattr__(name: str):

@@ -1,12 +1,13 @@
-"""The public Python functions: prune, plan, load."""
+"""The public Python functions: prune, plan, load, audit."""
 
+from ibprune.comparing import audit
 from ibprune.console import Quiet
 from ibprune.loading import load
 from ibprune.pipeline import PruneResult, run
 from ibprune.planning import plan
 from ibprune.recipe import make_recipe
 
-__all__ = ["PruneResult", "load", "plan", "prune"]
+__all__ = ["PruneResult", "audit", "load", "plan", "prune"]
 
 
 def prune(

@@ -8,6 +8,7 @@ from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
 VERBS = {
     "prune": "make a trained model smaller and write a folder that loads (the default verb)",
     "plan": "say what can be cut and what a budget reaches, from the config alone",
+    "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
 }
 
 WAYS = {"vanilla": "plain transformers", "remote_code": "trust_remote_code=True or ibprune.load"}
@@ -70,6 +71,27 @@ def _plan_parser() -> _Parser:
     return parser
 
 
+def _audit_parser() -> _Parser:
+    parser = _Parser(prog="ibprune audit", description=VERBS["audit"].capitalize() + ".", allow_abbrev=False)
+    add = parser.add_argument
+    add("dense", help="Hub id, folder or alias of the dense model")
+    add("pruned", help="the pruned folder, or any checkpoint of the same family")
+    add("--task", help="a GLUE task by name, such as sst2")
+    add("--data", help="csv, tsv, jsonl, parquet or txt file, a folder of them, a Hub data set, or 'prose'")
+    add("--text-columns", help="comma list of the columns with the text")
+    add("--label-column", help="the column with the label")
+    add("--layers", help="comma list of blocks or modules (default: the residual stream after every block)")
+    add("--pooling", help="mean, cls, last or random (default: last for decoders, mean otherwise)")
+    add("--max-inputs", type=int, help="at most so many distinct texts (default 2400)")
+    add("--max-length", type=int, help="tokens read of a text (default 128)")
+    add("--seed", type=int, help="default 0")
+    add("--output", help="folder for audit.json and the plots (default: nothing is written)")
+    add("--quiet", action="store_true", help="no progress, only the table")
+    add("--json", action="store_true", help="print the audit as JSON instead of the table")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code (2 for anything the user can mend)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -82,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
             sys.stdout.write(f"ibprune {__version__}\n")
             return 0
-        return _plan(argv) if verb == "plan" else _prune(argv)
+        return {"prune": _prune, "plan": _plan, "audit": _audit}[verb](argv)
     except IBPruneError as error:
         if "--debug" in argv:
             raise
@@ -143,6 +165,36 @@ def _plan(argv: list[str]) -> int:
     else:
         _print_plan(found)
     return 0
+
+
+def _audit(argv: list[str]) -> int:
+    values = _given(_audit_parser().parse_args(argv), without=("debug", "quiet", "json"))
+    for key in ("text_columns", "layers"):
+        if key in values:
+            values[key] = tuple(part for part in values[key].split(",") if part)
+    _hush()
+    from ibprune.comparing import audit
+    from ibprune.console import Quiet, Terminal
+
+    found = audit(**values, console=Quiet() if "--quiet" in argv else Terminal())
+    if "--json" in argv:
+        import json
+
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        _print_audit(found)
+    return 0
+
+
+def _print_audit(found: dict) -> None:
+    from ibprune.audit_output import HEADER, audit_rows
+
+    _table(f"information in bits, {found['data']['n']:,} inputs of {found['data']['name']}", HEADER, audit_rows(found))
+    failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
+    if failed:
+        sys.stdout.write(f"failed checks: {', '.join(failed)}\n")
+    if found["headline"]:
+        sys.stdout.write(found["headline"] + "\n")
 
 
 def _hush() -> None:

@@ -19,7 +19,7 @@ from ibprune.groups import Site
 from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective, forward, training_loss
 from ibprune.masks import MaskSet
-from ibprune.plan import PruningPlan
+from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
-from ibprune.plan import PruningPlan
+from ibprune.plans import PruningPlan
 from ibprune.sites import block_paths, find_family, find_sites
 from ibprune.surgery import SPEC
 
@@ -66,8 +66,8 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)  # temporary names are private; the folder is not
-        for file in temporary.iterdir():
-            file.chmod(0o644)
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             folder.rmdir()  # empty, or this raises
         temporary.rename(folder)

@@ -81,6 +81,7 @@ class Family:
         output: The output layer that may be tied to it ("/…": in the whole model).
         config_keys: Config key that holds the number of units per kind in a uniform model.
         free: Modules ("/…" in the whole model) whose parameters no unit owns.
+        causal: Whether a token sees only those before it.
     """
 
     model_types: tuple[str, ...]
@@ -90,6 +91,7 @@ class Family:
     output: str
     config_keys: dict[str, str]
     free: tuple[str, ...] = ()
+    causal: bool = False
 
 
 @dataclass(frozen=True)

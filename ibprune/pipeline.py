@@ -9,19 +9,26 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ibprune.audit_output import audit_section, write_audit
+from ibprune.auditing import AuditSettings, audit
+from ibprune.auditing import Side as AuditSide
 from ibprune.bench import measure_latency
 from ibprune.budget import Budget
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
 from ibprune.cutting import Costs, cut, loss_with, train_settings
+from ibprune.data import TextData
+from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
 from ibprune.export import auto_class, check_output, staged, verify, write_model
+from ibprune.features import default_pooling
 from ibprune.feeding import Feed, find_data, make_feed
 from ibprune.groups import KINDS
+from ibprune.inputs import MOST_INPUTS, encode_inputs
 from ibprune.losses import Objective
 from ibprune.model_card import model_card
 from ibprune.models import Loaded, check_finite, find_source, load_dense
-from ibprune.plan import PruningPlan
+from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, versions
 from ibprune.trainer import make_accelerator, train
@@ -70,6 +77,8 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     student = student.to(loaded.dtype).float()  # what is measured is what is stored
     with _timed(seconds, "evaluate"):
         metrics = evaluate_model(student, feed, objective, dense=dense, console=console, what="evaluating pruned")
+    with _timed(seconds, "audit"):
+        found = _audit(dense, student, data, loaded, recipe, console) if recipe.audit else None
     with _timed(seconds, "bench"):
         shape = {"batch": min(recipe.batch_size, 16), "length": min(recipe.max_length, 64)}
         latencies = measure_latency(dense, student, **shape, console=console)
@@ -94,7 +103,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     )
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
-        _export(student, dense, loaded, plan, recipe, report, temporary, folder)
+        _export(student, dense, loaded, plan, recipe, report, found, temporary, folder)
     return PruneResult(student.eval(), plan, report.to_dict())
 
 
@@ -119,6 +128,7 @@ def _export(
     plan: PruningPlan,
     recipe: Recipe,
     report: Report,
+    found: dict | None,
     folder: Path,
     final: Path,
 ) -> None:
@@ -132,7 +142,25 @@ def _export(
     report.pruned.file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     report.save(folder / "report.json")
     auto = auto_class(type(student).__name__, student.config.model_type)
-    (folder / "README.md").write_text(model_card(report.to_dict(), auto_class=auto, folder=final.name))
+    card = model_card(report.to_dict(), auto_class=auto, folder=final.name)
+    if found is not None:
+        write_audit(found, folder)
+        card += "\n" + audit_section(found)
+    (folder / "README.md").write_text(card)
+
+
+def _audit(
+    dense: PreTrainedModel, student: PreTrainedModel, data: TextData, loaded: Loaded, recipe: Recipe, console: Quiet
+) -> dict | None:
+    """The audit of both models on the held-out texts, or None where there are too few of them."""
+    try:
+        inputs = encode_inputs(data, loaded.tokenizer, max_length=recipe.max_length, most=MOST_INPUTS)
+    except BadData as error:
+        console.say(f"No audit: {error}")
+        return None
+    settings = AuditSettings(pooling=default_pooling(dense), seed=recipe.seed)
+    sides = AuditSide(recipe.model, dense), AuditSide(recipe.output, student)
+    return audit(*sides, inputs, settings=settings, console=console)
 
 
 def _side(costs: Costs, kept: dict[str, int], metrics: dict[str, float], latency: dict[str, float]) -> Side:

@@ -8,7 +8,7 @@ from ibprune.cutting import prepare_
 from ibprune.errors import BadRecipe
 from ibprune.export import tier_of
 from ibprune.models import build_meta, find_source, load_config, model_class
-from ibprune.plan import PruningPlan
+from ibprune.plans import PruningPlan
 from ibprune.shares import equal_pressure
 from ibprune.surgery import compact_
 

@@ -6,7 +6,7 @@ from torch import nn
 from ibprune.errors import PlanMismatch, UnsupportedModel
 from ibprune.groups import Site, axis_dims
 from ibprune.inject import MASKS, norm_paths, remove_
-from ibprune.plan import PruningPlan, check_plan
+from ibprune.plans import PruningPlan, check_plan
 from ibprune.rebuild import (
     STUBS,
     FactorizedEmbedding,

@@ -11,7 +11,7 @@ from ibprune.costs import count_params, macs_model, params_model
 from ibprune.errors import UnsupportedModel
 from ibprune.families import FAMILIES
 from ibprune.inject import inject_, remove_
-from ibprune.plan import PruningPlan
+from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_, factorize_, merge_
 

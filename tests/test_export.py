@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import ibprune
 from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch
 from ibprune.export import check_output, staged, tier_of, verify, write_model
-from ibprune.plan import PruningPlan
+from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_, factorize_
 

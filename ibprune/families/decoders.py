@@ -3,6 +3,7 @@
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 LLAMA = Family(
+    causal=True,
     model_types=("llama",),
     blocks="layers.*",
     embedding="embed_tokens",

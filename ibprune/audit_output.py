@@ -1,0 +1,75 @@
+"""What an audit leaves behind: audit.json, its plots, and the table of the model card and the terminal."""
+
+import json
+from pathlib import Path
+
+from ibprune.plots import draw_audit
+
+HEADER = ("layer", "I(X; L), dense", "I(X; L), pruned", "retained", "V-info, dense", "V-info, pruned", "status")
+
+
+def write_audit(found: dict, folder: Path) -> None:
+    """Writes `audit.json`, strict JSON, and the plots under `audit/`."""
+    (folder / "audit.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    plots = folder / "audit"
+    plots.mkdir()
+    draw_audit(found, plots)
+
+
+def audit_rows(found: dict) -> list[tuple[str, ...]]:
+    """One row per layer under `HEADER`: brackets in bits, "-" where nothing was measured."""
+    rows = []
+    for layer in found["layers"]:
+        info, label = layer["I_XL"], layer["V_LY"]
+        kept = "-"
+        if info["retained"] is not None:
+            kept = f"{info['retained']:.0%} [{info['retained_ci95'][0]:.0%}, {info['retained_ci95'][1]:.0%}]"
+        rows.append(
+            (
+                layer["name"],
+                *(_bracket(info[side]) for side in ("before", "after")),
+                kept,
+                *(_value(label[side]) for side in ("before", "after")),
+                layer_status(layer),
+            )
+        )
+    return rows
+
+
+def layer_status(layer: dict) -> str:
+    """The first status of the layer that is not ok."""
+    statuses = [layer["I_XL"]["before"]["status"], layer["I_XL"]["after"]["status"], layer["V_LY"]["status"]]
+    return next((status for status in statuses if status not in ("ok", "not_applicable")), "ok")
+
+
+def audit_section(found: dict) -> str:
+    """The section of the model card."""
+    lines = [
+        "## What each layer kept",
+        "",
+        f"Information in bits on {found['data']['n']:,} held-out inputs of `{found['data']['name']}` "
+        f"({found['layers'][0]['pooling']} pooling). I(X; L) is a bracket through a known noise, calibrated on the "
+        "dense model and then frozen; V-info is what a cross-fitted probe can use about the labels. Statuses other "
+        "than ok say why a figure must not be quoted (`audit.json`).",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|---|" + "---:|" * (len(HEADER) - 2) + "---|",
+        *("| " + " | ".join(row) + " |" for row in audit_rows(found)),
+        "",
+    ]
+    if found["headline"]:
+        lines += [found["headline"], ""]
+    failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
+    if failed:
+        lines += [f"Failed checks: {', '.join(failed)}.", ""]
+    return "\n".join(lines)
+
+
+def _bracket(side: dict) -> str:
+    return "-" if side["lower"] is None else f"{side['lower']:.2f} to {max(side['upper'], side['lower']):.2f}"
+
+
+def _value(side: dict | None) -> str:
+    if side is None or side["value"] is None:
+        return "-"
+    return f"{side['value']:.2f} ± {(side['ci95'][1] - side['ci95'][0]) / 2:.2f}"

@@ -1,0 +1,150 @@
+"""One vector per input from named layers of a model, in one pass with hooks."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from ibprune.errors import BadData, BadRecipe, did_you_mean
+from ibprune.losses import Batch
+from ibprune.rebuild import full_path
+from ibprune.sites import block_paths, find_family
+
+POOLINGS = ("mean", "cls", "last", "random")
+EMBEDDINGS = "embeddings"
+
+
+def default_pooling(model: nn.Module) -> str:
+    """The last token of a decoder, which alone has seen the whole text, and the mean over an encoder's."""
+    return "last" if find_family(model.config.model_type).causal else "mean"
+
+
+def block_layers(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The residual stream before the first block and after each: {name: (module path, "in" or "out")}.
+
+    Names count the blocks of the dense model. A block that was removed whole passes its input on, so
+    that its layer is the output of the block before it.
+    """
+    family = find_family(model.config.model_type)
+    parent = family.blocks.removesuffix(".*")
+    present = [full_path(model, path) for path in block_paths(model, family)]
+    dropped = set((getattr(model.config, "ibprune", None) or {}).get("dropped_blocks", ()))
+    where = present[0], "in"
+    layers = {EMBEDDINGS: where}
+    for i in range(len(present) + len(dropped)):
+        if f"{parent}.{i}" not in dropped:
+            where = present.pop(0), "out"
+        layers[f"{parent}.{i}"] = where
+    return layers
+
+
+def find_layers(model: nn.Module, names: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
+    """Where to read each named layer; all blocks of a known family when no name is given.
+
+    A name is one of `block_layers` or the path of any module of the model.
+
+    Raises:
+        BadRecipe: A name that is neither.
+        UnsupportedModel: No names given, and no family describes the model.
+    """
+    known = block_layers(model) if hasattr(model, "config") or not names else {}
+    if not names:
+        return known
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in known and name not in modules:
+            raise BadRecipe(f"unknown layer '{name}': {did_you_mean(name, known or modules)}.")
+    return {name: known.get(name, (name, "out")) for name in names}
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module, batches: Iterable[Batch], layers: dict[str, tuple[str, str]], *, pooling: str, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Features of every layer, pooled to one vector per input, float32, {name: (n, d)}.
+
+    Args:
+        batches: Batches in a fixed order; a batch without "input_ids" is passed as the only positional
+            input ("inputs").
+        layers: From `find_layers`.
+        pooling: For token features (batch, length, d): "mean" over real tokens, the first ("cls"), the
+            last real one, or a "random" real one, the same for every model by the seed. Feature maps
+            (batch, channels, ...) are averaged over their positions.
+
+    Raises:
+        BadRecipe: An unknown pooling.
+        BadData: A layer gives NaN or infinity, or another number of vectors than inputs.
+    """
+    if pooling not in POOLINGS:
+        raise BadRecipe(f"unknown pooling '{pooling}': {did_you_mean(pooling, POOLINGS)}.")
+    model.eval()
+    device = next(model.parameters()).device
+    caught: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, (path, side) in layers.items():
+        module = model.get_submodule(path)
+        if side == "in":
+            handles.append(module.register_forward_pre_hook(_catch_input(caught, name), with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(_catch_output(caught, name)))
+    found: dict[str, list[np.ndarray]] = {name: [] for name in layers}
+    draw = np.random.default_rng([seed, 961_748_941])
+    try:
+        for batch in batches:
+            batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            size = len(next(iter(batch.values())))
+            positions = draw.random(size)
+            caught.clear()
+            if "input_ids" in batch:
+                model(**batch)
+            else:
+                model(batch["inputs"])
+            for name in layers:
+                if name not in caught:
+                    raise BadData(f"the layer '{name}' was never computed for these inputs.")
+                pooled = _pool(caught[name].float(), batch.get("attention_mask"), pooling, positions)
+                if len(pooled) != size:
+                    raise BadData(f"expected {size} vectors from the layer '{name}', found {len(pooled)}.")
+                found[name].append(pooled.cpu().numpy())
+    finally:
+        for handle in handles:
+            handle.remove()
+    features = {name: np.concatenate(parts) for name, parts in found.items()}
+    for name, values in features.items():
+        bad = int((~np.isfinite(values)).any(axis=1).sum())
+        if bad:
+            raise BadData(f"the layer '{name}' gives NaN or infinity for {bad} of {len(values)} inputs.")
+    return features
+
+
+def _catch_input(caught: dict[str, torch.Tensor], name: str):
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        caught[name] = args[0] if args else kwargs["hidden_states"]
+
+    return hook
+
+
+def _catch_output(caught: dict[str, torch.Tensor], name: str):
+    def hook(module: nn.Module, args: tuple, output) -> None:
+        caught[name] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _pool(x: torch.Tensor, mask: torch.Tensor | None, pooling: str, positions: np.ndarray) -> torch.Tensor:
+    if x.ndim <= 2:
+        return x.reshape(len(x), -1)
+    if mask is None or x.shape[:2] != mask.shape:  # a feature map: (batch, channels, ...)
+        return x.flatten(2).mean(-1)
+    lengths = mask.sum(1)
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(x.dtype)
+        return (x * weights).sum(1) / weights.sum(1).clamp_min(1)
+    first = mask.argmax(1)  # padding may be on the left
+    offset = {
+        "cls": torch.zeros_like(lengths),
+        "last": lengths - 1,
+        "random": (torch.from_numpy(positions).to(lengths.device) * lengths).long(),
+    }[pooling]
+    return x[torch.arange(len(x), device=x.device), first + offset.clamp_min(0)]

@@ -1,0 +1,96 @@
+"""The inputs of an audit: held-out texts encoded once, without duplicates, in a fixed order."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ibprune.data import TextData
+from ibprune.errors import BadData
+from ibprune.losses import Batch
+
+MOST_INPUTS = 2400
+LEAST = 200  # fewer inputs and no figure of an audit means anything
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both models read.
+
+    Attributes:
+        name: Of the data.
+        batches: Padded batches, in order; no labels inside.
+        labels: Class of each input, or None for unlabelled data.
+        removed: Duplicates left out.
+        overlap: Inputs whose text also occurs in the training rows.
+        sha256: Of the token ids, in order.
+    """
+
+    name: str
+    batches: list[Batch]
+    labels: list[int] | None
+    removed: int
+    overlap: int
+    sha256: str
+
+    @property
+    def n(self) -> int:
+        return sum(len(next(iter(batch.values()))) for batch in self.batches)
+
+
+def encode_inputs(
+    data: TextData, tokenizer: PreTrainedTokenizerBase, *, max_length: int, most: int, batch_size: int = 64
+) -> Inputs:
+    """Encodes at most `most` distinct held-out texts; batches hold texts of like length.
+
+    Raises:
+        BadData: Fewer than 200 distinct texts.
+    """
+    rows = data.held_out
+    columns = [[str(text or "") for text in rows[column]] for column in data.text_columns]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
+    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    seen: set[tuple] = set()
+    chosen = []
+    for i, ids in enumerate(encoded["input_ids"]):
+        if tuple(ids) not in seen and len(ids) > 0:
+            seen.add(tuple(ids))
+            chosen.append(i)
+    removed = len(columns[0]) - len(chosen)
+    chosen = chosen[:most]
+    if len(chosen) < LEAST:
+        raise BadData(
+            f"expected at least {LEAST} distinct inputs to audit in '{data.name}', found {len(chosen)}: "
+            "give more text with --data."
+        )
+    chosen.sort(key=lambda i: len(encoded["input_ids"][i]))  # less padding; stable, so the order is fixed
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    batches = [
+        _pad({key: [encoded[key][i] for i in part] for key in keys}, pad)
+        for part in (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
+    ]
+    labels = None
+    if data.label_column and data.labels:
+        column = rows[data.label_column]
+        labels = [int(column[i]) for i in chosen]
+    digest = hashlib.sha256(repr([encoded["input_ids"][i] for i in chosen]).encode()).hexdigest()
+    known = _texts(data.train, data.text_columns)
+    overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
+    return Inputs(data.name, batches, labels, removed, overlap, digest)
+
+
+def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
+    return set(zip(*([str(text or "") for text in rows[column]] for column in columns)))
+
+
+def _pad(parts: dict[str, list[list[int]]], pad: int) -> Batch:
+    ids = parts["input_ids"]
+    width = max(len(row) for row in ids)
+    batch = {
+        key: torch.tensor([row + [pad if key == "input_ids" else 0] * (width - len(row)) for row in rows])
+        for key, rows in parts.items()
+    }
+    batch["attention_mask"] = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    return batch

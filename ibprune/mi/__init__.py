@@ -1,0 +1,1 @@
+"""Estimators of information, usable alone: nothing here imports the rest of ibprune."""

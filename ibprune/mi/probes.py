@@ -1,0 +1,165 @@
+"""V-information: what a cross-fitted probe can say about labels or tokens from features, a lower bound on average."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from ibprune.mi.samples import FEW, BadSamples, Estimate, as_labels, as_samples, mean_with_interval
+
+PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
+LEAST_PER_CLASS = 10
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A family V of predictors.
+
+    Attributes:
+        kind: "logistic" (multinomial, L2) or "mlp" (one hidden layer).
+        dims: Principal components kept after standardising.
+        penalties: L2 weights tried on an inner split; the best is used in every fold.
+        hidden: Units of the MLP.
+    """
+
+    kind: str = "logistic"
+    dims: int = 128
+    penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    hidden: int = 128
+
+    def __post_init__(self):
+        if self.kind not in ("logistic", "mlp"):
+            raise ValueError(f"expected a probe of logistic or mlp, found '{self.kind}'.")
+
+
+LOGISTIC = Probe()
+
+
+def v_information(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0) -> Estimate:
+    """I_V(L -> Y) = H_V(Y) - H_V(Y | L), in nats (Xu et al. 2020, def. 2), by cross-fitting.
+
+    Each sample's term is log q(y|l) - log p(y), q and p fitted on the other folds (PVI of Ethayarajh et al.
+    2022), so that in expectation the mean is at most I(L; Y). It may be negative, and may rise with depth:
+    computation makes information usable.
+
+    Args:
+        features: (n, d). labels: (n,), integers or strings.
+        folds: Stratified; the same seed gives two models the same folds, so that differences are paired.
+
+    Returns:
+        Status "undersampled" below 200 samples or 10 of a class, "degenerate" (no value) for one class or
+        constant features.
+
+    Raises:
+        BadSamples: As in `as_samples` and `as_labels`, or their lengths differ.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> y = rng.integers(0, 2, 1000)
+        >>> estimate = v_information(y[:, None] + 0.1 * rng.normal(size=(1000, 3)), y)
+        >>> 0.6 < estimate.value < np.log(2)
+        True
+    """
+    x, y, name = *_checked(features, labels), f"{probe.kind}_pca{probe.dims}"
+    counts = np.bincount(y)
+    if len(counts) < 2 or not np.ptp(x, axis=0).any():
+        what = "the labels have one class" if len(counts) < 2 else "the features are constant"
+        return Estimate(None, "degenerate", name, len(y), notes=(what,))
+    if counts.min() < folds:
+        return Estimate(None, "undersampled", name, len(y), notes=(f"a class has {counts.min()} samples",))
+    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y))
+    train = splits[0][0]
+    inner = next(StratifiedKFold(4, shuffle=True, random_state=seed).split(train, y[train]))
+    penalty = _best_penalty(x[train], y[train], inner, probe, seed)
+    terms = np.zeros(len(y))
+    for fit, held_out in splits:
+        model = _fit(x[fit], y[fit], probe, penalty, seed)
+        terms[held_out] = _log_q(model, x[held_out], y[held_out], len(counts)) - _log_prior(y[fit], y[held_out])
+    value, ci95 = mean_with_interval(terms)
+    few = len(y) < FEW or counts.min() < LEAST_PER_CLASS
+    notes = (f"penalty {penalty:g}",) + ((f"the least class has {counts.min()} samples",) if few else ())
+    return Estimate(value, "undersampled" if few else "ok", name, len(y), ci95, notes, terms)
+
+
+def shuffled_control(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0) -> Estimate:
+    """`v_information` with the labels permuted: nothing above 0 may be found."""
+    permuted = np.random.default_rng([seed, 15_485_863]).permutation(as_labels(labels))
+    return v_information(features, permuted, probe=probe, folds=folds, seed=seed)
+
+
+def online_code(features, labels, *, probe: Probe = LOGISTIC, seed: int = 0) -> Estimate:
+    """MDL information of the prequential code, nats a sample (Voita & Titov 2020, section 3.2, eq. 3).
+
+    The labels are sent in portions, each coded by the probe fitted on what was sent before, the first
+    uniformly; the value is H(Y) minus the code's length per sample, so that slow learning costs too.
+    """
+    x, y, name = *_checked(features, labels), f"online code, {probe.kind}_pca{probe.dims}"
+    n, classes = len(y), int(y.max()) + 1
+    if classes < 2 or not np.ptp(x, axis=0).any():
+        return Estimate(None, "degenerate", name, n)
+    order = np.random.default_rng([seed, 32_452_843]).permutation(n)
+    x, y = x[order], y[order]
+    ends = sorted({max(2, int(np.ceil(portion * n))) for portion in PORTIONS})
+    length = ends[0] * np.log(classes)
+    middle = probe.penalties[len(probe.penalties) // 2]
+    for start, end in zip(ends, ends[1:]):
+        if len(np.unique(y[:start])) < 2:
+            length += (end - start) * np.log(classes)
+            continue
+        model = _fit(x[:start], y[:start], probe, middle, seed)
+        length -= _log_q(model, x[start:end], y[start:end], classes).sum()
+    share = np.bincount(y) / n
+    entropy = -float((share * np.log(share)).sum())
+    return Estimate(entropy - float(length) / n, "ok" if n >= FEW else "undersampled", name, n)
+
+
+def _checked(features, labels) -> tuple[np.ndarray, np.ndarray]:
+    x, y = as_samples(features, "features"), as_labels(labels)
+    if len(x) != len(y):
+        raise BadSamples(f"expected one label per sample ({len(x)}), found {len(y)}.")
+    return x, y
+
+
+def _best_penalty(x: np.ndarray, y: np.ndarray, split: tuple, probe: Probe, seed: int) -> float:
+    fit, held_out = split
+    classes = int(y.max()) + 1
+
+    def score(penalty: float) -> float:
+        model = _fit(x[fit], y[fit], probe, penalty, seed)
+        return float(_log_q(model, x[held_out], y[held_out], classes).mean())
+
+    return max(probe.penalties, key=score)
+
+
+def _fit(x: np.ndarray, y: np.ndarray, probe: Probe, penalty: float, seed: int) -> Pipeline:
+    # "full": the randomised solver gives identical layers different codes
+    reduce = PCA(min(probe.dims, x.shape[1], len(x) - 1), svd_solver="full")
+    if probe.kind == "logistic":
+        predict = LogisticRegression(C=1.0 / (penalty * len(x)), max_iter=300)
+    else:
+        predict = MLPClassifier(
+            (probe.hidden,), alpha=penalty, early_stopping=True, n_iter_no_change=20, tol=1e-5, max_iter=300,
+            learning_rate_init=3e-3, random_state=seed,
+        )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a weaker predictor is still a valid bound
+        return make_pipeline(StandardScaler(), reduce, predict).fit(x, y)
+
+
+def _log_q(model: Pipeline, x: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
+    """log q(y|x), (n,); classes that the fit never saw share one part in a thousand."""
+    log_q = np.full((len(x), classes), np.log(1e-3 / classes))
+    log_q[:, model.classes_] = np.logaddexp(model.predict_log_proba(x) + np.log1p(-1e-3), np.log(1e-3 / classes))
+    return log_q[np.arange(len(y)), y]
+
+
+def _log_prior(fitted: np.ndarray, y: np.ndarray) -> np.ndarray:
+    counts = np.bincount(fitted, minlength=int(y.max()) + 1) + 0.5
+    return np.log(counts / counts.sum())[y]

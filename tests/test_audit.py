@@ -1,0 +1,160 @@
+"""The audit of real modules: anchors, checks, statuses, the command, and what it leaves behind."""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, build, random_keep
+from torch import nn
+
+import ibprune
+from ibprune import cli
+from ibprune.audit_output import audit_rows
+from ibprune.auditing import AuditSettings, Side, audit
+from ibprune.errors import BadData, BadRecipe
+from ibprune.features import collect, find_layers
+from ibprune.inputs import Inputs
+from ibprune.plans import PruningPlan
+from ibprune.sites import find_sites
+from ibprune.surgery import compact_, factorize_
+
+FAST = AuditSettings(repeats=1, curve=(0.5, 2.0))
+
+
+def inputs(n: int = 240, *, labels: bool = True, length: int = 9) -> Inputs:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(1, 61, (n, length), generator=generator)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(50)]
+    return Inputs("random", batches, (ids[:, 0] % 2).tolist() if labels else None, 0, 0, "")
+
+
+def pruned(dense, seed: int = 1):
+    small = copy.deepcopy(dense)
+    factorize_(small)
+    sites = find_sites(small)
+    keep = random_keep(sites, seed)
+    return compact_(small, PruningPlan(dense.config.model_type, {n: s.n_units for n, s in sites.items()}, keep))
+
+
+def test_an_unpruned_copy_loses_exactly_nothing():
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    found = audit(Side("a", dense), Side("b", copy.deepcopy(dense)), inputs(), settings=FAST)
+    assert [layer["name"] for layer in found["layers"]] == ["embeddings", *(f"encoder.layer.{i}" for i in range(3))]
+    for layer in found["layers"]:
+        assert layer["I_XL"]["delta"] == {"value": 0.0, "ci95": [0.0, 0.0], "paired": True}
+        assert layer["V_LY"]["delta"]["value"] == 0.0 and layer["I_XL"]["retained"] == 1.0
+    assert all(check["status"] == "pass" for check in found["checks"])
+
+
+@pytest.mark.parametrize("family,head", [("bert", "BertForSequenceClassification"), ("llama-tied", "LlamaForCausalLM")])
+def test_pruned_models_of_every_family_are_audited(family, head):
+    dense = build(family, head, dtype=torch.float32)
+    found = audit(Side("a", dense), Side("b", pruned(dense)), inputs(labels=False), settings=FAST)
+    json.dumps(found, allow_nan=False)
+    assert len(found["layers"]) == 4 and len(audit_rows(found)) == 4
+    assert found["layers"][-1]["I_XL"]["delta"]["value"] != 0.0
+    assert found["layers"][-1]["V_LY"]["status"] == "not_applicable" and found["layers"][-1]["V_LY"]["before"] is None
+
+
+def test_layers_before_the_first_change_are_an_exact_anchor():
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    changed = copy.deepcopy(dense)
+    with torch.no_grad():
+        changed.encoder.layer[2].output.dense.weight.mul_(0.5)
+    found = audit(Side("a", dense), Side("b", changed), inputs(), settings=FAST)
+    anchor = next(check for check in found["checks"] if check["id"] == "anchor_equal")
+    assert anchor["status"] == "pass"
+    deltas = [layer["I_XL"]["delta"]["value"] for layer in found["layers"]]
+    assert deltas[:3] == [0.0, 0.0, 0.0] and deltas[3] != 0.0
+
+
+def test_a_broken_anchor_makes_the_layer_inconsistent():
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    haunted = copy.deepcopy(dense)  # equal weights, other features
+    haunted.encoder.layer[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    found = audit(Side("a", dense), Side("b", haunted), inputs(), settings=FAST)
+    anchor = next(check for check in found["checks"] if check["id"] == "anchor_equal")
+    assert anchor["status"] == "fail" and anchor["layers"] == ["encoder.layer.1", "encoder.layer.2"]
+    assert found["layers"][2]["I_XL"]["after"]["status"] == "inconsistent"
+    assert found["layers"][1]["I_XL"]["after"]["status"] != "inconsistent" and found["headline"] is None
+
+
+def test_a_plain_module_with_layers_named_by_the_user():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 2))
+    images = torch.randn(240, 3, 8, 8)
+    given = Inputs("images", [{"inputs": part} for part in images.split(60)], None, 0, 0, "")
+    found = audit(Side("a", cnn), Side("b", copy.deepcopy(cnn)), given, layers=("0", "2", "4"), settings=FAST)
+    assert [layer["d_before"] for layer in found["layers"]] == [6, 8, 2]
+    with pytest.raises(BadRecipe, match="unknown layer '7'"):
+        audit(Side("a", cnn), Side("b", cnn), given, layers=("7",), settings=FAST)
+
+
+def test_constant_and_nan_layers():
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    dead = copy.deepcopy(dense)
+    with torch.no_grad():
+        dead.encoder.layer[2].output.LayerNorm.weight.zero_()
+    found = audit(Side("a", dead), Side("b", dense), inputs(), settings=FAST)
+    last = found["layers"][-1]
+    assert last["I_XL"]["before"] == {**last["I_XL"]["before"], "lower": None, "status": "degenerate"}
+    assert last["V_LY"]["before"]["value"] is None and last["I_XL"]["retained"] is None
+    with torch.no_grad():
+        dead.encoder.layer[1].output.LayerNorm.bias[0] = float("nan")
+    with pytest.raises(BadData, match="encoder.layer.1.*NaN"):
+        audit(Side("a", dense), Side("b", dead), inputs(), settings=FAST)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "random"])
+def test_padding_changes_no_feature(pooling):
+    model = build("bert", "BertModel", dtype=torch.float64)
+    ids = torch.randint(1, 61, (6, 5), generator=torch.Generator().manual_seed(0))
+    plain = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    wide = torch.cat([ids, torch.zeros(6, 3, dtype=torch.long)], 1)
+    padded = [{"input_ids": wide, "attention_mask": (torch.arange(8) < 5).long().expand(6, 8)}]
+    layers = find_layers(model)
+    first, second = (collect(model, batches, layers, pooling=pooling) for batches in (plain, padded))
+    for name in layers:
+        assert np.allclose(first[name], second[name], atol=1e-5)
+
+
+def test_the_command_and_its_folder(folders, tmp_path, capsys):
+    rng = random.Random(2)
+    lines = ["sentence\tlabel"]
+    lines += [f"{' '.join(rng.choices(WORDS, k=9))}\t{i % 2}" for i in range(260)]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.tsv").write_text("\n".join(lines[:40]) + "\n")
+    (data / "dev.tsv").write_text("\n".join(lines[:1] + lines[40:]) + "\n")
+    small = tmp_path / "small"
+    source = folders["BertModel"]
+    ibprune.prune(source, 0.5, data=str(data), output=str(small), mask_steps=0, recover_steps=0, max_length=16)
+    assert json.loads((small / "audit.json").read_text())["schema"] == "ibprune.mi_audit/1"
+    assert "What each layer kept" in (small / "README.md").read_text()
+    out = tmp_path / "audit"
+    command = ["audit", source, str(small), "--data", str(data), "--output", str(out), "--quiet", "--json"]
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "audit.json").read_text()) == found
+    assert {p.suffix for p in (out / "audit").iterdir()} == {".png", ".svg"}
+    assert found["data"]["n"] == 221 and found["labels"]["n_classes"] == 2
+    again = ibprune.audit(source, str(small), data=str(data))
+    assert again["layers"] == found["layers"]
+    assert callable(ibprune.audit) and callable(ibprune.plan)  # a submodule must not take their place
+
+
+def test_audits_that_cannot_be_are_one_line(folders, reviews, tmp_path, capsys):
+    for argv, words in (
+        (["audit", folders["BertModel"], folders["BertModel"], "--data", reviews], "at least 200 distinct inputs"),
+        (["audit", folders["BertModel"], folders["LlamaForCausalLM"], "--data", reviews], "one family"),
+        (["audit", folders["BertModel"], "nowhere", "--data", reviews], "expected a model folder"),
+        (["audit", folders["BertModel"]], "required"),
+        (["audit", folders["BertModel"], folders["BertModel"], "--data", reviews, "--poling", "cls"], "--pooling"),
+    ):
+        assert cli.main([*argv, "--quiet"]) == 2
+        message = capsys.readouterr().err.strip()
+        assert message.startswith("ibprune: error: ") and words in message and "\n" not in message
+    assert not list(tmp_path.iterdir())
