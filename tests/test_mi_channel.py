@@ -66,10 +66,13 @@ def test_masks_as_the_channel_and_what_their_penalty_leaves_out():
     penalty, bound = penalty_bound(f, 0.1, 1.0)
     assert bracket.ci95[0] <= 0.421 <= bracket.ci95[1] and bracket.ci95[1] - bracket.ci95[0] < 0.05
     assert penalty == pytest.approx(0.005, abs=0.0005) and bound == pytest.approx(0.612, abs=0.07)
-    skewed = np.exp(normal(2000, 4))
+    skewed = np.exp(0.5 * normal(4000, 4))
     bracket = mask_bracket(skewed, 0.5, 1.0, floor=1e-6)
-    assert bracket.lower == pytest.approx(0.736, abs=0.05)
-    assert penalty_bound(skewed, 0.5, 1.0)[0] == pytest.approx(0.446, abs=0.001)
+    assert bracket.ci95[0] <= 0.736 <= bracket.ci95[1]
+    assert penalty_bound(skewed, 0.5, 1.0) == pytest.approx((0.446, 1.45), abs=0.03)
+    wide = np.exp(0.5 * normal(4000, 16))  # here the penalty claims twice what there is
+    assert mask_bracket(wide, 2.0, 1.0, floor=1e-6).lower == pytest.approx(5.8, abs=0.4)
+    assert penalty_bound(wide, 2.0, 1.0) == pytest.approx((12.9, 16.9), abs=0.2)
 
 
 def test_information_falls_with_the_noise():
