@@ -110,12 +110,12 @@ def load_prose(*, seed: int = 0, limit: int = 24_000, console: Quiet | None = No
     """English that is already on this machine: Python's language reference and library docstrings.
 
     Sentences of 8 to 40 words from `pydoc_data.topics` and from the docstrings of the standard library
-    and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 600) is held out.
+    and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 2,000) is held out.
     """
     passages = list(dict.fromkeys(itertools.islice(_sentences(console or Quiet()), limit)))
     order = list(range(len(passages)))
     random.Random(seed).shuffle(order)
-    cut = min(600, len(order) // 10)
+    cut = min(2000, len(order) // 10)
     held_out, train = order[:cut], order[cut:]
     return TextData(
         name=PROSE,

@@ -47,6 +47,9 @@ DEFAULTS = {
 }
 
 
+JUDGED_TEXTS = 600  # an encoder's recall is among so many: a number of its own for every count
+
+
 @dataclass(frozen=True)
 class Feed:
     """Batches for a model and what they are for.
@@ -150,6 +153,7 @@ def make_feed(
     else:
         if name == "encoder":  # every text column is text to embed; labels play no part
             train_set, held_out_set = (_stack(rows, data.text_columns) for rows in (train_set, held_out_set))
+            held_out_set = held_out_set.select(range(min(JUDGED_TEXTS, len(held_out_set))))
             data = replace(data, text_columns=("text",), label_column=None)
         collate = Collate(tokenizer, data, max_length)
     if len(train_set) == 0 or len(held_out_set) == 0:
