@@ -4,14 +4,14 @@ import argparse
 import sys
 
 from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
+from ibprune.tables import estimate_line, print_audit, print_benchmark, print_plan, print_report
 
 VERBS = {
     "prune": "make a trained model smaller and write a folder that loads (the default verb)",
     "plan": "say what can be cut and what a budget reaches, from the config alone",
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
+    "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
-
-WAYS = {"vanilla": "plain transformers", "remote_code": "trust_remote_code=True or ibprune.load"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +92,20 @@ def _audit_parser() -> _Parser:
     return parser
 
 
+def _mi_parser() -> _Parser:
+    parser = _Parser(prog="ibprune mi-benchmark", description=VERBS["mi-benchmark"].capitalize() + ".",
+                     allow_abbrev=False)  # fmt: skip
+    add = parser.add_argument
+    add("--tasks", help="comma list of tasks, or of parts of their names (default: all 40)")
+    add("--estimators", help="comma list (default: pairwise,ksg,ksg-copula,gaussian,gaussian-copula,infonce)")
+    add("--n", type=int, default=10_000, help="samples (default 10000)")
+    add("--seeds", default="0", help="comma list (default 0)")
+    add("--xy", help="an npz file with the arrays x and y; integer y means labels")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code (2 for anything the user can mend)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -104,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
             sys.stdout.write(f"ibprune {__version__}\n")
             return 0
-        return {"prune": _prune, "plan": _plan, "audit": _audit}[verb](argv)
+        return {"prune": _prune, "plan": _plan, "audit": _audit, "mi-benchmark": _mi_benchmark}[verb](argv)
     except IBPruneError as error:
         if "--debug" in argv:
             raise
@@ -143,7 +157,7 @@ def _prune(argv: list[str]) -> int:
 
         sys.stdout.write(json.dumps(result.report, indent=1) + "\n")
     else:
-        _print_report(result.report, recipe.output)
+        print_report(result.report, recipe.output)
     return 0
 
 
@@ -163,7 +177,7 @@ def _plan(argv: list[str]) -> int:
 
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        _print_plan(found)
+        print_plan(found)
     return 0
 
 
@@ -182,19 +196,61 @@ def _audit(argv: list[str]) -> int:
 
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        _print_audit(found)
+        print_audit(found)
     return 0
 
 
-def _print_audit(found: dict) -> None:
-    from ibprune.audit_output import HEADER, audit_rows
+def _mi_benchmark(argv: list[str]) -> int:
+    arguments = _mi_parser().parse_args(argv)
+    import json
 
-    _table(f"information in bits, {found['data']['n']:,} inputs of {found['data']['name']}", HEADER, audit_rows(found))
-    failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
-    if failed:
-        sys.stdout.write(f"failed checks: {', '.join(failed)}\n")
-    if found["headline"]:
-        sys.stdout.write(found["headline"] + "\n")
+    from ibprune.errors import BadData
+    from ibprune.mi.samples import BadSamples
+
+    try:
+        if arguments.xy:
+            from ibprune.mi.benchmark import estimate_file
+
+            names = tuple(name for name in (arguments.estimators or "").split(",") if name)
+            found = estimate_file(arguments.xy, estimators=names)
+            sys.stdout.write(json.dumps(found, indent=1) + "\n" if arguments.json else estimate_line(found))
+            return 0
+        results = _mi_results(arguments)
+    except BadSamples as error:
+        raise BadData(str(error)) from error
+    if arguments.json:
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def _mi_results(arguments: argparse.Namespace) -> list[dict]:
+    """Runs the benchmark, printing the table of errors by task unless JSON is asked for."""
+    from ibprune.mi.benchmark import run_benchmark
+    from ibprune.mi.tasks import TASKS
+
+    parts = [part for part in (arguments.tasks or "").split(",") if part]
+    tasks = tuple(task for task in TASKS if not parts or any(part in task.name for part in parts))
+    if not tasks:
+        raise BadRecipe(f"no task bears '{arguments.tasks}': {did_you_mean(parts[0], [t.name for t in TASKS])}.")
+    estimators = tuple((arguments.estimators or "pairwise,ksg,ksg-copula,gaussian,gaussian-copula,infonce").split(","))
+    try:
+        seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
+    except ValueError:
+        raise BadRecipe(f"--seeds: expected a comma list of whole numbers, found '{arguments.seeds}'.") from None
+    if arguments.n < 10:
+        raise BadRecipe(f"--n: expected at least 10 samples, found {arguments.n}.")
+    from ibprune.console import Terminal
+
+    total = len(tasks) * len(seeds) * len(estimators)
+    results = list(Terminal().track(run_benchmark(tasks, estimators, n=arguments.n, seeds=seeds), "estimating", total))
+    if not arguments.json:
+        print_benchmark(results, estimators, arguments.n, len(seeds))
+    return [
+        {"task": r.task, "seed": r.seed, "truth": r.truth, "seconds": r.seconds}
+        | r.estimate.to_dict()
+        | {"estimator": r.estimator}
+        for r in results
+    ]
 
 
 def _hush() -> None:
@@ -211,60 +267,3 @@ def _hush() -> None:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="torch")
-
-
-def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
-
-
-def _print_report(report: dict, output: str) -> None:
-    from ibprune.report import rows
-
-    budget = report["budget"]
-    _table(
-        f"{report['model']} at {budget['keep']:g} of its {budget['cost']} ({budget['scope']}), score {report['score']}",
-        ("", "dense", "pruned", "ratio"),
-        rows(report),
-    )
-    kept = ", ".join(f"{kind} {share:.0%}" for kind, share in report["kept"].items())
-    loads = WAYS[report["verify"]["tier"]]
-    sys.stdout.write(
-        f"budget {budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']}; kept: {kept}\n"
-        f"written to {output} in {sum(report['timings_s'].values()):.0f} s; loads with {loads} "
-        f"(checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
-    )
-    if report["pruned"]["latency_ms"]["median"] > 0.95 * report["dense"]["latency_ms"]["median"]:
-        sys.stdout.write("note: no speed was gained on this device at this input size; the model is smaller only.\n")
-
-
-def _print_plan(found: dict) -> None:
-    _table(
-        f"what can be cut in this {found['model_type']} model",
-        ("kind", "sites", "units", "at least", f"{found['budget']['cost']} per unit", "cut"),
-        [
-            (
-                kind,
-                *(f"{g[k]:,}" for k in ("sites", "units", "min_units", "cost_per_unit")),
-                "yes" if g["cut"] else "no",
-            )
-            for kind, g in found["groups"].items()
-        ],
-    )
-    budget = found["budget"]
-    lines = [
-        f"dense      {found['dense']['params']:,} parameters, {found['dense']['macs'] / 1e6:,.1f} M MACs "
-        f"({found['macs_length']} tokens)",
-        f"predicted  {found['predicted']['params']:,} parameters, {found['predicted']['macs'] / 1e6:,.1f} M MACs",
-        f"budget     {budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']} ({budget['scope']})",
-        f"reachable  {found['reachable_keep']:.4f} of the dense {budget['cost']} at the least",
-        f"loading    {WAYS[found['tier']]} (with equal shares)",
-    ]
-    sys.stdout.write("\n".join(lines) + "\n")

@@ -9,6 +9,7 @@ LAYERS = (
     ("mi.channel", "mi.entropies", "mi.gaussian", "mi.neighbours", "mi.probes", "mi.spectral", "mi.historic"),
     ("mi.density_ratio", "mi.tasks", "mi.twins", "mi.weighted"),
     ("mi.critics",),
+    ("mi.benchmark",),
     ("mi",),
     ("errors", "rebuild", "hub", "console"),
     ("groups", "metrics"),
@@ -25,6 +26,7 @@ LAYERS = (
     ("cutting",),
     ("planning", "pipeline", "comparing"),
     ("api",),
+    ("tables",),
     ("", "cli"),
     ("__main__",),
 )

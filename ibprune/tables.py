@@ -1,0 +1,104 @@
+"""What the verbs print: tables on stdout through rich, and the lines below them."""
+
+import sys
+
+WAYS = {"vanilla": "plain transformers", "remote_code": "trust_remote_code=True or ibprune.load"}
+
+
+def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(highlight=False).print(drawn)
+
+
+def print_report(report: dict, output: str) -> None:
+    from ibprune.report import rows
+
+    budget = report["budget"]
+    table(
+        f"{report['model']} at {budget['keep']:g} of its {budget['cost']} ({budget['scope']}), score {report['score']}",
+        ("", "dense", "pruned", "ratio"),
+        rows(report),
+    )
+    kept = ", ".join(f"{kind} {share:.0%}" for kind, share in report["kept"].items())
+    loads = WAYS[report["verify"]["tier"]]
+    sys.stdout.write(
+        f"budget {budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']}; kept: {kept}\n"
+        f"written to {output} in {sum(report['timings_s'].values()):.0f} s; loads with {loads} "
+        f"(checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
+    )
+    if report["pruned"]["latency_ms"]["median"] > 0.95 * report["dense"]["latency_ms"]["median"]:
+        sys.stdout.write("note: no speed was gained on this device at this input size; the model is smaller only.\n")
+
+
+def print_plan(found: dict) -> None:
+    table(
+        f"what can be cut in this {found['model_type']} model",
+        ("kind", "sites", "units", "at least", f"{found['budget']['cost']} per unit", "cut"),
+        [
+            (
+                kind,
+                *(f"{g[k]:,}" for k in ("sites", "units", "min_units", "cost_per_unit")),
+                "yes" if g["cut"] else "no",
+            )
+            for kind, g in found["groups"].items()
+        ],
+    )
+    budget = found["budget"]
+    lines = [
+        f"dense      {found['dense']['params']:,} parameters, {found['dense']['macs'] / 1e6:,.1f} M MACs "
+        f"({found['macs_length']} tokens)",
+        f"predicted  {found['predicted']['params']:,} parameters, {found['predicted']['macs'] / 1e6:,.1f} M MACs",
+        f"budget     {budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']} ({budget['scope']})",
+        f"reachable  {found['reachable_keep']:.4f} of the dense {budget['cost']} at the least",
+        f"loading    {WAYS[found['tier']]} (with equal shares)",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def print_audit(found: dict) -> None:
+    from ibprune.audit_output import HEADER, audit_rows
+
+    table(f"information in bits, {found['data']['n']:,} inputs of {found['data']['name']}", HEADER, audit_rows(found))
+    failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
+    if failed:
+        sys.stdout.write(f"failed checks: {', '.join(failed)}\n")
+    if found["headline"]:
+        sys.stdout.write(found["headline"] + "\n")
+
+
+def print_benchmark(results: list, estimators: tuple[str, ...], n: int, n_seeds: int) -> None:
+    def mean_error(chosen: list) -> str:
+        errors = [abs(r.error) for r in chosen if r.error is not None]
+        return f"{sum(errors) / len(errors):.3f}" if len(errors) == len(chosen) else f"{len(errors)}/{len(chosen)}"
+
+    def total_error(name: str) -> str:
+        return mean_error([r for r in results if r.estimator == name])
+
+    rows = []
+    for task in dict.fromkeys(r.task for r in results):
+        mine = [r for r in results if r.task == task]
+        values = []
+        for name in estimators:
+            found = [r.estimate.value for r in mine if r.estimator == name and r.estimate.value is not None]
+            values.append(f"{sum(found) / len(found):.3f}" if found else "-")
+        rows.append((task, f"{mine[0].truth:.3f}", *values))
+    rows.append(
+        ("mean absolute error", "", *(mean_error([r for r in results if r.estimator == e]) for e in estimators))
+    )
+    table(f"nats, mean over {n_seeds} seed(s), {n:,} samples", ("task", "true", *estimators), rows)
+
+
+def estimate_line(found: dict) -> str:
+    lines = []
+    for record in found["estimators"].values():
+        value = "-" if record["value"] is None else f"{record['value']:.4f}"
+        spread = "" if record["ci95"] is None else f" [{record['ci95'][0]:.4f}, {record['ci95'][1]:.4f}]"
+        lines.append(f"{value}{spread} nats, {record['status']} ({record['estimator']}, n = {record['n']:,})")
+    return "\n".join(lines) + "\n"
