@@ -116,10 +116,10 @@ def solve_by_shares(
         fractions = {kind: float(np.exp(-t * pressure.get(kind, 0.0))) for kind in ranking.kinds}
         return ranking.keep(fractions, budget.round_to)
 
-    low, high = 0.0, 20.0 / max([value for value in pressure.values() if value > 0], default=1.0)
+    low, high = 0.0, 20.0 / min([value for value in pressure.values() if value > 0], default=1.0)
     if _cost(keep_at(low), model, budget) <= budget.limit:
         return keep_at(low)
-    for _ in range(30):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if _cost(keep_at(middle), model, budget) <= budget.limit else (middle, high)
     keep = keep_at(high)

@@ -146,7 +146,7 @@ def _prune(argv: list[str]) -> int:
     from ibprune.console import Quiet, Terminal
     from ibprune.export import check_output
 
-    check_output(recipe.output)
+    check_output(recipe.output, model=recipe.model)
     console = Quiet() if arguments.quiet else Terminal()
     console.say("starting")
     from ibprune.pipeline import run
@@ -265,5 +265,5 @@ def _hush() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(50)  # critical: its errors come through ours
     warnings.filterwarnings("ignore", module="torch")

@@ -67,7 +67,7 @@ def prepare_(
     model: PreTrainedModel, kinds: tuple[str, ...], counts: torch.Tensor | None
 ) -> tuple[dict[str, Site], dict[str, Site], Costs]:
     """Factorises the embedding if its rank is to be cut; returns all sites, those to cut, and the costs."""
-    headless_encoder = type(model).__name__.endswith("Model") and not model.can_generate()
+    headless_encoder = type(model).__name__.endswith("Model") and model.base_model is model
     kinds = choose_kinds(model, kinds, headless_encoder=headless_encoder)
     if "embedding_rank" in kinds:
         factorize_(model, counts)

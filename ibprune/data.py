@@ -47,6 +47,7 @@ class TextData:
         train, held_out: Columns `text_columns` and, when labelled, `label_column`.
         labels: Class names; empty for unlabelled texts and for regression.
         metrics: Names of the metrics the task is judged by.
+        note: What the user must know about the rows, or "".
     """
 
     name: str
@@ -56,6 +57,7 @@ class TextData:
     label_column: str | None = None
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    note: str = ""
 
 
 def load_task(task: str) -> TextData:
@@ -191,7 +193,10 @@ def read_file(path: Path) -> Dataset:
     except BadData:
         raise
     except Exception as error:  # datasets wraps every parser's own error class
-        reason = str(error.__cause__ or error).splitlines()[0] if str(error.__cause__ or error) else repr(error)
+        cause = str(error.__cause__ or error)
+        if "StopIteration" in repr(error) + repr(error.__cause__) or "corresponds to no data" in cause:
+            raise BadData(f"expected rows in '{path}', found none.") from error
+        reason = cause.splitlines()[0] if cause else repr(error)
         raise BadData(f"could not read '{path}' as {READERS[path.suffix]}: {reason}") from error
 
 
@@ -222,28 +227,56 @@ def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
 def _describe(
     name: str, splits: dict[str, Dataset], text: tuple[str, ...], label: str, metrics: tuple[str, ...]
 ) -> TextData:
-    train, held_out = splits["train"], splits["held_out"]
+    parts = [_complete(name, split, splits[split], text, label) for split in ("train", "held_out")]
+    train, held_out = (rows for rows, _ in parts)
+    left_out = sum(count for _, count in parts)
+    note = f"Left out {left_out:,} rows of '{name}' without text or label." if left_out else ""
     if not label:
-        return TextData(name, train, held_out, text)
+        return TextData(name, train, held_out, text, note=note)
     feature = train.features[label]
     labels = tuple(getattr(feature, "names", None) or ())
     if not labels and not feature.dtype.startswith("float"):
         values = sorted(set(train.unique(label)))
         labels = tuple(str(value) for value in values)
+        unknown = set(held_out.unique(label)) - set(values)
+        if unknown:
+            raise BadData(f"'{name}': the held-out labels {sorted(map(str, unknown))[:5]} never occur in training.")
         if values != list(range(len(values))):
             index = {value: i for i, value in enumerate(values)}
-            unknown = set(held_out.unique(label)) - set(index)
-            if unknown:
-                raise BadData(f"'{name}': the held-out labels {sorted(unknown)[:5]} never occur in training.")
             features = Features(train.features | {label: Value("int64")})
             train, held_out = (
                 rows.map(lambda row: {label: index[row[label]]}, features=features) for rows in (train, held_out)
             )
     if labels and len(labels) < 2:
         raise BadData(f"expected at least two classes in the column '{label}' of '{name}', found {len(labels)}.")
-    return TextData(
-        name, train, held_out, text, label, labels, metrics or (("accuracy",) if labels else ("spearmanr",))
-    )
+    metrics = metrics or (("accuracy",) if labels else ("spearmanr",))
+    return TextData(name, train, held_out, text, label, labels, metrics, note)
+
+
+def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label: str) -> tuple[Dataset, int]:
+    """The rows with a text in every column and a label, and how many had none.
+
+    Raises:
+        BadData: A column is missing or holds no text, or nothing is left.
+    """
+    for column in (*text, *((label,) if label else ())):
+        if column not in rows.column_names:
+            raise BadData(f"expected the column '{column}' in the {split} rows of '{name}', found none.")
+    for column in text:
+        if rows.features[column].dtype not in ("string", "large_string", "null"):
+            raise BadData(f"expected text in '{column}' of '{name}', found {rows.features[column].dtype}.")
+    columns = [[bool(value and value.strip()) for value in rows[column]] for column in text]
+    if label:
+        columns.append([value is not None and value == value for value in rows[label]])
+    kept = [i for i, whole in enumerate(zip(*columns)) if all(whole)]
+    left_out = len(rows) - len(kept)
+    if not kept:
+        raise BadData(f"expected rows with text{' and a label' if label else ''} in '{name}', found none.")
+    if left_out:
+        rows = rows.select(kept)
+        if label and rows.features[label].dtype == "float64" and all(v.is_integer() for v in rows[label]):
+            rows = rows.cast_column(label, Value("int64"))  # the gaps had made whole numbers decimals
+    return rows, left_out
 
 
 class Collate:

@@ -39,22 +39,28 @@ _AUTO_MAPPINGS = (
 )
 
 
-def check_output(folder: str | Path) -> Path:
-    """The output folder as a path.
+def check_output(folder: str | Path, *, model: str | None = None) -> Path:
+    """The output folder as a path; never inside the folder of the dense `model`.
 
     Raises:
         BadRecipe: It exists and is not an empty folder, or cannot be written.
     """
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BadRecipe(
-            f"expected a new or empty output folder, found something in '{folder}': choose another --output."
-        )
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise BadRecipe(f"expected to write the output folder '{folder}', but '{parent}' is not writable.")
+    try:
+        taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+        if taken or path.absolute() == Path.cwd():
+            raise BadRecipe(
+                f"expected a new or empty output folder, found something in '{folder}': choose another --output."
+            )
+        parent = path.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if model is not None and Path(model).is_dir() and Path(model).resolve() in path.resolve().parents:
+            raise BadRecipe(f"expected an output outside the model's folder, found '{folder}': choose another.")
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent):
+            pass  # the same name as `staged` takes
+    except OSError as error:
+        raise BadRecipe(f"expected to write the output folder '{folder}', but: {error.strerror or error}.") from error
     return path
 
 
@@ -171,7 +177,9 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
         lines += [f"class Pruned{cls}(Pruned, {cls}):", f"    {body}", "", ""]
     (folder / CODE).write_text("\n".join(lines).rstrip() + "\n")
     raw["architectures"] = [f"Pruned{name}"]
-    raw["auto_map"] = {"AutoModel": f"{module}.Pruned{base}", auto_class(name, model_type): f"{module}.Pruned{name}"}
+    raw["auto_map"] = {auto_class(name, model_type): f"{module}.Pruned{name}"}
+    if _whole_base(model):
+        raw["auto_map"]["AutoModel"] = f"{module}.Pruned{base}"
     if own_type:
         raw["model_type"] = f"ibprune_{model_type}"
         raw["auto_map"]["AutoConfig"] = f"{module}.Pruned{config_name}"
@@ -180,6 +188,18 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
     except (ValueError, StrictDataclassError):
         raw["hidden_size"] = raw[SPEC]["dense"]["hidden_size"]
     return raw
+
+
+def _whole_base(model: PreTrainedModel) -> bool:
+    """Whether the base class alone would find all its weights: a masked LM's backbone has no pooler."""
+    base = getattr(model, "base_model", model)
+    config = copy.deepcopy(model.config)
+    for key, value in getattr(config, SPEC)["dense"].items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        fresh = type(base)(config)
+    parts = [{name.partition(".")[0] for name, _ in m.named_parameters()} for m in (fresh, base)]
+    return parts[0] <= parts[1]
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -123,7 +123,7 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
         return "causal_lm"
     if name.endswith("ForMaskedLM"):
         return "masked_lm"
-    if name.endswith("Model"):
+    if name.endswith("Model") and not name.endswith("LMHeadModel"):
         return "encoder"
     raise BadData(f"{name} has a task head that ibprune cannot train yet: use a base, classification or LM model.")
 

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ibprune.errors import PlanMismatch
+from ibprune.models import check_finite
 from ibprune.rebuild import Pruned
 from ibprune.sites import find_family
-from ibprune.surgery import SPEC
+from ibprune.surgery import FORMAT, SPEC, SPEC_KEYS
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -25,13 +26,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     """
     folder = Path(folder)
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise PlanMismatch(f"expected an exported folder with a config.json at '{folder}', found none.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlanMismatch(f"could not read {path}: {error}") from error
-    spec = raw.get(SPEC)
+    raw, spec = _read(folder, path)
     name = spec["architecture"] if spec else (raw.get("architectures") or [""])[0]
     model_type = spec["model_type"] if spec else raw.get("model_type")
     find_family(str(model_type))
@@ -39,15 +34,38 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)) or base.config_class.model_type != model_type:
         raise PlanMismatch(f"{path}: expected a transformers class of model type '{model_type}', found '{name}'.")
     cls = type(f"Pruned{name}", (Pruned, base), {}) if spec else base
-    config = base.config_class.from_dict({**raw, "model_type": model_type, "architectures": [name], "auto_map": None})
+    known = {key: value for key, value in raw.items() if key != "auto_map"}
     try:
+        config = base.config_class.from_dict({**known, "model_type": model_type, "architectures": [name]})
         model, info = cls.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
-        )
-    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, ValueError, SafetensorError) as error:
+            folder, config=config, dtype=dtype or "auto", output_loading_info=True, local_files_only=True,
+            use_safetensors=True,
+        )  # fmt: skip
+    except (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError, SafetensorError) as error:
         raise PlanMismatch(f"'{folder}' does not load: {str(error).strip().splitlines()[0]}") from error
     check_loaded(info, str(folder))
+    check_finite(model, str(folder))
     return model.eval()
+
+
+def _read(folder: Path, path: Path) -> tuple[dict, dict | None]:
+    """The raw config and its description of the pruned structure, None for a plain one."""
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as error:
+        raise PlanMismatch(f"expected an exported folder with a config.json at '{folder}', found none.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanMismatch(f"could not read {path}: {error}") from error
+    spec = raw.get(SPEC) if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or not isinstance(spec, dict | None):
+        raise PlanMismatch(f"expected keys and values in {path}, found another kind of JSON.")
+    missing = [] if spec is None else [key for key in SPEC_KEYS if key not in spec]
+    if missing or (spec is not None and spec["format"] != FORMAT):
+        raise PlanMismatch(
+            f"expected '{SPEC}' of format {FORMAT} in {path}, found "
+            + (f"none of {', '.join(missing)}." if missing else f"format {spec['format']}: use a newer ibprune.")
+        )
+    return raw, spec
 
 
 def check_loaded(info: dict, name: str) -> None:

@@ -123,13 +123,15 @@ def load_config(source: Source) -> PreTrainedConfig:
             raw = json.loads(path.read_text())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BadRecipe(f"could not read {path}: {error}") from error
+        if not isinstance(raw, dict):
+            raise BadRecipe(f"expected keys and values in {path}, found {type(raw).__name__}.")
         if "ibprune" in raw:
             raise UnsupportedModel(f"'{source.name}' is pruned already: start from the dense model.")
         find_family(str(raw.get("model_type")))
     try:
         config = AutoConfig.from_pretrained(source.location)
-    except (OSError, ValueError) as error:
-        raise BadRecipe(f"could not load '{source.name}': {_first_line(error)}") from error
+    except Exception as error:  # every config class checks its values in its own way
+        raise BadRecipe(f"could not read the config of '{source.name}': {_first_line(error)}") from error
     find_family(config.model_type)
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(f"'{source.name}' is quantised: prune the full-precision model, then quantise.")
@@ -138,19 +140,26 @@ def load_config(source: Source) -> PreTrainedConfig:
 
 def model_class(config: PreTrainedConfig, *, classify: bool) -> type[PreTrainedModel]:
     """The transformers class to prune: the one the config names, or its classifier for a labelled task."""
-    if classify:
-        return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    name = (config.architectures or [None])[0]
-    found = getattr(transformers, name, None) if name else transformers.MODEL_MAPPING[type(config)]
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise UnsupportedModel(f"expected a transformers class in 'architectures', found '{name}'.")
-    return found
+    names = config.architectures or [transformers.MODEL_MAPPING[type(config)].__name__]
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is not type(config):
+        raise UnsupportedModel(
+            f"expected a {config.model_type} class of transformers in 'architectures', found {names}."
+        )
+    return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)] if classify else found
 
 
 def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The architecture without weights, on the meta device."""
-    with torch.device("meta"):
-        return cls(config).eval()
+    """The architecture without weights, on the meta device.
+
+    Raises:
+        UnsupportedModel: The config describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return cls(config).eval()
+    except Exception as error:  # impossible sizes fail anywhere
+        raise UnsupportedModel(f"the config does not describe a {cls.__name__}: {_first_line(error)}") from error
 
 
 def load_dense(source: Source, *, n_labels: int | None = None, regression: bool = False) -> Loaded:
@@ -181,7 +190,7 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
         )
     except SafetensorError as error:
         raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {_first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ArithmeticError, TypeError, AttributeError) as error:
         raise BadRecipe(f"could not load '{source.name}': {_first_line(error)}") from error
     fresh = [key for key in info["missing_keys"] if key.startswith(NEW_HEADS) and n_labels is not None]
     broken = sorted({*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])} - set(fresh))
@@ -199,10 +208,21 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        BadRecipe: None there, or one without a vocabulary: transformers would make up an empty one.
+    """
+    missing = f"expected a tokenizer beside the model in '{source.name}' (tokenizer.json, vocab.txt, …), found none."
+    folder = Path(source.location)
+    if folder.is_dir() and not [f for name in ("*token*", "*vocab*", "*.model") for f in folder.glob(name)]:
+        raise BadRecipe(missing)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location)
     except Exception as error:  # tokenizers and transformers raise many classes for a bad folder
         raise BadRecipe(f"could not load the tokenizer of '{source.name}': {_first_line(error)}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise BadRecipe(missing)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -218,5 +238,5 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -25,9 +25,10 @@ from ibprune.features import default_pooling
 from ibprune.feeding import Feed, find_data, make_feed
 from ibprune.groups import KINDS
 from ibprune.inputs import MOST_INPUTS, encode_inputs
+from ibprune.labels import match_labels
 from ibprune.losses import Objective
 from ibprune.model_card import model_card
-from ibprune.models import Loaded, check_finite, find_source, load_dense
+from ibprune.models import Loaded, check_finite, find_source, load_config, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, versions
@@ -45,7 +46,7 @@ class PruneResult:
 
 def run(recipe: Recipe, console: Quiet) -> PruneResult:
     """Carries out a recipe. The output folder appears complete, or not at all."""
-    folder = check_output(recipe.output)
+    folder = check_output(recipe.output, model=recipe.model)
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
@@ -53,8 +54,14 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         if source.note:
             console.say(source.note)
         data = find_data(recipe, console)
+        data = match_labels(data, load_config(source), source.name)
+        if data.note:
+            console.say(data.note)
         n_labels = (len(data.labels) or 1) if data.label_column else None
         loaded = load_dense(source, n_labels=n_labels, regression=bool(data.label_column and not data.labels))
+        if loaded.new_head and data.labels:
+            loaded.model.config.id2label = dict(enumerate(data.labels))
+            loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
         recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
         dense = loaded.model.to(accelerator.device)
     console.say(
@@ -64,7 +71,14 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     with _timed(seconds, "finetune"):
         finetune_(dense, recipe, feed, accelerator, console, new_head=loaded.new_head)
     with _timed(seconds, "evaluate"):
-        dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
+        try:
+            dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
+        except IndexError as error:
+            rows = dense.get_input_embeddings().num_embeddings
+            raise BadData(
+                f"the tokenizer of '{source.name}' makes token ids beyond the model's {rows:,} embeddings: they do not "
+                "belong together."
+            ) from error
     with _timed(seconds, "cut"):
         student, plan, budget, costs = cut(dense, recipe, feed, accelerator, console)
     objective = _on_kept_features(feed.objective, plan)

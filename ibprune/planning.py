@@ -1,5 +1,7 @@
 """The dry run: what can be cut, what a budget reaches and how the result will load, from the config alone."""
 
+import os
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -9,12 +11,13 @@ from ibprune.errors import BadRecipe
 from ibprune.export import tier_of
 from ibprune.models import build_meta, find_source, load_config, model_class
 from ibprune.plans import PruningPlan
+from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
 from ibprune.surgery import compact_
 
 
 def plan(
-    model: str | PreTrainedConfig,
+    model: str | os.PathLike | PreTrainedConfig,
     budget: float = 1.0,
     *,
     cost: str = "params",
@@ -35,7 +38,11 @@ def plan(
         >>> plan(BertConfig(), 0.5)["dense"]["params"]
         109482240
     """
-    config = load_config(find_source(model)) if isinstance(model, str) else model
+    named = model if isinstance(model, str | os.PathLike) else None
+    recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
+                          "round_to": round_to})  # fmt: skip
+    cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
+    config = load_config(find_source(recipe.model)) if named else model
     skeleton = build_meta(config, model_class(config, classify=False))
     everything, sites, costs = prepare_(skeleton, kinds, None)
     cost_model = costs.of(cost)

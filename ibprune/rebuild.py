@@ -149,7 +149,15 @@ class Pruned:
         pruned = {key: getattr(config, key) for key in spec["dense"]}
         for key, value in spec["dense"].items():
             setattr(config, key, value)
-        super().__init__(config, *args, **kwargs)
+        # A generic head builds its backbone through AutoModel, which must see the dense family's own config.
+        own, auto_map = type(config), config.__dict__.pop("auto_map", None)
+        config.__class__ = super().config_class
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.__class__ = own
+            if auto_map is not None:
+                config.auto_map = auto_map
         for key, value in pruned.items():
             setattr(config, key, value)
         rebuild_(self, spec)

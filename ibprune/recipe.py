@@ -1,5 +1,6 @@
 """The recipe: everything that decides a run, as one strict record read from YAML and flags."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ class Recipe(BaseModel):
     kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all the model has")
     round_to: int = Field(8, ge=1, description="wide axes become multiples of this")
     output: str = Field("pruned", description="folder to write")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**31 - 1)
     finetune_steps: int | None = Field(None, ge=0, description="steps to train the dense model's task head first")
     mask_steps: int | None = Field(None, ge=0, description="steps of mask learning (score vib)")
     recover_steps: int | None = Field(None, ge=0, description="steps of recovery after the cut")
@@ -43,6 +44,15 @@ class Recipe(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto")
     audit: bool = Field(True, description="audit the retained information")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value, info):
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"expected a number or text, found {value}")
+        return value
+
     @field_validator("budget")
     @classmethod
     def _budget(cls, value: float) -> float:
@@ -53,7 +63,7 @@ class Recipe(BaseModel):
     @field_validator("kinds", "text_columns", mode="before")
     @classmethod
     def _list(cls, value):
-        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("kinds")
     @classmethod
@@ -64,7 +74,8 @@ class Recipe(BaseModel):
         return value
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        """Writes the recipe without its output folder, which is taken when the run is repeated."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude={"output"}), sort_keys=False))
 
 
 def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:

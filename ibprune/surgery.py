@@ -20,6 +20,8 @@ from ibprune.rebuild import (
 from ibprune.sites import block_paths, find_family, find_sites
 
 SPEC = "ibprune"
+FORMAT = 1
+SPEC_KEYS = ("format", "model_type", "architecture", "dense", "dropped_blocks", "stubs", "embedding", "shapes")
 
 
 def factorize_(model: nn.Module, token_counts: torch.Tensor | None = None) -> None:
@@ -215,7 +217,7 @@ def _describe_(model: nn.Module, dense: dict[str, int], before: dict[str, tuple]
         if tuple(parameter.shape) != before.get(path):
             shapes[_spec_path(path, backbone)] = list(parameter.shape)
     config.ibprune = {
-        "format": 1,
+        "format": FORMAT,
         "model_type": config.model_type,
         "architecture": type(model).__name__,
         "dense": old["dense"],

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ibprune.budget import Budget, Keep, Ranking, fractions_kept, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
+from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet
@@ -120,7 +121,10 @@ def learn_masks(
     )
     scores = _scores(masks)
     pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions.items()}
-    keep = solve_by_shares(scores, sites, cost_model, budget, pressure)
+    try:
+        keep = solve_by_shares(scores, sites, cost_model, budget, pressure)
+    except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
+        keep = target
     masks.set_keep(keep)
     return keep, scores, state
 

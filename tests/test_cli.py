@@ -12,6 +12,7 @@ import yaml
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
+import ibprune
 from ibprune import cli, hub
 from ibprune.errors import BadRecipe
 from ibprune.recipe import Recipe, make_recipe
@@ -79,6 +80,7 @@ def test_recipes_are_strict_and_flags_override_them(tmp_path):
         (["--model", "minilm", "--budget", "0.5", "--cost", "flops"], "Valid: macs, params"),
         (["--model", "minilm", "--budget", "0.5", "--kinds", "head"], "did you mean 'heads'"),
         (["--model", "minilm", "--budget", "0.5", "--batch-size", "0"], "--batch-size"),
+        (["--model", "minilm", "--budget", "0.5", "--seed", "99999999999"], "--seed"),
         (["--recipe", "missing.yaml"], "could not read the recipe"),
         (["prun", "--model", "minilm"], "did you mean 'prune'"),
         (["plan", "--model", "minilm", "--budgte", "1"], "did you mean '--budget'"),
@@ -127,6 +129,45 @@ def test_bad_models_data_and_folders(folders, reviews, stories, capsys, tmp_path
     assert "new or empty" in refused(capsys, "--model", bert, "--data", stories, *common)
     assert {p.name for p in tmp_path.iterdir()} == {"out", "unknown", "nan"}
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["keep.txt"]
+
+
+@pytest.mark.parametrize(
+    "change,expected",
+    [
+        ([1, 2], "expected keys and values"),
+        (None, "expected keys and values"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_size": 0}, "does not describe"),
+        ({"num_attention_heads": 5}, "multiple"),
+        ({"architectures": ["LlamaForCausalLM"]}, "expected a bert class"),
+        ({"architectures": "BertModel"}, "expected a bert class"),
+    ],
+)
+def test_configs_that_describe_no_model(change, expected, tmp_path, capsys):
+    raw = TINY["bert"]().to_dict() | change if isinstance(change, dict) else change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert expected in refused(capsys, "plan", "--model", tmp_path, "--budget", "0.5")
+    refused(capsys, "--model", tmp_path, "--budget", "0.5", "--output", tmp_path.parent / "never", "--quiet")
+
+
+def test_a_model_without_a_tokenizer_is_refused(folders, stories, tmp_path, capsys):
+    shutil.copytree(folders["BertModel"], tmp_path / "model")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    message = refused(capsys, "--model", tmp_path / "model", "--budget", "0.5", "--data", stories, "--quiet")
+    assert "expected a tokenizer" in message
+
+
+def test_python_callers_may_pass_paths_and_are_checked_alike(folders, tmp_path):
+    for _ in range(2):  # a submodule of the same name would take the function's place after the first call
+        assert ibprune.plan(Path(folders["BertModel"]), 0.5)["budget"]["cost"] == "params"
+    for wrong in ({"cost": "bogus"}, {"scope": "bogus"}, {"kinds": ("head",)}):
+        with pytest.raises(BadRecipe):
+            ibprune.plan(folders["BertModel"], 0.5, **wrong)
+    assert make_recipe({"model": Path("m"), "budget": 0.5, "output": Path("o")}).output == "o"
+    with pytest.raises(BadRecipe, match="found True"):
+        make_recipe({"model": "minilm", "budget": True})
+    assert make_recipe({"model": "minilm", "budget": 0.5, "kinds": "heads, ffn"}).kinds == ("heads", "ffn")
 
 
 def test_debug_shows_the_traceback(tmp_path):

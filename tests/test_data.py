@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import WORDS
 from datasets import Dataset
+from transformers import BertConfig
 
 from ibprune.data import (
     Collate,
@@ -17,6 +18,7 @@ from ibprune.data import (
     windows,
 )
 from ibprune.errors import BadData
+from ibprune.labels import match_labels
 from ibprune.metrics import load_metric
 
 
@@ -120,3 +122,58 @@ def test_metrics_speak_the_interface_of_evaluate():
     assert metric.compute()["matthews_correlation"] == 1
     with pytest.raises(BadData, match="did you mean 'accuracy'"):
         load_metric("acuracy")
+
+
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("a.csv", "text,label\n" + "good film,1\nbad film,0\n" * 15 + ",1\nfine,\n"),
+        (
+            "a.jsonl",
+            '{"text": "good", "label": "y"}\n{"text": "bad", "label": "n"}\n' * 15 + '{"text": null, "label": "y"}\n',
+        ),
+    ],
+)
+def test_rows_without_text_or_label_are_left_out_and_said(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    data = load_data(str(tmp_path / name))
+    assert len(data.train) + len(data.held_out) == 30 and len(data.labels) == 2 and "Left out" in data.note
+
+
+def test_both_splits_need_the_same_columns_and_classes(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "good film,1\nbad film,0\n" * 10)
+    for dev, reason in (("text\nfine\n", "label"), ("text,label\nfine,2\n", "never occur"), ("text,label\n", "rows")):
+        (tmp_path / "dev.csv").write_text(dev)
+        with pytest.raises(BadData, match=reason):
+            load_data(str(tmp_path))
+    (tmp_path / "dev.csv").write_text("text,label\n7,1\n8,0\n")
+    with pytest.raises(BadData, match="expected text in 'text'"):
+        load_data(str(tmp_path))
+
+
+def classifier(n: int, **names) -> BertConfig:
+    return BertConfig(architectures=["BertForSequenceClassification"], num_labels=n, **names)
+
+
+def labelled(values: list, **options) -> TextData:
+    rows = Dataset.from_dict({"text": [f"text {i}" for i in range(len(values))], "label": values})
+    return TextData("d", rows, rows, ("text",), "label", **options)
+
+
+def test_labels_take_the_numbers_that_a_trained_head_knows():
+    data = labelled([0, 1, 1], labels=("neg", "pos"), metrics=("accuracy",))
+    named = match_labels(data, classifier(2, label2id={"pos": 0, "neg": 1}, id2label={0: "pos", 1: "neg"}), "m")
+    assert list(named.train["label"]) == [1, 0, 0] and named.labels == ("pos", "neg")
+    guessed = match_labels(data, classifier(2), "m")
+    assert list(guessed.train["label"]) == [0, 1, 1] and "in order" in guessed.note
+    rare = match_labels(labelled([0, 1], labels=("0", "2"), metrics=("accuracy",)), classifier(3), "m")
+    assert list(rare.train["label"]) == [0, 2] and len(rare.labels) == 3
+    floats = match_labels(labelled([0.0, 1.0], metrics=("spearmanr",)), classifier(2), "m")
+    assert list(floats.train["label"]) == [0, 1] and floats.metrics == ("accuracy",)
+    scores = match_labels(labelled([1, 4, 5], labels=("1", "4", "5"), metrics=("accuracy",)), classifier(1), "m")
+    assert scores.labels == () and scores.train.features["label"].dtype == "float64"
+    assert match_labels(data, BertConfig(architectures=["BertModel"]), "m") is data
+    with pytest.raises(BadData, match="trained for 2 outputs"):
+        match_labels(labelled([0, 1, 2], labels=("a", "b", "c"), metrics=("accuracy",)), classifier(2), "m")
+    with pytest.raises(BadData, match="BertForTokenClassification"):
+        match_labels(data, BertConfig(architectures=["BertForTokenClassification"]), "m")

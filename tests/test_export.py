@@ -34,7 +34,12 @@ def uniform(sites, **counts):
 
 @pytest.mark.parametrize(
     "family,head",
-    [("bert", "BertModel"), ("bert", "BertForMaskedLM"), ("llama-tied", "LlamaForCausalLM")],
+    [
+        ("bert", "BertModel"),
+        ("bert", "BertForMaskedLM"),
+        ("llama-tied", "LlamaForCausalLM"),
+        ("llama", "LlamaForSequenceClassification"),
+    ],
 )
 def test_uneven_plans_reload_in_a_fresh_process_every_way(family, head, tmp_path, tokenizer):
     model, plan = pruned(family, head, lambda sites: random_keep(sites, 5))
@@ -231,3 +236,56 @@ def test_a_pruned_decoder_generates_alike_with_and_without_cache_after_reloading
     for cache in (True, False):
         found = loaded.generate(token_ids(), max_new_tokens=8, do_sample=False, use_cache=cache, eos_token_id=None)
         assert torch.equal(found, expected)
+
+
+def test_a_generic_head_loads_where_only_sublayers_are_gone(tmp_path, tokenizer):
+    """Such a folder has a model type of its own, and the head builds its backbone through AutoModel."""
+    keep = lambda sites: uniform(sites) | {"layers.1.ffn_sublayer": ()}  # noqa: E731
+    model, plan = pruned("llama", "LlamaForSequenceClassification", keep, factorize=False)
+    tier = write_model(model, tokenizer, plan, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "ibprune_llama"
+    assert verify(model, tmp_path, tier)["max_abs_diff"] <= 1e-5
+
+
+def test_auto_model_is_offered_only_where_it_finds_all_its_weights(tmp_path, tokenizer):
+    for head, offered in (("BertForMaskedLM", False), ("BertForSequenceClassification", True)):
+        model, plan = pruned("bert", head, lambda sites: random_keep(sites, 5))
+        (tmp_path / head).mkdir()
+        write_model(model, tokenizer, plan, tmp_path / head)
+        assert ("AutoModel" in json.loads((tmp_path / head / "config.json").read_text())["auto_map"]) == offered
+
+
+def test_outputs_that_cannot_be_are_refused_before_the_run(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for bad in (tmp_path / "file" / "sub", tmp_path / "link", ".", "/proc/x", tmp_path / ("a" * 300)):
+        with pytest.raises(BadRecipe, match="output"):
+            check_output(bad)
+    with pytest.raises(BadRecipe, match="outside the model's folder"):
+        check_output(tmp_path / "model" / "out", model=str(tmp_path / "model"))
+    assert not any((tmp_path / "model").iterdir()) and not any((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("raw", ["null", "[1]", '{"ibprune": "x"}', '{"ibprune": {"format": 1}}', '{"ibprune": []}'])
+def test_configs_of_another_kind_are_refused(raw, tmp_path):
+    (tmp_path / "config.json").write_text(raw)
+    with pytest.raises(PlanMismatch):
+        ibprune.load(tmp_path)
+
+
+def test_another_format_and_nan_weights_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"ibprune": raw["ibprune"] | {"format": 99}}))
+    with pytest.raises(PlanMismatch, match="format 99"):
+        ibprune.load(tmp_path / "copy")
+    path.write_text(json.dumps(raw))
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IBPruneError, match="NaN"):
+        ibprune.load(tmp_path / "copy")

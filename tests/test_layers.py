@@ -19,7 +19,7 @@ LAYERS = (
     ("plans", "inject", "costs"),
     ("surgery", "budget"),
     ("losses", "recipe", "data", "bench", "report"),
-    ("scores", "shares", "models", "feeding", "model_card"),
+    ("scores", "shares", "models", "feeding", "model_card", "labels"),
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots"),
     ("vib", "verify", "checks", "audit_output"),
     ("auditing",),

@@ -45,12 +45,13 @@ def test_what_no_gaussian_sees_is_learned():
     assert start < 0.1 and learned > start + 0.6
 
 
-@pytest.mark.parametrize("bound", ALL)
-def test_independent_samples_give_at_most_nothing_and_are_not_clipped(bound):
+@pytest.mark.parametrize(("bound", "repeats"), [(infonce, 4), (mine, 2), (nwj, 2), (smile, 2)])
+def test_independent_samples_give_at_most_nothing_and_are_not_clipped(bound, repeats):
     rng = np.random.default_rng(101)
-    estimates = [bound(rng.normal(size=(1000, 2)), rng.normal(size=(1000, 2)), training=QUICK) for _ in range(4)]
+    samples = [(rng.normal(size=(1000, 2)), rng.normal(size=(1000, 2))) for _ in range(repeats)]
+    estimates = [bound(x, y, training=QUICK) for x, y in samples]
     assert all(e.ci95[0] <= 0 for e in estimates)
-    assert min(e.value for e in estimates) < 0 and max(e.value for e in estimates) < 0.03
+    assert min(e.value for e in estimates) < 0 and max(e.value for e in estimates) < 0.01
 
 
 def test_the_same_seed_gives_the_same_value_and_leaves_the_global_one_alone():
@@ -72,7 +73,7 @@ def test_near_the_ceiling_infonce_says_so_and_stays_below():
 def test_smile_is_no_bound_and_says_so():
     x, y = correlated(1500, 4, 4.0)
     low, high = (smile(x, y, tau=tau, training=QUICK) for tau in (0.5, 20.0))
-    assert low.value > high.value + 0.5 and low.value > 4.5
+    assert low.value > high.value + 0.2 and low.ci95[0] > 4.0, "true: 4"
     assert "not a bound" in low.notes[0] and low.status in ("ok", "saturated")
 
 

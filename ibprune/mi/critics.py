@@ -72,7 +72,7 @@ def infonce(x, y, *, training: Training | None = None, seed: int = 0) -> Estimat
     Args:
         x: Samples, (n, d_x).
         y: Samples, (n, d_y), row i belonging to row i of x.
-        training: None for the defaults, which took about 8 s for n = 10,000.
+        training: None for the defaults, which take about 1800 steps for n = 10,000.
         seed: Of folds, networks and batches; the same seed gives the same value.
 
     Returns:
@@ -191,6 +191,8 @@ def _judged(terms: np.ndarray, bound: _Bound, negatives: int) -> Estimate:
     n = len(terms)
     if not np.isfinite(terms).all():
         return Estimate(None, "inconsistent", bound.name, n, notes=(*bound.notes, "the critic diverged"))
+    # A critic that learned nothing is constant: what is left is rounding, and may not look like information.
+    terms = np.where(np.abs(terms) < 1e-12, 0.0, terms)
     value, ci95 = mean_with_interval(terms)
     ceiling = math.log(negatives)
     notes = list(bound.notes)
