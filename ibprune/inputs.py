@@ -12,6 +12,7 @@ from ibprune.errors import BadData
 from ibprune.losses import Batch
 
 MOST_INPUTS = 2400
+COMPARABLE = 500_000  # training rows that are looked through for the audited texts
 LEAST = 200  # fewer inputs and no figure of an audit means anything
 
 
@@ -24,7 +25,7 @@ class Inputs:
         batches: Padded batches, in order; no labels inside.
         labels: Class of each input, or None for unlabelled data.
         removed: Duplicates left out.
-        overlap: Inputs whose text also occurs in the training rows.
+        overlap: Inputs whose text also occurs in the training rows; None where these are too many to look.
         sha256: Of the token ids, in order.
     """
 
@@ -32,7 +33,7 @@ class Inputs:
     batches: list[Batch]
     labels: list[int] | None
     removed: int
-    overlap: int
+    overlap: int | None
     sha256: str
 
     @property
@@ -48,7 +49,7 @@ def encode_inputs(
     Raises:
         BadData: Fewer than 200 distinct texts.
     """
-    rows = data.held_out
+    rows = data.held_out.select(range(min(len(data.held_out), 4 * most)))  # a large split is not read whole
     columns = [[str(text or "") for text in rows[column]] for column in data.text_columns]
     encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
@@ -76,8 +77,10 @@ def encode_inputs(
         column = rows[data.label_column]
         labels = [int(column[i]) for i in chosen]
     digest = hashlib.sha256(repr([encoded["input_ids"][i] for i in chosen]).encode()).hexdigest()
-    known = _texts(data.train, data.text_columns)
-    overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
+    overlap = None
+    if len(data.train) <= COMPARABLE:
+        known = _texts(data.train, data.text_columns)
+        overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
     return Inputs(data.name, batches, labels, removed, overlap, digest)
 
 
