@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
+from ibprune.checks import scale_changed
 from ibprune.plots import draw_audit
-
-HEADER = ("layer", "I(X; L), dense", "I(X; L), pruned", "retained", "V-info, dense", "V-info, pruned", "status")
 
 
 def write_audit(found: dict, folder: Path) -> None:
@@ -16,45 +15,46 @@ def write_audit(found: dict, folder: Path) -> None:
     draw_audit(found, plots)
 
 
-def audit_rows(found: dict) -> list[tuple[str, ...]]:
-    """One row per layer under `HEADER`: brackets in bits, "-" where nothing was measured."""
+def audit_table(found: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and one row per layer: brackets in bits, "-" where nothing was measured."""
+    labelled = found["labels"] is not None
+    header = ("layer", "I(X; L), dense", "I(X; L), pruned", "retained", "at own scale")
+    header += ("V-info, dense", "V-info, pruned", "status") if labelled else ("status",)
     rows = []
     for layer in found["layers"]:
         info, label = layer["I_XL"], layer["V_LY"]
-        kept = "-"
+        kept = own = "-"
         if info["retained"] is not None:
             kept = f"{info['retained']:.0%} [{info['retained_ci95'][0]:.0%}, {info['retained_ci95'][1]:.0%}]"
-        rows.append(
-            (
-                layer["name"],
-                *(_bracket(info[side]) for side in ("before", "after")),
-                kept,
-                *(_value(label[side]) for side in ("before", "after")),
-                layer_status(layer),
-            )
-        )
-    return rows
+            own = "-" if info["retained_relative"] is None else f"{info['retained_relative']:.0%}"
+        values = [_value(label[side]) for side in ("before", "after")] if labelled else []
+        brackets = [_bracket(info[side]) for side in ("before", "after")]
+        rows.append((layer["name"], *brackets, kept, own, *values, layer_status(layer)))
+    return header, rows
 
 
 def layer_status(layer: dict) -> str:
     """The first status of the layer that is not ok."""
     statuses = [layer["I_XL"]["before"]["status"], layer["I_XL"]["after"]["status"], layer["V_LY"]["status"]]
-    return next((status for status in statuses if status not in ("ok", "not_applicable")), "ok")
+    worst = next((status for status in statuses if status not in ("ok", "not_applicable")), "ok")
+    return "scale changed" if worst == "ok" and scale_changed(layer) else worst
 
 
 def audit_section(found: dict) -> str:
     """The section of the model card."""
+    header, rows = audit_table(found)
     lines = [
         "## What each layer kept",
         "",
         f"Information in bits on {found['data']['n']:,} held-out inputs of `{found['data']['name']}` "
         f"({found['layers'][0]['pooling']} pooling). I(X; L) is a bracket through a known noise, calibrated on the "
-        "dense model and then frozen; V-info is what a cross-fitted probe can use about the labels. Statuses other "
-        "than ok say why a figure must not be quoted (`audit.json`).",
+        "dense model and then frozen; 'at own scale' lets the noise follow the scale of the pruned features; V-info is "
+        "what a cross-fitted probe can use about the labels. Statuses other than ok say why a figure must not be "
+        "quoted (`audit.json`).",
         "",
-        "| " + " | ".join(HEADER) + " |",
-        "|---|" + "---:|" * (len(HEADER) - 2) + "---|",
-        *("| " + " | ".join(row) + " |" for row in audit_rows(found)),
+        "| " + " | ".join(header) + " |",
+        "|---|" + "---:|" * (len(header) - 2) + "---|",
+        *("| " + " | ".join(row) + " |" for row in rows),
         "",
     ]
     if found["headline"]:

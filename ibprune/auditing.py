@@ -32,6 +32,7 @@ from ibprune.mi.weighted import pca_codes
 
 SCHEMA = "ibprune.mi_audit/1"
 KNN_DIMS = 4
+SCALE_TOLERANCE = 0.25  # between the retained shares at equal noise and at equal relative noise
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class AuditSettings:
     pooling: str = "mean"
     target: float = 0.6
     repeats: int = 2
-    curve: tuple[float, ...] = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0, 16.0)
+    curve: tuple[float, ...] = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)
     probe: Probe = LOGISTIC
     folds: int = 5
     seed: int = 0
@@ -219,6 +220,18 @@ def _input_information(
         scale = [float(np.sqrt(f.astype(np.float64).var(axis=0).sum())) for f in (before, after)]
         relative = readout_bracket(after, sigma * scale[1] / scale[0], noise=noise[:1, :, : after.shape[1]])
         found["relative_sigma_after"] = {k: v for k, v in _bits(relative).items() if k in ("lower", "upper", "status")}
+        found["retained_relative"] = None
+        if found["retained"] is not None and relative.lower is not None:
+            found["retained_relative"] = relative.lower / brackets["before"].lower
+            if abs(found["retained_relative"] - found["retained"]) > SCALE_TOLERANCE:
+                warnings.append(
+                    {
+                        "code": "SCALE_CHANGED",
+                        "msg": f"the features' scale changed by {scale[1] / scale[0]:.2f}: at the same noise the layer "
+                        f"reads {found['retained']:.0%} of the dense one, at its own scale "
+                        f"{found['retained_relative']:.0%}",
+                    }
+                )
     found["curve"] = {
         "sigma": levels,
         **{

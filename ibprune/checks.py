@@ -75,7 +75,7 @@ def headline(found: dict) -> str | None:
     info, label = last["I_XL"], last["V_LY"]
     if any(info[side]["status"] != "ok" for side in SIDES) or info["retained"] is None:
         return None
-    if label["status"] not in ("ok", "not_applicable"):
+    if label["status"] not in ("ok", "not_applicable") or scale_changed(last):
         return None
     low, high = info["retained_ci95"]
     text = (
@@ -90,6 +90,11 @@ def headline(found: dict) -> str | None:
         f"(change {change['value']:+.2f} [{change['ci95'][0]:+.2f}, {change['ci95'][1]:+.2f}]; "
         f"{found['data']['n']:,} inputs)."
     )
+
+
+def scale_changed(record: dict) -> bool:
+    """Whether the layer's scale moved so far that the retained share says more about it than about information."""
+    return any(warning["code"] == "SCALE_CHANGED" for warning in record["warnings"])
 
 
 def _check(id: str, broken: list[str], applies: list, why: str) -> dict:

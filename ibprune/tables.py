@@ -63,9 +63,9 @@ def print_plan(found: dict) -> None:
 
 
 def print_audit(found: dict) -> None:
-    from ibprune.audit_output import HEADER, audit_rows
+    from ibprune.audit_output import audit_table
 
-    table(f"information in bits, {found['data']['n']:,} inputs of {found['data']['name']}", HEADER, audit_rows(found))
+    table(f"information in bits, {found['data']['n']:,} inputs of {found['data']['name']}", *audit_table(found))
     failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
     if failed:
         sys.stdout.write(f"failed checks: {', '.join(failed)}\n")

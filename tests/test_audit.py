@@ -12,7 +12,7 @@ from torch import nn
 
 import ibprune
 from ibprune import cli
-from ibprune.audit_output import audit_rows
+from ibprune.audit_output import audit_table, layer_status
 from ibprune.auditing import AuditSettings, Side, audit
 from ibprune.errors import BadData, BadRecipe
 from ibprune.features import collect, find_layers
@@ -54,7 +54,7 @@ def test_pruned_models_of_every_family_are_audited(family, head):
     dense = build(family, head, dtype=torch.float32)
     found = audit(Side("a", dense), Side("b", pruned(dense)), inputs(labels=False), settings=FAST)
     json.dumps(found, allow_nan=False)
-    assert len(found["layers"]) == 4 and len(audit_rows(found)) == 4
+    assert len(found["layers"]) == 4 and len(audit_table(found)[1]) == 4
     assert found["layers"][-1]["I_XL"]["delta"]["value"] != 0.0
     assert found["layers"][-1]["V_LY"]["status"] == "not_applicable" and found["layers"][-1]["V_LY"]["before"] is None
 
@@ -80,6 +80,19 @@ def test_a_broken_anchor_makes_the_layer_inconsistent():
     assert anchor["status"] == "fail" and anchor["layers"] == ["encoder.layer.1", "encoder.layer.2"]
     assert found["layers"][2]["I_XL"]["after"]["status"] == "inconsistent"
     assert found["layers"][1]["I_XL"]["after"]["status"] != "inconsistent" and found["headline"] is None
+
+
+def test_a_change_of_scale_is_named_and_not_quoted_as_information():
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    louder = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in louder.encoder.layer[2].output.LayerNorm.parameters():
+            parameter.mul_(4.0)
+    found = audit(Side("a", dense), Side("b", louder), inputs(), settings=FAST)
+    last = found["layers"][-1]
+    assert last["I_XL"]["retained"] > 1.3 and last["I_XL"]["retained_relative"] == pytest.approx(1.0, abs=0.02)
+    assert layer_status(last) != "ok" and "SCALE_CHANGED" in [w["code"] for w in last["warnings"]]
+    assert found["headline"] is None
 
 
 def test_a_plain_module_with_layers_named_by_the_user():
