@@ -92,9 +92,9 @@ def readout_curve(
             lo, up = _terms(-(distance / (2 * sigma**2) + along / sigma), own, n)
             lower[k, rows] += lo / len(noise)
             upper[k, rows] += up / len(noise)
-    flaws = _flaws(f)
+    flaws, spectrum = _flaws(f), _spectrum(f)
     return [
-        _bracket(lower[k], upper[k], gaussian_cap(f, sigma), n, flaws, wide=d > n / 5) for k, sigma in enumerate(sigmas)
+        _bracket(lower[k], upper[k], _cap(*spectrum, sigma), n, flaws, wide=d > n / 5) for k, sigma in enumerate(sigmas)
     ]
 
 
@@ -204,14 +204,19 @@ def gaussian_cap(features: np.ndarray, sigma: float) -> tuple[float, np.ndarray]
     Returns:
         The cap and its first-order contribution of each sample, (n,), for its standard error.
     """
-    f = features - features.mean(axis=0)
-    n = len(f)
-    _, singular, right = np.linalg.svd(f, full_matrices=False)
-    values = singular**2 / n
+    return _cap(*_spectrum(features), sigma)
+
+
+def _spectrum(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues of Cov f, (k,), and the squared principal coordinates of each sample, (n, k)."""
+    left, singular, _ = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+    return singular**2 / len(features), (left * singular) ** 2
+
+
+def _cap(values: np.ndarray, squares: np.ndarray, sigma: float) -> tuple[float, np.ndarray]:
     ratio = values / (values + sigma**2)
-    cap = 0.5 * np.log1p(values / sigma**2).sum() + (ratio.sum() ** 2 + (ratio**2).sum()) / (4 * n)
-    influence = 0.5 * (((f @ right.T) ** 2) / (values + sigma**2)).sum(axis=1)
-    return float(cap), influence
+    cap = 0.5 * np.log1p(values / sigma**2).sum() + (ratio.sum() ** 2 + (ratio**2).sum()) / (4 * len(squares))
+    return float(cap), 0.5 * squares @ (1 / (values + sigma**2))
 
 
 def draw_noise(n: int, d: int, *, repeats: int, seed: int) -> np.ndarray:
