@@ -218,7 +218,7 @@ def _input_information(
         found["delta"] = {"value": value * NATS_TO_BITS, "ci95": _scaled(ci95), "paired": True}
         found |= _retained(brackets["before"], brackets["after"], settings)
         scale = [float(np.sqrt(f.astype(np.float64).var(axis=0).sum())) for f in (before, after)]
-        relative = readout_bracket(after, sigma * scale[1] / scale[0], noise=noise[:1, :, : after.shape[1]])
+        relative = readout_bracket(after, sigma * scale[1] / scale[0], noise=noise[:, :, : after.shape[1]])
         found["relative_sigma_after"] = {k: v for k, v in _bits(relative).items() if k in ("lower", "upper", "status")}
         found["retained_relative"] = None
         if found["retained"] is not None and relative.lower is not None:

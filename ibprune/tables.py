@@ -11,10 +11,13 @@ def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 
     drawn = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        drawn.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
-    Console(highlight=False).print(drawn)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no edge to wrap at
+        console.width = max(console.width, 160)
+    console.print(drawn)
 
 
 def print_report(report: dict, output: str) -> None:

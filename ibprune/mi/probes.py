@@ -4,12 +4,13 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.base import ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ibprune.mi.samples import FEW, BadSamples, Estimate, as_labels, as_samples, mean_with_interval
@@ -80,8 +81,9 @@ def v_information(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, 
     penalty = _best_penalty(x[train], y[train], inner, probe, seed)
     terms = np.zeros(len(y))
     for fit, held_out in splits:
-        model = _fit(x[fit], y[fit], probe, penalty, seed)
-        terms[held_out] = _log_q(model, x[held_out], y[held_out], len(counts)) - _log_prior(y[fit], y[held_out])
+        codes = _codes(x[fit], x[held_out], probe)
+        model = _fit(codes[0], y[fit], probe, penalty, seed)
+        terms[held_out] = _log_q(model, codes[1], y[held_out], len(counts)) - _log_prior(y[fit], y[held_out])
     value, ci95 = mean_with_interval(terms)
     few = len(y) < FEW or counts.min() < LEAST_PER_CLASS
     notes = (f"penalty {penalty:g}",) + ((f"the least class has {counts.min()} samples",) if few else ())
@@ -113,8 +115,9 @@ def online_code(features, labels, *, probe: Probe = LOGISTIC, seed: int = 0) -> 
         if len(np.unique(y[:start])) < 2:
             length += (end - start) * np.log(classes)
             continue
-        model = _fit(x[:start], y[:start], probe, middle, seed)
-        length -= _log_q(model, x[start:end], y[start:end], classes).sum()
+        codes = _codes(x[:start], x[start:end], probe)
+        model = _fit(codes[0], y[:start], probe, middle, seed)
+        length -= _log_q(model, codes[1], y[start:end], classes).sum()
     share = np.bincount(y) / n
     entropy = -float((share * np.log(share)).sum())
     return Estimate(entropy - float(length) / n, "ok" if n >= FEW else "undersampled", name, n)
@@ -130,19 +133,26 @@ def _checked(features, labels) -> tuple[np.ndarray, np.ndarray]:
 def _best_penalty(x: np.ndarray, y: np.ndarray, split: tuple, probe: Probe, seed: int) -> float:
     fit, held_out = split
     classes = int(y.max()) + 1
+    codes = _codes(x[fit], x[held_out], probe)
 
     def score(penalty: float) -> float:
-        model = _fit(x[fit], y[fit], probe, penalty, seed)
-        return float(_log_q(model, x[held_out], y[held_out], classes).mean())
+        model = _fit(codes[0], y[fit], probe, penalty, seed)
+        return float(_log_q(model, codes[1], y[held_out], classes).mean())
 
     return max(probe.penalties, key=score)
 
 
-def _fit(x: np.ndarray, y: np.ndarray, probe: Probe, penalty: float, seed: int) -> Pipeline:
+def _codes(fitted: np.ndarray, held_out: np.ndarray, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
+    """Both parts standardised and projected as the first part says."""
     # "full": the randomised solver gives identical layers different codes
-    reduce = PCA(min(probe.dims, x.shape[1], len(x) - 1), svd_solver="full")
+    reduce = PCA(min(probe.dims, fitted.shape[1], len(fitted) - 1), svd_solver="full")
+    transform = make_pipeline(StandardScaler(), reduce).fit(fitted)
+    return transform.transform(fitted), transform.transform(held_out)
+
+
+def _fit(codes: np.ndarray, y: np.ndarray, probe: Probe, penalty: float, seed: int) -> ClassifierMixin:
     if probe.kind == "logistic":
-        predict = LogisticRegression(C=1.0 / (penalty * len(x)), max_iter=300)
+        predict = LogisticRegression(C=1.0 / (penalty * len(codes)), max_iter=300)
     else:
         predict = MLPClassifier(
             (probe.hidden,), alpha=penalty, early_stopping=True, n_iter_no_change=20, tol=1e-5, max_iter=300,
@@ -150,14 +160,14 @@ def _fit(x: np.ndarray, y: np.ndarray, probe: Probe, penalty: float, seed: int) 
         )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a weaker predictor is still a valid bound
-        return make_pipeline(StandardScaler(), reduce, predict).fit(x, y)
+        return predict.fit(codes, y)
 
 
-def _log_q(model: Pipeline, x: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
-    """log q(y|x), (n,); classes that the fit never saw share one part in a thousand."""
-    log_q = np.full((len(x), classes), np.log(1e-3 / classes))
-    log_q[:, model.classes_] = np.logaddexp(model.predict_log_proba(x) + np.log1p(-1e-3), np.log(1e-3 / classes))
-    return log_q[np.arange(len(y)), y]
+def _log_q(model: ClassifierMixin, x: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
+    """log q(y|x), (n,), one part in a thousand spread evenly: no single surprise may outweigh all the rest."""
+    q = np.zeros((len(x), classes))
+    q[:, model.classes_] = model.predict_proba(x)
+    return np.log(0.999 * q + 0.001 / classes)[np.arange(len(y)), y]
 
 
 def _log_prior(fitted: np.ndarray, y: np.ndarray) -> np.ndarray:
