@@ -11,7 +11,7 @@ from torch import nn
 from ibprune.checks import apply_checks_, hard_checks, headline, untouched
 from ibprune.console import Quiet
 from ibprune.errors import BadData
-from ibprune.features import collect, find_layers
+from ibprune.features import block_layers, collect, find_layers
 from ibprune.inputs import Inputs
 from ibprune.mi.channel import (
     Bracket,
@@ -32,6 +32,8 @@ from ibprune.mi.weighted import pca_codes
 
 SCHEMA = "ibprune.mi_audit/1"
 KNN_DIMS = 4
+COMPARED = ("delta", "retained", "retained_ci95", "retained_range", "relative_sigma_after", "retained_relative")
+LABEL_KEYS = ("family", "before", "after", "delta", "twin_bias", "shuffled", "H_ceiling")
 SCALE_TOLERANCE = 0.25  # between the retained shares at equal noise and at equal relative noise
 
 
@@ -107,8 +109,10 @@ def audit(
         for side, where, what in ((before, where_before, "dense"), (after, where_after, "pruned"))
     ]  # fmt: skip
     labels = None if inputs.labels is None else np.asarray(inputs.labels)
+    stream = block_layers(before.model) if hasattr(before.model, "config") else {}
     records = [
-        _layer(name, features[0][name], features[1][name], labels, settings)
+        {"name": name, "kind": "residual_stream" if name in stream else "module"}
+        | _layer(features[0][name], features[1][name], labels, settings)
         for name in console.track(where_before, "auditing layers", len(where_before))
     ]
     checks = hard_checks(untouched(before.model, after.model, where_before), *features, records)
@@ -139,9 +143,7 @@ def audit(
     return found | {"headline": headline(found)}
 
 
-def _layer(
-    name: str, before: np.ndarray, after: np.ndarray, labels: np.ndarray | None, settings: AuditSettings
-) -> dict:
+def _layer(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None, settings: AuditSettings) -> dict:
     """Everything measured at one layer."""
     warnings: list[dict] = []
     n, d = before.shape
@@ -151,15 +153,13 @@ def _layer(
         sigma = None
         warnings.append({"code": "CONSTANT_LAYER", "msg": "the dense layer is constant: nothing to measure"})
     record = {
-        "name": name,
-        "kind": "residual_stream" if "." in name or name == "embeddings" else "module",
         "d_before": d,
         "d_after": after.shape[1],
         "pooling": settings.pooling,
         "noise": {"mode": "fixed", "beta": None, "sigma": sigma, "target": settings.target},
     }
     if sigma is None:
-        record["I_XL"] = {"before": _no_bracket(), "after": _no_bracket(), "delta": None, "retained": None}
+        record["I_XL"] = {"before": _no_bracket(), "after": _no_bracket()} | dict.fromkeys((*COMPARED, "curve"))
         record["I_XL_given_Y"] = None
     else:
         record["noise"]["beta"] = sigma / float(np.sqrt(before.astype(np.float64).var(axis=0).mean()))
@@ -212,7 +212,7 @@ def _input_information(
     for side in found:
         for note in brackets[side].notes:
             warnings.append({"code": f"I_XL_{side.upper()}", "msg": note})
-    found["delta"] = found["retained"] = found["relative_sigma_after"] = None
+    found |= dict.fromkeys(COMPARED)
     if brackets["before"].lower is not None and brackets["after"].lower is not None:
         value, ci95 = difference(brackets["after"], brackets["before"])
         found["delta"] = {"value": value * NATS_TO_BITS, "ci95": _scaled(ci95), "paired": True}
@@ -220,7 +220,6 @@ def _input_information(
         scale = [float(np.sqrt(f.astype(np.float64).var(axis=0).sum())) for f in (before, after)]
         relative = readout_bracket(after, sigma * scale[1] / scale[0], noise=noise[:, :, : after.shape[1]])
         found["relative_sigma_after"] = {k: v for k, v in _bits(relative).items() if k in ("lower", "upper", "status")}
-        found["retained_relative"] = None
         if found["retained"] is not None and relative.lower is not None:
             found["retained_relative"] = relative.lower / brackets["before"].lower
             if abs(found["retained_relative"] - found["retained"]) > SCALE_TOLERANCE:
@@ -261,7 +260,7 @@ def _rises(curve: list[Bracket]) -> bool:
 def _retained(before: Bracket, after: Bracket, settings: AuditSettings) -> dict:
     """Share of the dense lower bound that stayed, with the delta-method interval of paired terms."""
     if before.lower * NATS_TO_BITS < settings.least_retained:
-        return {"retained": None, "retained_ci95": None, "retained_range": None}
+        return {}
     ratio = after.lower / before.lower
     terms = (after.lower_terms - ratio * before.lower_terms) / before.lower
     half = 1.96 * float(terms.std(ddof=1)) / np.sqrt(before.n)
@@ -278,7 +277,7 @@ def _label_information(
     """V-information about the labels in both models, on the same folds, with the twin's bias."""
     options = {"probe": settings.probe, "folds": settings.folds, "seed": settings.seed}
     if labels is None:
-        return {"family": None, "before": None, "after": None, "delta": None, "status": "not_applicable"}
+        return dict.fromkeys(LABEL_KEYS) | {"status": "not_applicable"}
     same = before.shape == after.shape and np.array_equal(before, after)
     estimates = {"before": v_information(before, labels, **options)}
     twins = {"before": probe_twin(before, labels, **options)}

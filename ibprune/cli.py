@@ -35,15 +35,21 @@ def _common(parser: _Parser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def _data(parser: _Parser) -> None:
+    parser.add_argument("--task", help="a GLUE task by name, such as sst2")
+    parser.add_argument(
+        "--data", help="csv, tsv, jsonl, parquet or txt file, a folder of them, a Hub data set, or 'prose'"
+    )
+    parser.add_argument("--text-columns", help="comma list of the columns with the text")
+    parser.add_argument("--label-column", help="the column with the label")
+
+
 def _prune_parser() -> _Parser:
     parser = _Parser(prog="ibprune", description="Prune a trained model to a budget.", allow_abbrev=False)
     _common(parser)
     add = parser.add_argument
     add("--recipe", help="YAML file with these flags as keys; flags override it")
-    add("--task", help="a GLUE task by name, such as sst2")
-    add("--data", help="csv, tsv, jsonl, parquet or txt file, a folder of them, a Hub data set, or 'prose'")
-    add("--text-columns", help="comma list of the columns with the text")
-    add("--label-column", help="the column with the label")
+    _data(parser)
     add("--score", help="what ranks the units: vib (default), fisher, magnitude or random")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
     add("--output", help="folder to write (default: pruned)")
@@ -76,10 +82,7 @@ def _audit_parser() -> _Parser:
     add = parser.add_argument
     add("dense", help="Hub id, folder or alias of the dense model")
     add("pruned", help="the pruned folder, or any checkpoint of the same family")
-    add("--task", help="a GLUE task by name, such as sst2")
-    add("--data", help="csv, tsv, jsonl, parquet or txt file, a folder of them, a Hub data set, or 'prose'")
-    add("--text-columns", help="comma list of the columns with the text")
-    add("--label-column", help="the column with the label")
+    _data(parser)
     add("--layers", help="comma list of blocks or modules (default: the residual stream after every block)")
     add("--pooling", help="mean, cls, last or random (default: last for decoders, mean otherwise)")
     add("--max-inputs", type=int, help="at most so many distinct texts (default 2400)")

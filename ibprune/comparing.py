@@ -67,9 +67,12 @@ def audit(
             f"expected two models of one family, found '{before.config.model_type}' and '{after.config.model_type}'."
         )
     recipe = Recipe(model=dense, budget=1.0, data=data, task=task, text_columns=text_columns,
-                    label_column=label_column, seed=seed)  # fmt: skip
+                    label_column=label_column, max_length=max_length, seed=seed)  # fmt: skip
     rows = find_data(recipe, console)
-    inputs = encode_inputs(rows, loaded.tokenizer, max_length=max_length, most=max_inputs)
+    if rows.note:
+        console.say(rows.note)
+    limits = [getattr(model.config, "max_position_embeddings", None) or max_length for model in (before, after)]
+    inputs = encode_inputs(rows, loaded.tokenizer, max_length=min(max_length, *limits), most=max_inputs)
     _check_vocabulary(inputs, before, after)
     settings = AuditSettings(pooling=pooling or default_pooling(before), seed=seed)
     found = audit_models(
@@ -85,7 +88,8 @@ def _load(name: str) -> PreTrainedModel:
     source = find_source(name)
     config = Path(source.location) / "config.json"
     try:
-        pruned = config.exists() and SPEC in json.loads(config.read_text())
+        raw = json.loads(config.read_text()) if config.exists() else {}
+        pruned = isinstance(raw, dict) and SPEC in raw
     except (UnicodeDecodeError, json.JSONDecodeError):
         pruned = False  # the loader of dense models says what is wrong with it
     return (load(source.location) if pruned else load_dense(source).model).float()

@@ -1,8 +1,9 @@
 """Matches the labels of data to the outputs of a classifier that was trained before."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 from transformers import PreTrainedConfig
 
 from ibprune.data import TextData
@@ -61,15 +62,13 @@ def _whole_numbers(data: TextData) -> list[str]:
     return [str(int(value)) for value in values] if all(value.is_integer() for value in values) else []
 
 
-def _recoded(data: TextData, code) -> TextData:
+def _recoded(data: TextData, code: Callable) -> TextData:
+    column = data.label_column
+
     def recode(rows: Dataset) -> Dataset:
-        values = [code(value) for value in rows[data.label_column]]
+        values = [code(value) for value in rows[column]]
         kind = Value("float64" if code is float else "int64")
-        features = Features(rows.features | {data.label_column: kind})
-        return rows.remove_columns(data.label_column).add_column(data.label_column, values).cast(
-            Features({name: features[name] for name in [*rows.remove_columns(data.label_column).column_names,
-                                                        data.label_column]})
-        )  # fmt: skip
+        return rows.remove_columns(column).add_column(column, values, feature=kind)
 
     try:
         return replace(data, train=recode(data.train), held_out=recode(data.held_out))

@@ -27,6 +27,7 @@ from ibprune.groups import KINDS
 from ibprune.inputs import MOST_INPUTS, encode_inputs
 from ibprune.labels import match_labels
 from ibprune.losses import Objective
+from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
 from ibprune.models import Loaded, check_finite, find_source, load_config, load_dense
 from ibprune.plans import PruningPlan
@@ -166,15 +167,15 @@ def _export(
 def _audit(
     dense: PreTrainedModel, student: PreTrainedModel, data: TextData, loaded: Loaded, recipe: Recipe, console: Quiet
 ) -> dict | None:
-    """The audit of both models on the held-out texts, or None where there are too few of them."""
-    try:
-        inputs = encode_inputs(data, loaded.tokenizer, max_length=recipe.max_length, most=MOST_INPUTS)
-    except BadData as error:
-        console.say(f"No audit: {error}")
-        return None
+    """The audit of both models on the held-out texts, or None where there can be none: no run is lost for it."""
     settings = AuditSettings(pooling=default_pooling(dense), seed=recipe.seed)
     sides = AuditSide(recipe.model, dense), AuditSide(recipe.output, student)
-    return audit(*sides, inputs, settings=settings, console=console)
+    try:
+        inputs = encode_inputs(data, loaded.tokenizer, max_length=recipe.max_length, most=MOST_INPUTS)
+        return audit(*sides, inputs, settings=settings, console=console)
+    except (BadData, BadSamples) as error:
+        console.say(f"No audit: {error}")
+        return None
 
 
 def _side(costs: Costs, kept: dict[str, int], metrics: dict[str, float], latency: dict[str, float]) -> Side:

@@ -17,6 +17,7 @@ from ibprune.auditing import AuditSettings, Side, audit
 from ibprune.errors import BadData, BadRecipe
 from ibprune.features import collect, find_layers
 from ibprune.inputs import Inputs
+from ibprune.mi.samples import BadSamples
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_, factorize_
@@ -102,6 +103,7 @@ def test_a_plain_module_with_layers_named_by_the_user():
     given = Inputs("images", [{"inputs": part} for part in images.split(60)], None, 0, 0, "")
     found = audit(Side("a", cnn), Side("b", copy.deepcopy(cnn)), given, layers=("0", "2", "4"), settings=FAST)
     assert [layer["d_before"] for layer in found["layers"]] == [6, 8, 2]
+    assert {layer["kind"] for layer in found["layers"]} == {"module"}
     with pytest.raises(BadRecipe, match="unknown layer '7'"):
         audit(Side("a", cnn), Side("b", cnn), given, layers=("7",), settings=FAST)
 
@@ -115,6 +117,8 @@ def test_constant_and_nan_layers():
     last = found["layers"][-1]
     assert last["I_XL"]["before"] == {**last["I_XL"]["before"], "lower": None, "status": "degenerate"}
     assert last["V_LY"]["before"]["value"] is None and last["I_XL"]["retained"] is None
+    whole = found["layers"][0]  # missing is null, never an absent key
+    assert set(last["I_XL"]) == set(whole["I_XL"]) and set(last["V_LY"]) == set(whole["V_LY"])
     with torch.no_grad():
         dead.encoder.layer[1].output.LayerNorm.bias[0] = float("nan")
     with pytest.raises(BadData, match="encoder.layer.1.*NaN"):
@@ -157,6 +161,25 @@ def test_the_command_and_its_folder(folders, tmp_path, capsys):
     again = ibprune.audit(source, str(small), data=str(data))
     assert again["layers"] == found["layers"]
     assert callable(ibprune.audit) and callable(ibprune.plan)  # a submodule must not take their place
+
+
+def test_texts_longer_than_the_model_reads_are_cut(folders, tmp_path):
+    rng = random.Random(3)
+    (tmp_path / "long.txt").write_text("<|endoftext|>".join(" ".join(rng.choices(WORDS, k=90)) for _ in range(6000)))
+    found = ibprune.audit(folders["BertModel"], folders["BertModel"], data=str(tmp_path / "long.txt"), max_inputs=200)
+    assert found["data"]["n"] == 200  # 64 positions, 128 tokens asked for by default
+
+
+def test_a_run_is_not_lost_for_its_audit(folders, stories, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise BadSamples("unusable")
+
+    monkeypatch.setattr("ibprune.pipeline.encode_inputs", fails)
+    out = tmp_path / "out"
+    ibprune.prune(
+        folders["BertModel"], 0.6, data=stories, output=str(out), mask_steps=0, recover_steps=0, max_length=16
+    )
+    assert (out / "model.safetensors").exists() and not (out / "audit.json").exists()
 
 
 def test_audits_that_cannot_be_are_one_line(folders, reviews, tmp_path, capsys):

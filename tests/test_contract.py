@@ -33,8 +33,15 @@ def test_injection_and_factorising_change_nothing(family, head):
     inject_(model, find_sites(model))
     assert torch.equal(outputs(model), before)
     assert keys == {key for key in model.state_dict() if not key.startswith("vib_masks")}
-    assert torch.equal(outputs(copy.deepcopy(model)), before)
+    twin = copy.deepcopy(model)
+    assert torch.equal(outputs(twin), before)
+    for _, mask in twin.vib_masks.items():  # a copy reads its own masks, everywhere
+        mask.cut((0,))
+    assert not torch.equal(outputs(twin), before) and torch.equal(outputs(model), before)
+    norms = [module for module in twin.modules() if "forward" in vars(module)]
+    assert all(module.forward.norm is module for module in norms) and bool(norms) == (family == "bert")
     remove_(model)
+    assert not [m for m in model.modules() if "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks]
     assert set(model.state_dict()) == keys
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
     factorize_(model)
