@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ibprune.audit_output import write_audit
-from ibprune.auditing import AuditSettings, Side
+from ibprune.auditing import Side
 from ibprune.auditing import audit as audit_models
 from ibprune.console import Quiet
 from ibprune.errors import BadData
@@ -15,6 +15,8 @@ from ibprune.features import default_pooling
 from ibprune.feeding import find_data
 from ibprune.inputs import MOST_INPUTS, Inputs, encode_inputs
 from ibprune.loading import load
+from ibprune.measures import AuditSettings
+from ibprune.mi.probes import Probe
 from ibprune.models import find_source, load_dense
 from ibprune.recipe import Recipe
 from ibprune.surgery import SPEC
@@ -30,6 +32,9 @@ def audit(
     label_column: str = "",
     layers: tuple[str, ...] = (),
     pooling: str | None = None,
+    probe: str = "logistic",
+    tokens: int = 0,
+    pair: bool = False,
     max_inputs: int = MOST_INPUTS,
     max_length: int = 128,
     seed: int = 0,
@@ -43,6 +48,9 @@ def audit(
         data, task, text_columns, label_column: As for `prune`; the held-out rows are used.
         layers: Blocks ("encoder.layer.3") or module paths; default: the residual stream after every block.
         pooling: Of tokens: mean, cls, last or random; default: last for decoders, mean otherwise.
+        probe: Family of predictors of the V-information: logistic, or mlp, which takes some ten times as long.
+        tokens: So many of the most frequent tokens become targets too (current and next token); 20 is plenty.
+        pair: Whether to estimate I(dense layer; pruned layer) too.
         max_inputs: At most so many distinct texts.
         max_length: Tokens of a text that are read.
         output: A folder for audit.json and the plots; nothing is written without it.
@@ -74,7 +82,9 @@ def audit(
     limits = [getattr(model.config, "max_position_embeddings", None) or max_length for model in (before, after)]
     inputs = encode_inputs(rows, loaded.tokenizer, max_length=min(max_length, *limits), most=max_inputs)
     _check_vocabulary(inputs, before, after)
-    settings = AuditSettings(pooling=pooling or default_pooling(before), seed=seed)
+    settings = AuditSettings(
+        pooling=pooling or default_pooling(before), probe=Probe(probe), tokens=tokens, pair=pair, seed=seed
+    )
     found = audit_models(
         Side(source.name, before), Side(pruned, after), inputs, layers=layers, settings=settings, console=console
     )

@@ -12,6 +12,7 @@ from ibprune.rebuild import full_path
 from ibprune.sites import block_paths, find_family
 
 POOLINGS = ("mean", "cls", "last", "random")
+TOKEN = "token"  # the pooling at columns that the caller chose
 EMBEDDINGS = "embeddings"
 
 
@@ -60,24 +61,32 @@ def find_layers(model: nn.Module, names: tuple[str, ...] = ()) -> dict[str, tupl
 
 @torch.no_grad()
 def collect(
-    model: nn.Module, batches: Iterable[Batch], layers: dict[str, tuple[str, str]], *, pooling: str, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Features of every layer, pooled to one vector per input, float32, {name: (n, d)}.
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: dict[str, tuple[str, str]],
+    *,
+    poolings: tuple[str, ...],
+    columns: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Features of every layer, pooled to one vector per input, float32, {pooling: {name: (n, d)}}.
 
     Args:
         batches: Batches in a fixed order; a batch without "input_ids" is passed as the only positional
             input ("inputs").
         layers: From `find_layers`.
-        pooling: For token features (batch, length, d): "mean" over real tokens, the first ("cls"), the
-            last real one, or a "random" real one, the same for every model by the seed. Feature maps
-            (batch, channels, ...) are averaged over their positions.
+        poolings: For token features (batch, length, d): "mean" over real tokens, the first ("cls"), the
+            last real one, or a "random" real one, the same for every model by the seed, or the "token" in
+            the column that `columns` names. Feature maps (batch, channels, ...) are averaged over their positions.
+        columns: Of the padded batch, (n,), one per input.
 
     Raises:
         BadRecipe: An unknown pooling.
         BadData: A layer gives NaN or infinity, or another number of vectors than inputs.
     """
-    if pooling not in POOLINGS:
-        raise BadRecipe(f"unknown pooling '{pooling}': {did_you_mean(pooling, POOLINGS)}.")
+    for pooling in poolings:
+        if pooling not in POOLINGS and not (pooling == TOKEN and columns is not None):
+            raise BadRecipe(f"unknown pooling '{pooling}': {did_you_mean(pooling, POOLINGS)}.")
     model.eval()
     device = next(model.parameters()).device
     caught: dict[str, torch.Tensor] = {}
@@ -88,13 +97,16 @@ def collect(
             handles.append(module.register_forward_pre_hook(_catch_input(caught, name), with_kwargs=True))
         else:
             handles.append(module.register_forward_hook(_catch_output(caught, name)))
-    found: dict[str, list[np.ndarray]] = {name: [] for name in layers}
+    found: dict[str, dict[str, list[np.ndarray]]] = {pooling: {name: [] for name in layers} for pooling in poolings}
+    start = 0
     draw = np.random.default_rng([seed, 961_748_941])
     try:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             size = len(next(iter(batch.values())))
-            positions = draw.random(size)
+            draws = draw.random(size)
+            chosen = None if columns is None else columns[start : start + size]
+            start += size
             caught.clear()
             if "input_ids" in batch:
                 model(**batch)
@@ -103,18 +115,22 @@ def collect(
             for name in layers:
                 if name not in caught:
                     raise BadData(f"the layer '{name}' was never computed for these inputs.")
-                pooled = _pool(caught[name].float(), batch.get("attention_mask"), pooling, positions)
-                if len(pooled) != size:
-                    raise BadData(f"expected {size} vectors from the layer '{name}', found {len(pooled)}.")
-                found[name].append(pooled.cpu().numpy())
+                for pooling in poolings:
+                    pooled = _pool(caught[name].float(), batch.get("attention_mask"), pooling, draws, chosen)
+                    if len(pooled) != size:
+                        raise BadData(f"expected {size} vectors from the layer '{name}', found {len(pooled)}.")
+                    found[pooling][name].append(pooled.cpu().numpy())
     finally:
         for handle in handles:
             handle.remove()
-    features = {name: np.concatenate(parts) for name, parts in found.items()}
-    for name, values in features.items():
-        bad = int((~np.isfinite(values)).any(axis=1).sum())
-        if bad:
-            raise BadData(f"the layer '{name}' gives NaN or infinity for {bad} of {len(values)} inputs.")
+    features = {
+        pooling: {name: np.concatenate(parts) for name, parts in by_name.items()} for pooling, by_name in found.items()
+    }
+    for by_name in features.values():
+        for name, values in by_name.items():
+            bad = int((~np.isfinite(values)).any(axis=1).sum())
+            if bad:
+                raise BadData(f"the layer '{name}' gives NaN or infinity for {bad} of {len(values)} inputs.")
     return features
 
 
@@ -132,11 +148,15 @@ def _catch_output(caught: dict[str, torch.Tensor], name: str):
     return hook
 
 
-def _pool(x: torch.Tensor, mask: torch.Tensor | None, pooling: str, positions: np.ndarray) -> torch.Tensor:
+def _pool(
+    x: torch.Tensor, mask: torch.Tensor | None, pooling: str, draws: np.ndarray, columns: np.ndarray | None
+) -> torch.Tensor:
     if x.ndim <= 2:
         return x.reshape(len(x), -1)
     if mask is None or x.shape[:2] != mask.shape:  # a feature map: (batch, channels, ...)
         return x.flatten(2).mean(-1)
+    if pooling == TOKEN:
+        return x[torch.arange(len(x), device=x.device), torch.from_numpy(columns).to(x.device)]
     lengths = mask.sum(1)
     if pooling == "mean":
         weights = mask.unsqueeze(-1).to(x.dtype)
@@ -145,6 +165,6 @@ def _pool(x: torch.Tensor, mask: torch.Tensor | None, pooling: str, positions: n
     offset = {
         "cls": torch.zeros_like(lengths),
         "last": lengths - 1,
-        "random": (torch.from_numpy(positions).to(lengths.device) * lengths).long(),
+        "random": (torch.from_numpy(draws).to(lengths.device) * lengths).long(),
     }[pooling]
     return x[torch.arange(len(x), device=x.device), first + offset.clamp_min(0)]

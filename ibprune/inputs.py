@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ class Inputs:
         removed: Duplicates left out.
         overlap: Inputs whose text also occurs in the training rows; None where these are too many to look.
         sha256: Of the token ids, in order.
+        special: Token ids that carry no text.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Inputs:
     removed: int
     overlap: int | None
     sha256: str
+    special: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -81,7 +84,51 @@ def encode_inputs(
     if len(data.train) <= COMPARABLE:
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
-    return Inputs(data.name, batches, labels, removed, overlap, digest)
+    return Inputs(data.name, batches, labels, removed, overlap, digest, tuple(tokenizer.all_special_ids))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token of each input, and the one after it.
+
+    Attributes:
+        columns: Where it stands in the padded batch, (n,); 0 where the input has none.
+        current, following: Token ids, (n,); -1 where there is none, or where it is not a frequent one.
+    """
+
+    columns: np.ndarray
+    current: np.ndarray
+    following: np.ndarray
+
+
+def draw_tokens(inputs: Inputs, most: int, *, seed: int = 0) -> Tokens:
+    """An occurrence of one of the `most` most frequent tokens in each input, at random.
+
+    One of each, so that the samples are independent.
+
+    Raises:
+        BadData: Inputs that are not tokens.
+    """
+    if "input_ids" not in inputs.batches[0]:
+        raise BadData("expected inputs of tokens to ask for tokens, found other inputs: leave --tokens out.")
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"] > 0] for batch in inputs.batches])
+    values, counts = ids.unique(return_counts=True)
+    counts[torch.isin(values, torch.tensor(inputs.special, dtype=values.dtype))] = 0
+    frequent = values[counts.argsort(descending=True, stable=True)[:most]]
+    draw = np.random.default_rng([seed, 217_645_199])
+    columns, current, following = [], [], []
+    for batch in inputs.batches:
+        real = batch["attention_mask"] > 0
+        eligible = torch.isin(batch["input_ids"], frequent) & real
+        for row, (allowed, u) in enumerate(zip(eligible, draw.random(len(eligible)))):
+            places = allowed.nonzero()[:, 0]
+            column = int(places[int(u * len(places))]) if len(places) else 0
+            columns.append(column)
+            current.append(int(batch["input_ids"][row, column]) if len(places) else -1)
+            after = column + 1
+            usable = len(places) > 0 and after < eligible.shape[1] and bool(eligible[row, after])
+            following.append(int(batch["input_ids"][row, after]) if usable else -1)
+    return Tokens(np.array(columns), np.array(current), np.array(following))
 
 
 def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:

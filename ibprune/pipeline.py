@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ibprune.audit_output import audit_section, write_audit
-from ibprune.auditing import AuditSettings, audit
 from ibprune.auditing import Side as AuditSide
+from ibprune.auditing import audit
 from ibprune.bench import measure_latency
 from ibprune.budget import Budget
 from ibprune.console import Quiet
@@ -27,6 +27,7 @@ from ibprune.groups import KINDS
 from ibprune.inputs import MOST_INPUTS, encode_inputs
 from ibprune.labels import match_labels
 from ibprune.losses import Objective
+from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
 from ibprune.models import Loaded, check_finite, find_source, load_config, load_dense

@@ -13,10 +13,11 @@ from torch import nn
 import ibprune
 from ibprune import cli
 from ibprune.audit_output import audit_table, layer_status
-from ibprune.auditing import AuditSettings, Side, audit
+from ibprune.auditing import Side, audit
 from ibprune.errors import BadData, BadRecipe
 from ibprune.features import collect, find_layers
-from ibprune.inputs import Inputs
+from ibprune.inputs import Inputs, draw_tokens
+from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
@@ -133,7 +134,7 @@ def test_padding_changes_no_feature(pooling):
     wide = torch.cat([ids, torch.zeros(6, 3, dtype=torch.long)], 1)
     padded = [{"input_ids": wide, "attention_mask": (torch.arange(8) < 5).long().expand(6, 8)}]
     layers = find_layers(model)
-    first, second = (collect(model, batches, layers, pooling=pooling) for batches in (plain, padded))
+    first, second = (collect(model, batches, layers, poolings=(pooling,))[pooling] for batches in (plain, padded))
     for name in layers:
         assert np.allclose(first[name], second[name], atol=1e-5)
 
@@ -194,3 +195,56 @@ def test_audits_that_cannot_be_are_one_line(folders, reviews, tmp_path, capsys):
         message = capsys.readouterr().err.strip()
         assert message.startswith("ibprune: error: ") and words in message and "\n" not in message
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_are_targets_like_labels():
+    """The embeddings know the current token and nothing of the next one, which is random here."""
+    dense = build("llama", "LlamaForCausalLM", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(1, 9, (700, 9), generator=generator)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(64)]
+    given = Inputs("random", batches, None, 0, 0, "", special=(1,))
+    settings = AuditSettings(repeats=1, curve=(1.0, 2.0), tokens=4)
+    found = audit(Side("a", dense), Side("b", pruned(dense)), given, layers=("embeddings",), settings=settings)
+    token, following = found["layers"][0]["V_token"], found["layers"][0]["V_next"]
+    assert token["n_classes"] == following["n_classes"] == 4 and 500 < token["n"] and 200 < following["n"]
+    assert token["before"]["value"] > 0.9 * token["H_ceiling"] and token["H_ceiling"] < 2.01
+    assert following["before"]["ci95"][0] < 0.05
+    json.dumps(found, allow_nan=False)
+
+
+def test_drawn_tokens_stand_where_they_say():
+    ids = torch.tensor([[9, 2, 3, 2, 5], [0, 0, 9, 3, 3], [9, 7, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]])
+    given = Inputs("three", [{"input_ids": ids, "attention_mask": mask}], None, 0, 0, "", special=(9,))
+    seen = set()
+    for seed in range(20):
+        drawn = draw_tokens(given, 2, seed=seed)
+        assert list(drawn.current[:2]) == [int(ids[i, drawn.columns[i]]) for i in (0, 1)]
+        assert set(drawn.current[:2]) <= {2, 3} and drawn.current[2] == -1  # 7 is not among the two most frequent
+        after = {(0, 1): 3, (0, 2): 2, (0, 3): -1, (1, 3): 3, (1, 4): -1}
+        assert [after[i, int(drawn.columns[i])] for i in (0, 1)] == list(drawn.following[:2])
+        seen.add(tuple(drawn.columns))
+    assert len(seen) > 3
+    with pytest.raises(BadData, match="tokens"):
+        draw_tokens(Inputs("x", [{"inputs": torch.zeros(2, 3)}], None, 0, 0, ""), 2)
+
+
+def test_rare_tokens_give_no_figure():
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    settings = AuditSettings(repeats=1, curve=(1.0, 2.0), tokens=60)
+    found = audit(Side("a", dense), Side("b", dense), inputs(), layers=("embeddings",), settings=settings)
+    assert found["layers"][0]["V_token"]["status"] == "undersampled"
+    assert found["layers"][0]["V_token"]["before"] is None
+
+
+def test_the_pair_shares_most_with_itself():
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    settings = AuditSettings(repeats=1, curve=(1.0, 2.0), pair=True)
+    layers = ("encoder.layer.2",)
+    same = audit(Side("a", dense), Side("b", copy.deepcopy(dense)), inputs(600), layers=layers, settings=settings)
+    less = audit(Side("a", dense), Side("b", pruned(dense)), inputs(600), layers=layers, settings=settings)
+    pair, own = (found["layers"][0]["I_pair"] for found in (less, same))
+    assert own["value"]["value"] == own["self"]["value"] == pair["self"]["value"] > 0.2
+    assert pair["value"]["ci95"][1] < own["value"]["ci95"][0] and pair["status"] == "lower_only"
+    assert own["extrapolated"]["value"] is not None

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "ibprune"
 LAYERS = (
     ("mi.samples",),
     ("mi.channel", "mi.entropies", "mi.gaussian", "mi.neighbours", "mi.probes", "mi.spectral", "mi.historic"),
+    ("mi.codes", "mi.extrapolation"),
     ("mi.density_ratio", "mi.tasks", "mi.twins", "mi.weighted"),
     ("mi.critics",),
     ("mi.benchmark",),
@@ -21,7 +22,7 @@ LAYERS = (
     ("losses", "recipe", "data", "bench", "report"),
     ("scores", "shares", "models", "feeding", "model_card", "labels"),
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots"),
-    ("vib", "verify", "checks"),
+    ("vib", "verify", "checks", "measures"),
     ("auditing", "audit_output"),
     ("cutting",),
     ("planning", "pipeline", "comparing"),

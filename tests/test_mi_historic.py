@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from ibprune.mi.codes import autoencoder_codes, pca_codes
 from ibprune.mi.historic import binned_entropy, binned_mi, kernel_mi
 from ibprune.mi.samples import NATS_TO_BITS, BadSamples
 from ibprune.mi.spectral import (
@@ -16,7 +17,7 @@ from ibprune.mi.spectral import (
     matrix_mi,
     von_neumann_entropy,
 )
-from ibprune.mi.weighted import compressed_mi, neighbour_weights, pca_codes, weighted_kl_entropy, weighted_kl_mi
+from ibprune.mi.weighted import compressed_mi, neighbour_weights, weighted_kl_entropy, weighted_kl_mi
 
 
 def equicorrelated(n: int = 2000) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +138,20 @@ def test_pca_codes_lose_a_signal_of_low_variance():
     assert "2+1" in compressed_mi(x, y, dims=(2, 1), estimator="wkl").estimator
 
 
+def test_autoencoder_codes_hold_what_varies_and_no_more():
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(-2.5, 2.5, size=(2000, 1))
+    arc = np.hstack([np.cos(angle), np.sin(angle)]) @ rng.normal(size=(2, 8)) + 0.02 * rng.normal(size=(2000, 8))
+    codes = autoencoder_codes(arc, 2)
+    assert codes.shape == (2000, 2) and np.array_equal(codes, autoencoder_codes(arc, 2))
+    other = angle + 0.3 * rng.normal(size=(2000, 1))
+    found = compressed_mi(arc, other, dims=(2, 1), codes="autoencoder")
+    assert "autoencoder codes 2+1" in found.estimator
+    assert abs(found.value - compressed_mi(angle, other, dims=1).value) < 0.15
+    assert compressed_mi(rng.normal(size=(2000, 8)), other, dims=(2, 1), codes="autoencoder").value < 0.1
+    assert autoencoder_codes(arc, 99).shape == (2000, 8)
+
+
 # Spectral
 
 
@@ -230,7 +245,9 @@ def test_unusable_samples_are_refused(call):
         lambda x: gram(x, kernel="linear"),
         lambda x: matrix_entropy(x, alpha=0),
         lambda x: compressed_mi(x, x, estimator="mine"),
+        lambda x: compressed_mi(x, x, codes="zip"),
         lambda x: pca_codes(x, 0),
+        lambda x: autoencoder_codes(x, 0),
         lambda x: neighbour_weights(0, 3),
     ],
 )

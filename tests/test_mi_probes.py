@@ -9,7 +9,7 @@ from ibprune.mi.gaussian import mixture_mi
 from ibprune.mi.neighbours import ksg
 from ibprune.mi.probes import Probe, online_code, shuffled_control, v_information
 from ibprune.mi.samples import BadSamples
-from ibprune.mi.twins import channel_twin, pair_twin, probe_twin
+from ibprune.mi.twins import channel_twin, pair_twin, probe_twin, shrunk_eigenvalues
 
 LIGHT = Probe(penalties=(1e-2, 1e-1))
 
@@ -105,3 +105,36 @@ def test_attention_entropy_runs_from_one_token_to_all():
     assert attention_entropy(lower[None, None], torch.ones(1, 4), causal=True).item() == pytest.approx(1.0)
     with pytest.raises(BadSamples):
         attention_entropy(even, torch.ones(1, 3), causal=False)
+
+
+@pytest.mark.parametrize("d,n", [(64, 3000), (256, 3000), (384, 872)])
+def test_shrunk_eigenvalues_find_the_few_small_ones(d, n):
+    """Eight of variance 1 among many of 9: near what the sample's eigenvectors really have."""
+    rng = np.random.default_rng(0)
+    true = np.where(np.arange(d) < d - 8, 9.0, 1.0)
+    x = rng.standard_normal((n, d)) * np.sqrt(true)
+    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
+    oracle = true @ vectors**2
+    found = shrunk_eigenvalues(values, n)
+    assert np.abs(found / oracle - 1).mean() < 0.05 < np.abs(values / oracle - 1).mean()
+    assert np.abs(found[:8] / oracle[:8] - 1).max() < 0.2
+    assert np.isfinite(shrunk_eigenvalues(values, 50)).all()
+
+
+def test_the_probe_sees_signal_of_low_variance():
+    """A label on the least of 160 directions: 128 components lose it, all of them do not, and the twin knows."""
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 2, 1500)
+    x = 3 * rng.standard_normal((1500, 160))
+    x[:, 0] = 4.0 * y + rng.standard_normal(1500)
+    x = x @ np.linalg.qr(rng.standard_normal((160, 160)))[0]
+    wide = v_information(x, y)
+    assert wide.estimator == "logistic_pca160" and wide.value > 0.4
+    assert v_information(x, y, probe=Probe(dims=(128,))).value < 0.3
+    twin = probe_twin(x, y)
+    assert abs(wide.value - twin.error - mixture_mi([0, 4.0])) < 0.05
+
+
+def test_one_feature_has_a_twin_too():
+    x, y = classes(600, 1, 1.5)
+    assert abs(probe_twin(x, y, probe=LIGHT).error) < 0.05

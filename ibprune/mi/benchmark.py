@@ -51,6 +51,8 @@ PAIRWISE: dict[str, Estimator] = {
     "weighted-kl": lambda x, y, seed: weighted_kl_mi(x, y),
     "pca-ksg": lambda x, y, seed: compressed_mi(x, y),
     "pca-wkl": lambda x, y, seed: compressed_mi(x, y, estimator="wkl"),
+    "autoencoder-ksg": lambda x, y, seed: compressed_mi(x, y, codes="autoencoder", seed=seed),
+    "autoencoder-wkl": lambda x, y, seed: compressed_mi(x, y, estimator="wkl", codes="autoencoder", seed=seed),
     "renyi": lambda x, y, seed: matrix_mi(x, y),
 }
 LABELLED: dict[str, Estimator] = {

@@ -89,12 +89,12 @@ def readout_curve(
     for rows, own, distance, along in _tables(f, noise):
         for k, sigma in enumerate(sigmas):
             # log p(l_i | x_j) - log p(l_i | x_i): the squared length of the noise itself cancels
-            lo, up = _terms(-(distance / (2 * sigma**2) + along / sigma), own, n)
+            lo, up = _terms(torch.add(along, distance, alpha=0.5 / sigma).mul_(-1 / sigma), own, n)
             lower[k, rows] += lo / len(noise)
             upper[k, rows] += up / len(noise)
-    flaws, spectrum = _flaws(f), _spectrum(f)
+    flaws, parts = _flaws(f), spectrum(f)
     return [
-        _bracket(lower[k], upper[k], _cap(*spectrum, sigma), n, flaws, wide=d > n / 5) for k, sigma in enumerate(sigmas)
+        _bracket(lower[k], upper[k], _cap(*parts, sigma), n, flaws, wide=d > n / 5) for k, sigma in enumerate(sigmas)
     ]
 
 
@@ -204,13 +204,17 @@ def gaussian_cap(features: np.ndarray, sigma: float) -> tuple[float, np.ndarray]
     Returns:
         The cap and its first-order contribution of each sample, (n,), for its standard error.
     """
-    return _cap(*_spectrum(features), sigma)
+    return _cap(*spectrum(features), sigma)
 
 
-def _spectrum(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spectrum(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues of Cov f, (k,), and the squared principal coordinates of each sample, (n, k)."""
-    left, singular, _ = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
-    return singular**2 / len(features), (left * singular) ** 2
+    f = features - features.mean(axis=0)
+    if f.shape[1] > len(f):
+        left, singular, _ = np.linalg.svd(f, full_matrices=False)
+        return singular**2 / len(f), (left * singular) ** 2
+    values, vectors = np.linalg.eigh(f.T @ f / len(f))  # a quarter of the time of the decomposition of f itself
+    return np.maximum(values, 0.0), (f @ vectors) ** 2
 
 
 def _cap(values: np.ndarray, squares: np.ndarray, sigma: float) -> tuple[float, np.ndarray]:

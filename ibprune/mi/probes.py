@@ -1,5 +1,6 @@
 """V-information: what a cross-fitted probe can say about labels or tokens from features, a lower bound on average."""
 
+import itertools
 import warnings
 from dataclasses import dataclass
 
@@ -25,13 +26,14 @@ class Probe:
 
     Attributes:
         kind: "logistic" (multinomial, L2) or "mlp" (one hidden layer).
-        dims: Principal components kept after standardising.
-        penalties: L2 weights tried on an inner split; the best is used in every fold.
+        dims: Numbers of principal components to keep after standardising; a small number needs fewer samples, a
+            large one sees what depends on directions of low variance.
+        penalties: L2 weights. Both are chosen on an inner split and used in every fold.
         hidden: Units of the MLP.
     """
 
     kind: str = "logistic"
-    dims: int = 128
+    dims: tuple[int, ...] = (128, 512)
     penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     hidden: int = 128
 
@@ -43,7 +45,39 @@ class Probe:
 LOGISTIC = Probe()
 
 
-def v_information(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0) -> Estimate:
+@dataclass(frozen=True)
+class Folds:
+    """Codes of every fold of a cross-fit, which several targets of the same features share.
+
+    Attributes:
+        parts: (rows fitted, rows held out, codes of the former, codes of the latter) of each fold.
+        inner: The same for the split that chooses the penalty, inside the first fold's fitted rows.
+    """
+
+    parts: tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], ...]
+    inner: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def fold_codes(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0) -> Folds:
+    """Standardises and projects the features once per fold; the folds are stratified by the labels.
+
+    Raises:
+        BadSamples: As in `as_samples` and `as_labels`, their lengths differ, or a class is smaller than `folds`.
+    """
+    x, y = _checked(features, labels)
+    if np.bincount(y).min() < folds:
+        raise BadSamples(f"expected at least {folds} samples of each class, found {np.bincount(y).min()}.")
+    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y))
+    train = splits[0][0]
+    fit, held_out = next(StratifiedKFold(4, shuffle=True, random_state=seed).split(train, y[train]))
+    rows = [*splits, (train[fit], train[held_out])]
+    parts = tuple((fit, held_out, *_codes(x[fit], x[held_out], probe)) for fit, held_out in rows)
+    return Folds(parts[:-1], parts[-1])
+
+
+def v_information(
+    features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0, shared: Folds | None = None
+) -> Estimate:
     """I_V(L -> Y) = H_V(Y) - H_V(Y | L), in nats (Xu et al. 2020, def. 2), by cross-fitting.
 
     Each sample's term is log q(y|l) - log p(y), q and p fitted on the other folds (PVI of Ethayarajh et al.
@@ -53,6 +87,7 @@ def v_information(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, 
     Args:
         features: (n, d). labels: (n,), integers or strings.
         folds: Stratified; the same seed gives two models the same folds, so that differences are paired.
+        shared: Codes of these features from `fold_codes`, where they stand already.
 
     Returns:
         Status "undersampled" below 200 samples or 10 of a class, "degenerate" (no value) for one class or
@@ -68,32 +103,33 @@ def v_information(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, 
         >>> 0.6 < estimate.value < np.log(2)
         True
     """
-    x, y, name = *_checked(features, labels), f"{probe.kind}_pca{probe.dims}"
+    x, y, name = *_checked(features, labels), probe.kind
     counts = np.bincount(y)
     if len(counts) < 2 or not np.ptp(x, axis=0).any():
         what = "the labels have one class" if len(counts) < 2 else "the features are constant"
         return Estimate(None, "degenerate", name, len(y), notes=(what,))
     if counts.min() < folds:
         return Estimate(None, "undersampled", name, len(y), notes=(f"a class has {counts.min()} samples",))
-    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y))
-    train = splits[0][0]
-    inner = next(StratifiedKFold(4, shuffle=True, random_state=seed).split(train, y[train]))
-    penalty = _best_penalty(x[train], y[train], inner, probe, seed)
+    shared = shared or fold_codes(x, y, probe=probe, folds=folds, seed=seed)
+    widths = sorted({min(dims, shared.inner[2].shape[1]) for dims in probe.dims})
+    choices = list(itertools.product(widths, probe.penalties))
+    dims, penalty = max(choices, key=lambda choice: _fold_terms(shared.inner, y, probe, *choice, seed).mean())
+    name = f"{probe.kind}_pca{dims}"
     terms = np.zeros(len(y))
-    for fit, held_out in splits:
-        codes = _codes(x[fit], x[held_out], probe)
-        model = _fit(codes[0], y[fit], probe, penalty, seed)
-        terms[held_out] = _log_q(model, codes[1], y[held_out], len(counts)) - _log_prior(y[fit], y[held_out])
+    for part in shared.parts:
+        terms[part[1]] = _fold_terms(part, y, probe, dims, penalty, seed)
     value, ci95 = mean_with_interval(terms)
     few = len(y) < FEW or counts.min() < LEAST_PER_CLASS
     notes = (f"penalty {penalty:g}",) + ((f"the least class has {counts.min()} samples",) if few else ())
     return Estimate(value, "undersampled" if few else "ok", name, len(y), ci95, notes, terms)
 
 
-def shuffled_control(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0) -> Estimate:
+def shuffled_control(
+    features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0, shared: Folds | None = None
+) -> Estimate:
     """`v_information` with the labels permuted: nothing above 0 may be found."""
     permuted = np.random.default_rng([seed, 15_485_863]).permutation(as_labels(labels))
-    return v_information(features, permuted, probe=probe, folds=folds, seed=seed)
+    return v_information(features, permuted, probe=probe, folds=folds, seed=seed, shared=shared)
 
 
 def online_code(features, labels, *, probe: Probe = LOGISTIC, seed: int = 0) -> Estimate:
@@ -102,7 +138,8 @@ def online_code(features, labels, *, probe: Probe = LOGISTIC, seed: int = 0) -> 
     The labels are sent in portions, each coded by the probe fitted on what was sent before, the first
     uniformly; the value is H(Y) minus the code's length per sample, so that slow learning costs too.
     """
-    x, y, name = *_checked(features, labels), f"online code, {probe.kind}_pca{probe.dims}"
+    dims = probe.dims[0]
+    x, y, name = *_checked(features, labels), f"online code, {probe.kind}_pca{dims}"
     n, classes = len(y), int(y.max()) + 1
     if classes < 2 or not np.ptp(x, axis=0).any():
         return Estimate(None, "degenerate", name, n)
@@ -115,7 +152,7 @@ def online_code(features, labels, *, probe: Probe = LOGISTIC, seed: int = 0) -> 
         if len(np.unique(y[:start])) < 2:
             length += (end - start) * np.log(classes)
             continue
-        codes = _codes(x[:start], x[start:end], probe)
+        codes = [part[:, :dims] for part in _codes(x[:start], x[start:end], probe)]
         model = _fit(codes[0], y[:start], probe, middle, seed)
         length -= _log_q(model, codes[1], y[start:end], classes).sum()
     share = np.bincount(y) / n
@@ -130,22 +167,21 @@ def _checked(features, labels) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _best_penalty(x: np.ndarray, y: np.ndarray, split: tuple, probe: Probe, seed: int) -> float:
-    fit, held_out = split
-    classes = int(y.max()) + 1
-    codes = _codes(x[fit], x[held_out], probe)
-
-    def score(penalty: float) -> float:
-        model = _fit(codes[0], y[fit], probe, penalty, seed)
-        return float(_log_q(model, codes[1], y[held_out], classes).mean())
-
-    return max(probe.penalties, key=score)
+def _fold_terms(part: tuple, y: np.ndarray, probe: Probe, dims: int, penalty: float, seed: int) -> np.ndarray:
+    """log q(y|l) - log p(y) of the rows held out of one fold, by the first `dims` components."""
+    fit, held_out, *both = part
+    fitted_codes, codes = (each[:, :dims] for each in both)
+    if len(np.unique(y[fit])) < 2:
+        return np.zeros(len(held_out))  # nothing was there to learn: q is the prior
+    model = _fit(fitted_codes, y[fit], probe, penalty, seed)
+    return _log_q(model, codes, y[held_out], int(y.max()) + 1) - _log_prior(y[fit], y[held_out], int(y.max()) + 1)
 
 
 def _codes(fitted: np.ndarray, held_out: np.ndarray, probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     """Both parts standardised and projected as the first part says."""
-    # "full": the randomised solver gives identical layers different codes
-    reduce = PCA(min(probe.dims, fitted.shape[1], len(fitted) - 1), svd_solver="full")
+    # not the randomised solver, which gives identical layers different codes
+    solver = "covariance_eigh" if fitted.shape[1] <= len(fitted) else "full"
+    reduce = PCA(min(max(probe.dims), fitted.shape[1], len(fitted) - 1), svd_solver=solver)
     transform = make_pipeline(StandardScaler(), reduce).fit(fitted)
     return transform.transform(fitted), transform.transform(held_out)
 
@@ -170,6 +206,6 @@ def _log_q(model: ClassifierMixin, x: np.ndarray, y: np.ndarray, classes: int) -
     return np.log(0.999 * q + 0.001 / classes)[np.arange(len(y)), y]
 
 
-def _log_prior(fitted: np.ndarray, y: np.ndarray) -> np.ndarray:
-    counts = np.bincount(fitted, minlength=int(y.max()) + 1) + 0.5
+def _log_prior(fitted: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
+    counts = np.bincount(fitted, minlength=classes) + 0.5
     return np.log(counts / counts.sum())[y]

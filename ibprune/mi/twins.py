@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.covariance import ledoit_wolf
 
-from ibprune.mi.channel import Bracket, readout_bracket
+from ibprune.mi.channel import Bracket, readout_bracket, spectrum
 from ibprune.mi.gaussian import mi_from_covariance
 from ibprune.mi.probes import LOGISTIC, Probe, v_information
 from ibprune.mi.samples import NATS_TO_BITS, Estimate, as_labels, as_pair, as_samples
@@ -43,7 +43,7 @@ def channel_twin(features, sigma: float, *, noise: np.ndarray | None = None, rep
     """
     f = as_samples(features, "features")
     f = f - f.mean(axis=0)
-    values = np.linalg.svd(f, compute_uv=False) ** 2 / len(f)
+    values, _ = spectrum(f)
     draws = np.zeros_like(f)
     draws[:, : len(values)] = np.random.default_rng([seed, 49_979_687]).standard_normal((len(f), len(values)))
     draws[:, : len(values)] *= np.sqrt(values)
@@ -69,9 +69,9 @@ def probe_twin(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, see
     n, d, classes = len(x), x.shape[1], len(counts)
     share = counts / n
     means = np.stack([x[y == label].mean(axis=0) for label in range(classes)])
-    covariance, _ = ledoit_wolf(x - means[y], assume_centered=True)
-    values, vectors = np.linalg.eigh(covariance)
-    values = np.maximum(values, values.max() * 1e-12)
+    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov((x - means[y]).T, bias=True)))
+    values = np.maximum(values, 1e-9 * x.var(axis=0).max())  # classes may have no width of their own: token embeddings
+    values = shrunk_eigenvalues(values, n - classes)
     white = (means - share @ means) @ (vectors / np.sqrt(values))
     left, singular, right = np.linalg.svd(white, full_matrices=False)
     noise_energy = (np.sqrt(classes) + np.sqrt(d)) ** 2 * np.mean(1.0 / counts)
@@ -83,6 +83,30 @@ def probe_twin(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, see
     estimate = v_information(twin, y, probe=probe, folds=folds, seed=seed)
     truth = _mixture_information(centres, share, rng)
     return _twin(truth, estimate.value, estimate.value)
+
+
+def shrunk_eigenvalues(values: np.ndarray, n: int) -> np.ndarray:
+    """Eigenvalues of a covariance matrix from those of a sample one, each moved by its own amount, (d,).
+
+    Those of n samples spread too far, and a common pull towards their mean hides the few that are small. The
+    analytical nonlinear shrinkage of Ledoit & Wolf (2020, Annals of Statistics 48(5), eq. 4.3 and 4.7 to 4.9).
+
+    Args:
+        values: Ascending, (d,). n: Samples, less what was fitted to them.
+    """
+    d = len(values)
+    if d >= n:  # no eigenvalue of its own below: all are pulled towards the mean
+        return 0.5 * values + 0.5 * values.mean()
+    width = n ** (-1 / 3) * values  # of the kernel, at each eigenvalue
+    x = (values[:, None] - values[None]) / width[None]
+    edge = np.sqrt(5.0)
+    density = 0.75 / edge * np.mean(np.maximum(1 - x**2 / 5, 0) / width, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log = np.log(np.abs((edge - x) / (edge + x)))
+    kernel = -0.3 / np.pi * x + np.where(np.isfinite(log), 0.75 / edge / np.pi * (1 - x**2 / 5) * log, 0.0)
+    hilbert = np.mean(kernel / width, axis=1)
+    ratio = np.pi * d / n * values
+    return values / ((ratio * density) ** 2 + (1 - d / n - ratio * hilbert) ** 2)
 
 
 def pair_twin(x, y, estimator: Callable[[np.ndarray, np.ndarray], Estimate], *, seed: int = 0) -> Twin | None:

@@ -1,4 +1,4 @@
-"""Weighted Kozachenko-Leonenko entropy and information, on PCA codes too; for comparison, never the default; nats."""
+"""Weighted Kozachenko-Leonenko entropy and information, on codes too; for comparison, never the default; nats."""
 
 import math
 
@@ -6,6 +6,7 @@ import numpy as np
 from scipy.special import digamma, gammaln
 from sklearn.neighbors import NearestNeighbors
 
+from ibprune.mi.codes import autoencoder_codes, pca_codes
 from ibprune.mi.neighbours import ksg
 from ibprune.mi.samples import FEW, BadSamples, Estimate, as_pair, as_samples
 
@@ -87,25 +88,19 @@ def weighted_kl_mi(x, y, *, k: int = 5) -> Estimate:
     return _weighted_kl_mi(x, y, k, f"weighted KL, k={k}")
 
 
-def pca_codes(x, dims: int) -> np.ndarray:
-    """The first `dims` principal coordinates, unwhitened, (n, min(dims, d)).
+def compressed_mi(
+    x,
+    y,
+    *,
+    dims: int | tuple[int, int] = 4,
+    estimator: str = "ksg",
+    codes: str = "pca",
+    k: int = 5,
+    seed: int = 0,
+) -> Estimate:
+    """I between codes of x and of y ("lossy compression", Butakov et al. 2024, arXiv 2305.08013).
 
-    Example:
-        >>> pca_codes(layer, 4).shape
-        (2000, 4)
-    """
-    x = as_samples(x)
-    if dims < 1:
-        raise ValueError(f"expected at least one dimension, found {dims}.")
-    centred = x - x.mean(axis=0)
-    directions = np.linalg.eigh(centred.T @ centred)[1][:, ::-1]
-    return centred @ directions[:, :dims]
-
-
-def compressed_mi(x, y, *, dims: int | tuple[int, int] = 4, estimator: str = "ksg", k: int = 5) -> Estimate:
-    """I between the principal coordinates of x and of y ("lossy compression", Butakov et al. 2024, arXiv 2305.08013).
-
-    The codes are functions of x and y, so the true value on them is at most I(x;y), and PCA keeps what varies,
+    The codes are functions of x and y, so the true value on them is at most I(x;y), and they keep what varies,
     not what depends: with the shared signal on low-variance directions it is near 0 whatever I is.
 
     Args:
@@ -113,11 +108,13 @@ def compressed_mi(x, y, *, dims: int | tuple[int, int] = 4, estimator: str = "ks
         y: Samples, (n, d_y).
         dims: Dimensions of the codes, for both or as a pair.
         estimator: "ksg" or "wkl".
+        codes: "pca" or "autoencoder".
         k: Neighbours.
+        seed: Of the autoencoders.
 
     Raises:
         BadSamples: As in `as_pair`.
-        ValueError: Unknown estimator, or a dimension below 1.
+        ValueError: Unknown estimator or codes, or a dimension below 1.
 
     Example:
         >>> compressed_mi(layer, pruned_layer, dims=4).value
@@ -126,11 +123,16 @@ def compressed_mi(x, y, *, dims: int | tuple[int, int] = 4, estimator: str = "ks
     if estimator not in ("ksg", "wkl"):
         raise ValueError(f"expected 'ksg' or 'wkl' as the estimator, found '{estimator}'.")
     dims_x, dims_y = (dims, dims) if isinstance(dims, int) else dims
-    codes = pca_codes(x, dims_x), pca_codes(y, dims_y)
-    name = f"{estimator} on PCA codes {codes[0].shape[1]}+{codes[1].shape[1]}, k={k}"
+    if codes == "pca":
+        pair = pca_codes(x, dims_x), pca_codes(y, dims_y)
+    elif codes == "autoencoder":
+        pair = autoencoder_codes(x, dims_x, seed=seed), autoencoder_codes(y, dims_y, seed=seed + 1)
+    else:
+        raise ValueError(f"expected 'pca' or 'autoencoder' as the codes, found '{codes}'.")
+    name = f"{estimator} on {codes} codes {pair[0].shape[1]}+{pair[1].shape[1]}, k={k}"
     if estimator == "wkl":
-        return _weighted_kl_mi(*codes, k, name)
-    found = ksg(*codes, k=k)
+        return _weighted_kl_mi(*pair, k, name)
+    found = ksg(*pair, k=k)
     return Estimate(found.value, found.status, name, found.n, found.ci95, found.notes, found.terms)
 
 

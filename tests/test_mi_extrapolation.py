@@ -1,0 +1,63 @@
+"""Extrapolation to endless samples, on estimators whose bias is known."""
+
+import numpy as np
+import pytest
+
+from ibprune.mi.extrapolation import extrapolate
+from ibprune.mi.gaussian import gaussian_mi
+from ibprune.mi.samples import BadSamples, Estimate
+
+
+def pair(n: int, d: int = 6, rho: float = 0.5, seed: int = 0):
+    rng = np.random.default_rng([seed, 3])
+    x = rng.standard_normal((n, d))
+    return x, rho * x + np.sqrt(1 - rho**2) * rng.standard_normal((n, d))
+
+
+def plug_in(x, y) -> Estimate:
+    """The biased Gaussian estimate: its error is close to d_x d_y / 2n."""
+    s = np.cov(np.hstack([x, y]).T)
+    d = x.shape[1]
+    logdet = [np.linalg.slogdet(block)[1] for block in (s[:d, :d], s[d:, d:], s)]
+    return Estimate(0.5 * (logdet[0] + logdet[1] - logdet[2]), "ok", "plug-in", len(x))
+
+
+def test_a_bias_in_one_over_n_is_removed():
+    raw, mended = [], []
+    for seed in range(10):
+        x, y = pair(1200, d=8, seed=seed)
+        unbiased = gaussian_mi(x, y).value  # of the same samples: its own error is exactly known and taken out
+        found = extrapolate(x, y, plug_in)
+        raw.append(plug_in(x, y).value - unbiased)
+        mended.append(found.estimate.value - unbiased)
+        assert found.slope > 0 and found.gammas[0] == 1 and len(found.gammas) >= 4
+    assert np.mean(raw) > 0.025 > 5 * abs(np.mean(mended))
+
+
+def test_an_estimate_without_bias_stays():
+    x, y = pair(3000)
+    found = extrapolate(x, y, lambda a, b: gaussian_mi(a, b))
+    assert found.estimate.status == "ok"
+    assert abs(found.estimate.value - gaussian_mi(x, y).value) < 0.02
+    low, high = found.estimate.ci95
+    assert low < found.estimate.value < high and "extrapolated" in found.estimate.estimator
+
+
+def test_a_line_that_bends_is_called_biased():
+    x, y = pair(2000)
+    found = extrapolate(x, y, lambda a, b: Estimate((2000 / len(a)) ** 2, "ok", "bent", len(a)))
+    assert found.estimate.status == "biased" and any("1/n" in note for note in found.estimate.notes)
+
+
+def test_subsamples_without_a_value_give_none():
+    x, y = pair(2000)
+    found = extrapolate(x, y, lambda a, b: Estimate(1.0 if len(a) > 900 else None, "ok", "short", len(a)))
+    assert found.estimate.value is None and found.estimate.status == "undersampled"
+
+
+def test_bad_input_is_refused():
+    x, y = pair(100)
+    with pytest.raises(BadSamples):
+        extrapolate(x, y[:50], plug_in)
+    with pytest.raises(ValueError, match="at least 4"):
+        extrapolate(x, y, plug_in, most=2)
