@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ibprune.attention import add_heads_
 from ibprune.checks import apply_checks_, hard_checks, headline, untouched
 from ibprune.console import Quiet
 from ibprune.errors import BadData
@@ -29,6 +30,7 @@ from ibprune.mi.samples import NATS_TO_BITS, BadSamples, Estimate
 from ibprune.mi.spectral import effective_rank, von_neumann_entropy
 from ibprune.mi.twins import Twin, channel_twin, probe_twin
 from ibprune.mi.weighted import pca_codes
+from ibprune.plans import PruningPlan
 
 SCHEMA = "ibprune.mi_audit/1"
 KNN_DIMS = 4
@@ -79,16 +81,19 @@ def audit(
     *,
     layers: tuple[str, ...] = (),
     settings: AuditSettings = AuditSettings(),
+    plan: PruningPlan | None = None,
     console: Quiet | None = None,
 ) -> dict:
     """Audits two models on the same inputs with the same noise; the dict of `audit.json`, in bits.
 
     Per layer: a bracket of I(X; L + noise) through a noise calibrated on the dense model and then frozen,
     V-information about the labels where there are any, spectra, and beside each the error of the same
-    estimator on a synthetic twin. Hard checks turn statuses to "inconsistent".
+    estimator on a synthetic twin. Blocks also tell where their attention heads look. Hard checks turn statuses
+    to "inconsistent".
 
     Args:
         layers: Names from `features.find_layers`; default: the residual stream after every block.
+        plan: That made the pruned model, to tell which of its heads is which of the dense one's.
 
     Raises:
         BadData: NaN in a layer, or too few inputs.
@@ -115,6 +120,7 @@ def audit(
         | _layer(features[0][name], features[1][name], labels, settings)
         for name in console.track(where_before, "auditing layers", len(where_before))
     ]
+    add_heads_(records, before.model, after.model, inputs.batches, plan=plan, special=inputs.special, console=console)
     checks = hard_checks(untouched(before.model, after.model, where_before), *features, records)
     apply_checks_(records, checks)
     n = len(features[0][next(iter(where_before))])

@@ -27,6 +27,7 @@ class Inputs:
         removed: Duplicates left out.
         overlap: Inputs whose text also occurs in the training rows; None where these are too many to look.
         sha256: Of the token ids, in order.
+        special: Ids of the tokens that mark where texts begin and end.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Inputs:
     removed: int
     overlap: int | None
     sha256: str
+    special: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -81,7 +83,13 @@ def encode_inputs(
     if len(data.train) <= COMPARABLE:
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
-    return Inputs(data.name, batches, labels, removed, overlap, digest)
+    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens that mark where texts begin and end ([CLS], [SEP], BOS, EOS): those without content."""
+    marks = (getattr(tokenizer, f"{mark}_token_id", None) for mark in ("cls", "sep", "bos", "eos"))
+    return tuple(sorted({mark for mark in marks if mark is not None}))
 
 
 def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
