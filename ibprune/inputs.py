@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -90,6 +91,20 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids of the tokens that mark where texts begin and end ([CLS], [SEP], BOS, EOS): those without content."""
     marks = (getattr(tokenizer, f"{mark}_token_id", None) for mark in ("cls", "sep", "bos", "eos"))
     return tuple(sorted({mark for mark in marks if mark is not None}))
+
+
+def spread(batches: list[Batch], most: int) -> list[Batch]:
+    """At most `most` inputs, evenly spaced: batches are sorted by length, so the first ones would be short."""
+    total = sum(len(batch["input_ids"]) for batch in batches)
+    chosen = np.arange(min(most, total)) * total // max(min(most, total), 1)
+    found, start = [], 0
+    for batch in batches:
+        size = len(batch["input_ids"])
+        rows = torch.from_numpy(chosen[(chosen >= start) & (chosen < start + size)] - start)
+        if len(rows):
+            found.append({key: value[rows] for key, value in batch.items()})
+        start += size
+    return found
 
 
 def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:

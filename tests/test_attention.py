@@ -19,13 +19,13 @@ from ibprune.attention import (
     head_means,
     kept_heads,
     kept_units,
+    largest_error,
     read_heads,
-    spread,
 )
 from ibprune.auditing import Side, audit
 from ibprune.errors import BadData, PlanMismatch
 from ibprune.head_patterns import choose_keywords, contrast, head_contrasts
-from ibprune.inputs import special_ids
+from ibprune.inputs import special_ids, spread
 from ibprune.mi.samples import BadSamples
 from ibprune.plans import PruningPlan, full_plan
 from ibprune.plots import draw_audit, head_entropy
@@ -94,6 +94,9 @@ def test_what_an_input_lacks_is_missing_and_never_zero():
     with_keyword, without = np.array([[0.2, 0.4]]), np.array([[np.nan, np.nan]])
     means = head_means({"keywords": np.concatenate([with_keyword, without]), "special": without})
     assert means["keywords"].tolist() == [0.2, 0.4] and means["special"] is None
+    spread_out = np.array([[0.0, 0.5], [0.4, 0.5], [np.nan, np.nan]])
+    errors = largest_error({"keywords": with_keyword, "current": np.full((2, 2), 0.3)}, {"current": spread_out})
+    assert errors == {"keywords": None, "current": pytest.approx(0.2)}  # sd 0.2828 over the root of 2
 
 
 def test_shapes_that_do_not_belong_together():
@@ -158,6 +161,7 @@ def test_the_audit_of_a_pruned_bert_shows_removed_heads_as_null(tmp_path):
     assert third[1] == [None] * 4 and None not in third[0]
     assert heads[1]["aligned"] and heads[1]["n"] == 240 and heads[1]["status"] == "ok"
     assert heads[1]["attn_previous"][1][0] is None and heads[1]["attn_special"] is None  # no special tokens given
+    assert 0 < heads[1]["se"]["attn_entropy_norm"] < 0.05 and heads[1]["se"]["attn_special"] is None
     names = draw_audit(found, tmp_path)
     assert "head_entropy" in names and (tmp_path / "head_entropy.png").stat().st_size > 1000
     hatched = [[p for p in axes.patches if p.get_hatch()] for axes in head_entropy(found).axes[:2]]
