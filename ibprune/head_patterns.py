@@ -19,7 +19,8 @@ class HeadContrast:
         kept, removed: Mean over the heads of all layers; None where there is none.
         difference: Kept - removed within layers; None where no layer has both.
         null95: 95 % of the differences of random plans with the same counts in every layer.
-        p_value: Two-sided, of the same random plans.
+        p_value: Of the absolute difference under the same random plans; where their distribution is skewed it can
+            disagree with null95.
         n_kept, n_removed: Units: heads, or groups of heads that go together.
         layers: Layers that have both.
     """
