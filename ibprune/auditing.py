@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ibprune.attention import add_heads_
 from ibprune.checks import apply_checks_, hard_checks, headline, untouched
 from ibprune.console import Quiet
 from ibprune.errors import BadData
@@ -15,6 +16,7 @@ from ibprune.features import TOKEN, block_layers, collect, find_layers
 from ibprune.inputs import Inputs, draw_tokens
 from ibprune.measures import DEFAULTS, AuditSettings, interval_bits, measure_layer, to_bits, token_information
 from ibprune.mi.entropies import label_entropy
+from ibprune.plans import PruningPlan
 
 SCHEMA = "ibprune.mi_audit/1"
 
@@ -37,16 +39,19 @@ def audit(
     *,
     layers: tuple[str, ...] = (),
     settings: AuditSettings = DEFAULTS,
+    plan: PruningPlan | None = None,
     console: Quiet | None = None,
 ) -> dict:
     """Audits two models on the same inputs with the same noise; the dict of `audit.json`, in bits.
 
     Per layer: a bracket of I(X; L + noise) through a noise calibrated on the dense model and then frozen,
     V-information about the labels where there are any, spectra, and beside each the error of the same
-    estimator on a synthetic twin. Hard checks turn statuses to "inconsistent".
+    estimator on a synthetic twin. Blocks also tell where their attention heads look. Hard checks turn statuses
+    to "inconsistent".
 
     Args:
         layers: Names from `features.find_layers`; default: the residual stream after every block.
+        plan: That made the pruned model, to tell which of its heads is which of the dense one's.
 
     Raises:
         BadData: NaN in a layer, or too few inputs.
@@ -80,6 +85,7 @@ def audit(
             at = [side[TOKEN][name] for side in sides] if tokens else []
             record[key] = token_information(*at, targets[key], settings) if tokens else None
         records.append(record)
+    add_heads_(records, before.model, after.model, inputs.batches, plan=plan, special=inputs.special, console=console)
     checks = hard_checks(untouched(before.model, after.model, where_before), *features, records)
     apply_checks_(records, checks)
     n = len(features[0][next(iter(where_before))])

@@ -18,6 +18,7 @@ from ibprune.loading import load
 from ibprune.measures import AuditSettings
 from ibprune.mi.probes import Probe
 from ibprune.models import find_source, load_dense
+from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.surgery import SPEC
 
@@ -86,8 +87,9 @@ def audit(
         pooling=pooling or default_pooling(before), probe=Probe(probe), tokens=tokens, pair=pair, seed=seed
     )
     found = audit_models(
-        Side(source.name, before), Side(pruned, after), inputs, layers=layers, settings=settings, console=console
-    )
+        Side(source.name, before), Side(pruned, after), inputs, layers=layers, settings=settings, plan=_plan(pruned),
+        console=console,
+    )  # fmt: skip
     if folder is not None:
         with staged(folder) as temporary:
             write_audit(found, temporary)
@@ -103,6 +105,12 @@ def _load(name: str) -> PreTrainedModel:
     except (UnicodeDecodeError, json.JSONDecodeError):
         pruned = False  # the loader of dense models says what is wrong with it
     return (load(source.location) if pruned else load_dense(source).model).float()
+
+
+def _plan(name: str) -> PruningPlan | None:
+    """The plan that an exported folder carries."""
+    path = Path(find_source(name).location) / "plan.json"
+    return PruningPlan.load(path) if path.exists() else None
 
 
 def _check_vocabulary(inputs: Inputs, *models: PreTrainedModel) -> None:

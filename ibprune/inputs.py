@@ -28,7 +28,7 @@ class Inputs:
         removed: Duplicates left out.
         overlap: Inputs whose text also occurs in the training rows; None where these are too many to look.
         sha256: Of the token ids, in order.
-        special: Token ids that carry no text.
+        special: Ids of the tokens that mark where texts begin and end.
     """
 
     name: str
@@ -84,7 +84,7 @@ def encode_inputs(
     if len(data.train) <= COMPARABLE:
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
-    return Inputs(data.name, batches, labels, removed, overlap, digest, tuple(tokenizer.all_special_ids))
+    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,26 @@ def draw_tokens(inputs: Inputs, most: int, *, seed: int = 0) -> Tokens:
             usable = len(places) > 0 and after < eligible.shape[1] and bool(eligible[row, after])
             following.append(int(batch["input_ids"][row, after]) if usable else -1)
     return Tokens(np.array(columns), np.array(current), np.array(following))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens that mark where texts begin and end ([CLS], [SEP], BOS, EOS): those without content."""
+    marks = (getattr(tokenizer, f"{mark}_token_id", None) for mark in ("cls", "sep", "bos", "eos"))
+    return tuple(sorted({mark for mark in marks if mark is not None}))
+
+
+def spread(batches: list[Batch], most: int) -> list[Batch]:
+    """At most `most` inputs, evenly spaced: batches are sorted by length, so the first ones would be short."""
+    total = sum(len(batch["input_ids"]) for batch in batches)
+    chosen = np.arange(min(most, total)) * total // max(min(most, total), 1)
+    found, start = [], 0
+    for batch in batches:
+        size = len(batch["input_ids"])
+        rows = torch.from_numpy(chosen[(chosen >= start) & (chosen < start + size)] - start)
+        if len(rows):
+            found.append({key: value[rows] for key, value in batch.items()})
+        start += size
+    return found
 
 
 def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:

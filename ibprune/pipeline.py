@@ -94,7 +94,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     with _timed(seconds, "evaluate"):
         metrics = evaluate_model(student, feed, objective, dense=dense, console=console, what="evaluating pruned")
     with _timed(seconds, "audit"):
-        found = _audit(dense, student, data, loaded, recipe, console) if recipe.audit else None
+        found = _audit(dense, student, plan, data, loaded, recipe, console) if recipe.audit else None
     with _timed(seconds, "bench"):
         shape = {"batch": min(recipe.batch_size, 16), "length": min(recipe.max_length, 64)}
         latencies = measure_latency(dense, student, **shape, console=console)
@@ -166,14 +166,20 @@ def _export(
 
 
 def _audit(
-    dense: PreTrainedModel, student: PreTrainedModel, data: TextData, loaded: Loaded, recipe: Recipe, console: Quiet
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
+    plan: PruningPlan,
+    data: TextData,
+    loaded: Loaded,
+    recipe: Recipe,
+    console: Quiet,
 ) -> dict | None:
     """The audit of both models on the held-out texts, or None where there can be none: no run is lost for it."""
     settings = AuditSettings(pooling=default_pooling(dense), seed=recipe.seed)
     sides = AuditSide(recipe.model, dense), AuditSide(recipe.output, student)
     try:
         inputs = encode_inputs(data, loaded.tokenizer, max_length=recipe.max_length, most=MOST_INPUTS)
-        return audit(*sides, inputs, settings=settings, console=console)
+        return audit(*sides, inputs, settings=settings, plan=plan, console=console)
     except (BadData, BadSamples) as error:
         console.say(f"No audit: {error}")
         return None

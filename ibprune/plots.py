@@ -1,8 +1,9 @@
-"""Plots of an audit: information plane, retained shares, resolution curves, label information, calibration."""
+"""Plots of an audit: information plane, retained shares, resolution curves, labels, calibration, heads."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -131,12 +132,39 @@ def calibration(found: dict) -> Figure | None:
     return figure
 
 
+def head_entropy(found: dict) -> Figure | None:
+    """Normalised attention entropy of every head, dense and pruned; removed heads hatched."""
+    layers = [layer for layer in found["layers"] if layer["heads"] and layer["heads"]["attn_entropy_norm"]]
+    if not layers:
+        return None
+    widest = max(len(side) for layer in layers for side in layer["heads"]["attn_entropy_norm"])
+    figure = Figure(figsize=(0.5 * widest + 4, 0.4 * len(layers) + 1.6), layout="constrained")
+    image = None
+    for i, title in enumerate(("dense", "pruned")):
+        axes = figure.add_subplot(1, 2, i + 1)
+        cells = np.full((len(layers), widest), np.nan)
+        for row, layer in enumerate(layers):
+            values = layer["heads"]["attn_entropy_norm"][i]
+            cells[row, : len(values)] = [np.nan if value is None else value for value in values]
+            for head in (head for head, value in enumerate(values) if value is None):
+                axes.add_patch(Rectangle((head - 0.5, row - 0.5), 1, 1, facecolor="0.95", edgecolor="0.5", hatch="///"))
+        image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        names = [_short(layer["name"]) + ("" if layer["heads"]["aligned"] else " *") for layer in layers]
+        axes.set_yticks(range(len(layers)), names if i == 0 else [""] * len(names))
+        axes.set(title=title, xlabel="head")
+    figure.colorbar(image, ax=figure.axes, label="attention entropy, share of the largest")
+    unknown = "; *: order of the pruned heads unknown" if not all(x["heads"]["aligned"] for x in layers) else ""
+    figure.supxlabel(f"hatched: removed{unknown}", fontsize=8)
+    return figure
+
+
 PLOTS: dict[str, Callable[[dict], Figure | None]] = {
     "information_plane": information_plane,
     "retained": retained,
     "resolution_curves": resolution_curves,
     "label_information": label_information,
     "calibration": calibration,
+    "head_entropy": head_entropy,
 }
 
 
