@@ -1,6 +1,7 @@
 """What a model is trained and judged by: supervised, distillation and sensitivity losses by objective."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,8 +29,20 @@ class Objective:
     pooler_dims: tuple[int, ...] | None = None
 
 
+class Logits(NamedTuple):
+    """The output of a plain module, under the name that transformers gives it."""
+
+    logits: torch.Tensor
+
+
 def forward(model: nn.Module, batch: Batch):
-    """The model's outputs on a batch, its labels left out (the losses here compute their own)."""
+    """The model's outputs on a batch, its labels left out (the losses here compute their own).
+
+    A batch {"inputs": x, "labels": y} goes to `model(x)`, whose tensor counts as logits.
+    """
+    if "inputs" in batch:
+        outputs = model(batch["inputs"])
+        return Logits(outputs) if isinstance(outputs, torch.Tensor) else outputs
     return model(**{key: value for key, value in batch.items() if key != "labels"})
 
 
