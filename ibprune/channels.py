@@ -60,6 +60,11 @@ def find_channels(model: nn.Module, example: torch.Tensor, *, kinds: tuple[str, 
     if not isinstance(example, torch.Tensor) or example.ndim < 2:
         found = tuple(example.shape) if isinstance(example, torch.Tensor) else type(example).__name__
         raise BadData(f"expected an example tensor (batch, ...), found {found}.")
+    if not example.is_floating_point():
+        raise BadData(
+            f"expected an example of floating-point numbers, found {example.dtype}. Transformers that read token ids "
+            "are pruned by name or folder."
+        )
     twin = _random_twin(model)
     example = example.detach().to(next(twin.parameters()).device, torch.float64)
     example = example if len(example) > 1 else example.repeat(2, *[1] * (example.ndim - 1))

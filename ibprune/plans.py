@@ -35,14 +35,17 @@ class PruningPlan:
         """Number of kept units by site."""
         return {name: len(units) for name, units in self.keep.items()}
 
-    def save(self, path: str | Path) -> None:
-        data = {
+    def to_dict(self) -> dict:
+        """The plan as JSON takes it; `from_dict` reads it."""
+        return {
             "format": self.format,
             "model_type": self.model_type,
             "n_units": self.n_units,
             "keep": {name: list(units) for name, units in self.keep.items()},
         }
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
