@@ -66,7 +66,7 @@ def find_channels(model: nn.Module, example: torch.Tensor, *, kinds: tuple[str, 
             "are pruned by name or folder."
         )
     twin = _random_twin(model)
-    example = example.detach().to(next(twin.parameters()).device, torch.float64)
+    example = example.detach().to("cpu", torch.float64)
     example = example if len(example) > 1 else example.repeat(2, *[1] * (example.ndim - 1))
     _check_example(twin, example)
     channels, refused = _bind(twin, trace_units(twin, example))
@@ -92,10 +92,10 @@ def prepare_(model: nn.Module, sites: dict[str, Site]) -> None:
 
 
 def _random_twin(model: nn.Module) -> nn.Module:
-    """A float64 copy in eval mode with random weights that keep activations in range."""
+    """A float64 copy on the CPU, in eval mode, with random weights that keep activations in range."""
     if not any(True for _ in model.parameters()):
         raise UnsupportedModel(f"expected a model with parameters, found none in {type(model).__name__}.")
-    twin = copy.deepcopy(model).double().eval().requires_grad_(True)
+    twin = copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(True)  # not every device has float64
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():

@@ -44,10 +44,20 @@ def forward(model: nn.Module, batch: Batch):
     """The model's outputs on a batch, its labels left out (the losses here compute their own).
 
     A batch {"inputs": x, "labels": y} goes to `model(x)`, whose tensor counts as logits.
+
+    Raises:
+        BadData: Such a model returns neither a tensor nor something with logits.
     """
     if "inputs" in batch:
         outputs = model(batch["inputs"])
-        return Logits(outputs) if isinstance(outputs, torch.Tensor) else outputs
+        if isinstance(outputs, torch.Tensor):
+            return Logits(outputs)
+        if not hasattr(outputs, "logits"):
+            raise BadData(
+                f"expected {type(model).__name__} to return a tensor or an output with 'logits', found "
+                f"{type(outputs).__name__}: wrap it in a module that returns its logits."
+            )
+        return outputs
     return model(**{key: value for key, value in batch.items() if key != "labels"})
 
 

@@ -159,6 +159,27 @@ def test_sites_are_the_channels_that_go_together():
     assert halves == [(0, 1), (6, 1)]
 
 
+class Straight(nn.Module):
+    """A layer that reads and writes one stream, so that its cost is a square."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.conv1(x))
+        return self.conv3(torch.relu(x + self.conv2(x)))
+
+
+def test_the_cost_of_a_unit_is_what_its_removal_saves():
+    for model, x in ((Straight(), torch.randn(2, 1, 9, 9)), (build_net("densenet"), net_input("densenet"))):
+        sites = find_channels(model, x).sites
+        for costs in (params_model(model, sites), module_macs_model(model.to(x.dtype), sites, x)):
+            for name in sites:
+                fewer = costs.n_units | {name: costs.n_units[name] - 1}
+                assert costs.unit_cost(costs.n_units, name) == costs(costs.n_units) - costs(fewer) > 0
+
+
 def test_noise_acts_where_one_layer_reads_and_not_on_streams():
     _, channels = found("squeeze_excite")
     noisy = {name for name, site in channels.sites.items() if is_noisy(site)}

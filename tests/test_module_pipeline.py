@@ -212,6 +212,13 @@ def test_bad_arguments_say_what_to_do(resnet):
     attempt(BadData, r"forward fails on float64 of shape \(2, 1, 12, 12\)", example=data.tensors[0][:2, :1])
     attempt(BadData, "found torch.int64. Transformers that read token ids", example=torch.zeros(2, 3, dtype=torch.long))
     attempt(BadData, "a number or a dict of numbers, found None", eval_fn=lambda model: None)
+
+    class Pair(ResNet):
+        def forward(self, x):
+            return super().forward(x), None
+
+    with pytest.raises(BadData, match="expected Pair to return a tensor or an output with 'logits', found tuple"):
+        ibprune.prune(Pair("conv"), 0.5, train_loader=loader)
     with pytest.raises(UnsupportedModel, match="found none"):
         ibprune.prune(nn.Sequential(nn.Flatten(), nn.Linear(432, 2)), 0.5, train_loader=loader)
 
