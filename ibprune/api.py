@@ -1,31 +1,45 @@
 """The public Python functions: prune, plan, load, audit."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
 from ibprune.comparing import audit
 from ibprune.console import Quiet
-from ibprune.loading import load
+from ibprune.errors import BadRecipe
+from ibprune.loading import load as load_transformer
+from ibprune.module_files import is_module_folder, load_module
+from ibprune.module_pipeline import ModuleResult, make_settings, prune_module
 from ibprune.pipeline import PruneResult, run
 from ibprune.planning import plan
 from ibprune.recipe import make_recipe
 
-__all__ = ["PruneResult", "audit", "load", "plan", "prune"]
+__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune"]
 
 
 def prune(
-    model: str | None = None,
+    model: str | nn.Module | None = None,
     budget: float | None = None,
     *,
     recipe: str | None = None,
     console: Quiet | None = None,
     **overrides: object,
-) -> PruneResult:
-    """Prunes a trained model to a share of its size or compute and writes a folder that loads.
+) -> PruneResult | ModuleResult:
+    """Prunes a trained model to a share of its size or compute.
+
+    By name, a transformer: the result is also a folder that loads. As an `nn.Module`, any network that
+    reads one tensor, from a loader of (input, target) pairs: the result is a module, `.save(folder)` writes it.
 
     Args:
-        model: Hub id, folder or alias.
+        model: Hub id, folder or alias; or the module, which stays as it is.
         budget: Share of the dense cost to keep, in (0, 1].
-        recipe: A YAML recipe; the other arguments override it.
+        recipe: A YAML recipe; the other arguments override it (by name only).
         console: Where progress is shown; nothing by default.
-        overrides: The other fields of `ibprune.recipe.Recipe`, such as score="fisher" or output="out".
+        overrides: By name, the other fields of `ibprune.recipe.Recipe`, such as score="fisher" or output="out".
+            For a module, train_loader=, eval_fn=, example= and loss= of `module_pipeline.prune_module`,
+            and the fields of `module_pipeline.ModuleSettings`.
 
     Raises:
         IBPruneError: Anything the user can mend, in one line.
@@ -33,6 +47,43 @@ def prune(
     Example:
         >>> result = prune("minilm", 0.3, output="small")  # doctest: +SKIP
         >>> result.report["pruned"]["params"]  # doctest: +SKIP
+        >>> result = prune(net, 0.5, cost="macs", train_loader=loader, eval_fn=accuracy)  # doctest: +SKIP
+        >>> result.save("small")  # doctest: +SKIP
     """
     values = {"model": model, "budget": budget} | overrides
-    return run(make_recipe({k: v for k, v in values.items() if v is not None}, file=recipe), console or Quiet())
+    if not isinstance(model, nn.Module):
+        return run(make_recipe({k: v for k, v in values.items() if v is not None}, file=recipe), console or Quiet())
+    if recipe is not None:
+        raise BadRecipe("expected no recipe with a module: give its fields as arguments.")
+    if overrides.get("train_loader") is None:
+        raise BadRecipe("expected train_loader=, batches of (input, target), to prune a module, found none.")
+    inputs = {key: overrides.pop(key) for key in ("train_loader", "eval_fn", "example", "loss") if key in overrides}
+    values = overrides if budget is None else {"budget": budget} | overrides
+    return prune_module(model, make_settings(values), **inputs, console=console or Quiet())
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The pruned model of a folder, in eval mode; no code of the folder is run.
+
+    Args:
+        model: For a folder that `ModuleResult.save` wrote: what makes the dense module, or the module itself.
+        dtype: Of the weights; as they are stored by default.
+
+    Raises:
+        PlanMismatch: No such folder, an unknown structure, or a tensor missing, extra or misshapen.
+
+    Example:
+        >>> model = load("pruned")  # doctest: +SKIP
+        >>> model = load("small", model=LeNet)  # doctest: +SKIP
+    """
+    if model is None and is_module_folder(folder):
+        raise BadRecipe(f"expected model= for '{folder}', a plain module's folder: give its constructor.")
+    if model is None:
+        return load_transformer(folder, dtype=dtype)
+    module = load_module(folder, model)
+    return module if dtype is None else module.to(dtype)

@@ -10,7 +10,7 @@ from ibprune.costs import CostModel
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 
-WIDTH_KINDS = ("ffn", "hidden", "embedding_rank")
+WIDTH_KINDS = ("ffn", "hidden", "embedding_rank", "channels")
 Keep = dict[str, tuple[int, ...]]
 Scores = Mapping[str, torch.Tensor]
 
@@ -24,7 +24,7 @@ class Budget:
         keep: Share of the dense cost that may stay, in (0, 1].
         scope: "model" counts everything, "blocks" leaves embeddings and heads out, as papers do.
         limit: The same in the unit of the cost.
-        round_to: Widths (FFN, hidden, rank) of at least 16 such steps become multiples of it.
+        round_to: Widths (FFN, hidden, rank, channels) of at least 16 such steps become multiples of it.
     """
 
     cost: str

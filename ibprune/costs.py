@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ibprune.groups import ATTENTION_KINDS, Site, axis_dims, axis_width
+from ibprune.groups import ATTENTION_KINDS, Site, axis_dims, axis_width, get_tensor
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding
 
 COSTS = ("params", "macs")
@@ -68,13 +68,17 @@ class CostModel:
                 value = term.coefficient
                 for other in term.sites:
                     value *= kept[other] if other != site else 1
-                total += value
+                often = term.sites.count(site)  # a layer that reads and writes one residual stream: twice
+                total += value * (kept[site] ** often - (kept[site] - 1) ** often)
         return total
 
 
-def _owners(model: nn.Module, sites: dict[str, Site]) -> tuple[dict[tuple[str, int], str], dict[str, list[str]]]:
-    """Which site cuts each (parameter name, dimension), and which sub-layer sites hold each module."""
-    dims: dict[tuple[str, int], str] = {}
+Owners = dict[tuple[str, int], list[tuple[str, int]]]  # (parameter name, dimension): sites, features per unit
+
+
+def _owners(model: nn.Module, sites: dict[str, Site]) -> tuple[Owners, dict[str, list[str]]]:
+    """Which sites cut each dimension of each parameter, and which sub-layer sites hold each module."""
+    dims: Owners = {}
     whole: dict[str, list[str]] = {}
     names = {id(p): name for name, p in model.named_parameters()}
     for site in sites.values():
@@ -85,8 +89,30 @@ def _owners(model: nn.Module, sites: dict[str, Site]) -> tuple[dict[tuple[str, i
                 continue
             module = model.get_submodule(cut.path)
             for name, dim in axis_dims(module, cut.axis):
-                dims[names[id(module.get_parameter(name))], dim] = site.name
+                tensor = get_tensor(module, name)
+                if id(tensor) in names:  # not a buffer
+                    _, width = cut.span(site.n_units, tensor.shape[dim])
+                    owners = dims.setdefault((names[id(tensor)], dim), [])
+                    if (site.name, width) not in owners or cut.width:  # tied modules own a parameter once
+                        owners.append((site.name, width))
     return dims, whole
+
+
+def _products(name: str, shape: torch.Size, n_units: dict[str, int], dims: Owners) -> list[tuple[int, tuple[str, ...]]]:
+    """The size of a parameter as a sum of (coefficient, sites): coefficient x the units the sites keep.
+
+    A dimension that several sites share has as many features as they keep together, plus what nobody
+    owns; multiplying the dimensions out gives the sum.
+    """
+    products: list[tuple[int, tuple[str, ...]]] = [(1, ())]
+    for dim, size in enumerate(shape):
+        owners = dims.get((name, dim), [])
+        parts = [(width, (site,)) for site, width in owners]
+        rest = size - sum(width * n_units[site] for site, width in owners)
+        if rest:
+            parts.append((rest, ()))
+        products = [(c * width, (*s, *site)) for c, s in products for width, site in parts]
+    return products
 
 
 def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
@@ -102,19 +128,21 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
         if name.startswith("vib_masks"):
             continue
         owner = name.rpartition(".")[0]
-        cutters = tuple(dims[name, d] for d in range(parameter.ndim) if (name, d) in dims)
-        factors = (*cutters, *whole.get(owner, ()))
-        coefficient = parameter.numel()
-        for site in cutters:
-            coefficient //= n_units[site]
-        in_rank = rank if rank and rank in cutters else ""
-        terms.append(Term(coefficient, factors, _in_blocks(sites, owner), in_rank))
-        if in_rank and not owner.endswith(".projection"):  # while nothing is cut the two factors are one matrix
-            embedding = model.get_submodule(owner)
-            hidden = dims.get((f"{owner}.projection.weight", 0))
-            width = embedding.embedding_dim // (n_units[hidden] if hidden else 1)
-            terms.append(Term(parameter.shape[0] * width, (hidden,) if hidden else (), False, in_rank, dense=True))
+        for coefficient, cutters in _products(name, parameter.shape, n_units, dims):
+            in_rank = rank if rank and rank in cutters else ""
+            factors = (*cutters, *whole.get(owner, ()))
+            terms.append(Term(coefficient, factors, _in_blocks(sites, owner), in_rank))
+            if in_rank and not owner.endswith(".projection"):  # while nothing is cut the two factors are one matrix
+                embedding = model.get_submodule(owner)
+                width, hidden = _hidden(f"{owner}.projection.weight", embedding.embedding_dim, n_units, dims)
+                terms.append(Term(parameter.shape[0] * width, hidden, False, in_rank, dense=True))
     return CostModel("params", tuple(terms), n_units)
+
+
+def _hidden(projection: str, size: int, n_units: dict[str, int], dims: Owners) -> tuple[int, tuple[str, ...]]:
+    """The output features of a factorised embedding as (coefficient, sites)."""
+    (product,) = _products(projection, torch.Size([size]), n_units, dims)
+    return product
 
 
 def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> CostModel:
@@ -132,30 +160,68 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
     for path, rows in linear_rows(model, length).items():
         module = model.get_submodule(path)
         weight = module.weight
-        shapes = [(weight, weight.numel())]
+        tensors = [weight]
         if isinstance(module, (FactorizedEmbedding, FactorizedUnembedding)):
-            shapes = [(module.projection.weight, module.projection.weight.numel())]
+            tensors = [module.projection.weight]
             if isinstance(module, FactorizedUnembedding):
-                shapes.append((weight, weight.numel()))
-        for tensor, size in shapes:
-            name = names[id(tensor)]
-            cutters = tuple(dims[name, d] for d in range(2) if (name, d) in dims)
-            coefficient = rows * size
-            for site in cutters:
-                coefficient //= n_units[site]
-            in_rank = rank if rank in cutters else ""
-            terms.append(Term(coefficient, (*cutters, *whole.get(path, ())), _in_blocks(sites, path), in_rank))
+                tensors.append(weight)
+        for tensor in tensors:
+            for coefficient, cutters in _products(names[id(tensor)], tensor.shape, n_units, dims):
+                in_rank = rank if rank in cutters else ""
+                factors = (*cutters, *whole.get(path, ()))
+                terms.append(Term(rows * coefficient, factors, _in_blocks(sites, path), in_rank))
         if isinstance(module, FactorizedUnembedding):
-            hidden = dims.get((names[id(module.projection.weight)], 0))
-            width = module.projection.weight.shape[0] // (n_units[hidden] if hidden else 1)
-            sites_of = (hidden,) if hidden else ()
-            terms.append(Term(rows * weight.shape[0] * width, sites_of, False, rank, dense=True))
+            projection = module.projection.weight
+            width, hidden = _hidden(names[id(projection)], projection.shape[0], n_units, dims)
+            terms.append(Term(rows * weight.shape[0] * width, hidden, False, rank, dense=True))
     for site in sites.values():
         if site.kind in ATTENTION_KINDS:
             width = axis_width(model, next(cut for cut in site.cuts if cut.path == site.mask_at.path))
             layers = whole.get(site.mask_at.path, ())
             terms.append(Term(2 * length * length * width // site.n_units, (site.name, *layers), True))
     return CostModel("macs", tuple(terms), n_units, length)
+
+
+def module_macs_model(model: nn.Module, sites: dict[str, Site], example: torch.Tensor) -> CostModel:
+    """Multiply-accumulates of the convolutions and linear layers for one sample of any module.
+
+    Each weight is multiplied once per position: of the output, or of the input for a transposed
+    convolution. The positions come from one forward pass on the example, (batch, ...).
+    """
+    dims, _ = _owners(model, sites)
+    names = {id(p): name for name, p in model.named_parameters()}
+    n_units = {name: site.n_units for name, site in sites.items()}
+    terms = []
+    for path, count in _positions(model, example).items():
+        weight = model.get_submodule(path).weight
+        for coefficient, cutters in _products(names[id(weight)], weight.shape, n_units, dims):
+            terms.append(Term(count // len(example) * coefficient, cutters, False))
+    return CostModel("macs", tuple(terms), n_units)
+
+
+@torch.no_grad()
+def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """At how many positions of the whole example each layer's weight is multiplied, by module path."""
+    counts: dict[str, int] = {}
+
+    def count(path: str):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            at = args[0] if getattr(module, "transposed", False) else output
+            features = at.shape[-1] if isinstance(module, nn.Linear) else at.shape[1]
+            counts[path] = counts.get(path, 0) + at.numel() // features
+
+        return hook
+
+    layers = [(p, m) for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    handles = [module.register_forward_hook(count(path)) for path, module in layers]
+    training = model.training
+    try:
+        model.eval()(example)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return counts
 
 
 def linear_rows(model: nn.Module, length: int) -> dict[str, int]:

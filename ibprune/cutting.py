@@ -91,7 +91,7 @@ def cut(
     scores = _one_shot_scores(student, masks, sites, batches, recipe, feed, accelerator, console)
     if recipe.shares == "probe":
         few = batches[: max(1, PROBE // recipe.batch_size)]
-        loss_of = _probe(student, masks, dense, few, feed.objective, accelerator)
+        loss_of = probe_loss(student, masks, dense, few, feed.objective, accelerator)
         keep = probe_shares(loss_of, scores, sites, model, budget, console=console)
     elif recipe.shares == "cost":
         keep = solve_by_cost(scores, sites, model, budget)
@@ -131,17 +131,17 @@ def _one_shot_scores(
 
 
 @torch.no_grad()
-def _probe(
+def probe_loss(
     student: nn.Module,
     masks: MaskSet,
-    dense: nn.Module,
+    dense: nn.Module | None,
     batches: list[Batch],
     objective: Objective,
     accelerator: Accelerator,
 ) -> Callable[[Keep], float]:
-    """A function that cuts by masks and returns the loss to the dense model on a few batches."""
+    """A function that cuts by masks and returns the loss on a few batches, to the dense model where there is one."""
     with accelerator.autocast():
-        teacher = [forward(dense, batch) for batch in batches]
+        teacher = [forward(dense, batch) if dense is not None else None for batch in batches]
 
     @torch.no_grad()
     def loss_of(keep: Keep) -> float:

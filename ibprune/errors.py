@@ -35,3 +35,8 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{hint}Valid: {', '.join(valid)}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for the middle of another's."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""The only file that writes models: a folder that loads, proven by a fresh process before it appears."""
+"""The only file that writes transformers: a folder that loads, proven by a fresh process before it appears."""
 
 import copy
 import inspect

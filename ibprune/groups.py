@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding
+from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, SelectedLinear
 
-KINDS = ("heads", "kv_groups", "ffn", "layers", "hidden", "embedding_rank")
+KINDS = ("heads", "kv_groups", "ffn", "layers", "hidden", "embedding_rank")  # of transformers, by family rows
+MODULE_KINDS = ("channels", "inputs")  # of any module, by tracing
 ATTENTION_KINDS = ("heads", "kv_groups")
 
 
@@ -18,11 +19,13 @@ class Cut:
     Attributes:
         path: Module path relative to the group's block, or to the backbone for groups of the whole
             model ("*" stands for every layer), or to the whole model when it starts with "/".
-        axis: "in" or "out" features, "rank" of a factorised embedding, or "whole": the module itself
-            goes and a stub takes its place.
+        axis: "in" or "out" features, "rank" of a factorised embedding, "own" for the tensors a module
+            holds itself (a layer scale), or "whole": the module goes and a stub takes its place.
         stub: For "whole": a key of `ibprune.rebuild.STUBS`.
         optional: The module may be absent (a task head, a pooler).
         needs, without: Backbone modules that must exist, or must not, for this cut to apply.
+        offset, width: Unit j owns the features offset + j * width … offset + (j + 1) * width - 1, so that
+            several sites may share an axis (concatenation). Width 0: the units share the whole axis equally.
     """
 
     path: str
@@ -31,6 +34,12 @@ class Cut:
     optional: bool = False
     needs: str = ""
     without: str = ""
+    offset: int = 0
+    width: int = 0
+
+    def span(self, n_units: int, features: int) -> tuple[int, int]:
+        """First feature and features per unit, on an axis of so many features."""
+        return self.offset, self.width or features // n_units
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ class MaskAt:
 
     At "norms" the mask multiplies the output of every norm among the group's cuts and the norm takes
     its statistics over the kept features only, so that slicing is exact afterwards. At "rank" it acts
-    on the directions of a factorised embedding and of the output tied to it.
+    on the directions of a factorised embedding and of the output tied to it. At "consumers" it multiplies
+    what every "in" cut of the site reads, and a LayerNorm on the way takes its statistics as at "norms".
     """
 
     side: str
@@ -52,7 +62,7 @@ class Group:
 
     Attributes:
         name: Last part of a site's name, such as "heads".
-        kind: One of `KINDS`.
+        kind: One of `KINDS` or `MODULE_KINDS`.
         cuts: What goes with a unit. The first cut counts the units.
         mask_at: Where the mask acts.
         per_block: One site in every block, or one for the whole model.
@@ -120,6 +130,10 @@ class Site:
     def min_units(self) -> int:
         return self.group.min_units
 
+    def consumers(self) -> list[Cut]:
+        """The cuts that read the site's features."""
+        return [cut for cut in self.cuts if cut.axis == "in"]
+
 
 def is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
@@ -127,7 +141,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
-    """The (parameter, dimension) pairs that make up one feature axis of a module.
+    """The (parameter or buffer, dimension) pairs that make up one feature axis of a module.
 
     Example:
         >>> axis_dims(nn.Linear(3, 5), "out")
@@ -140,27 +154,43 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
             dims = (("projection.weight", 0),)
         case FactorizedEmbedding() | FactorizedUnembedding(), "rank":
             dims = (("weight", 1), ("projection.weight", 1))
+        case SelectedLinear(), "in":
+            dims = (("weight", 1), ("index", 0))
         case nn.Linear(), "in":
             dims = (("weight", 1),)
+        case nn.modules.conv._ConvTransposeNd(), "in" | "out" if module.groups == 1:
+            dims = (("weight", 0),) if axis == "in" else (("weight", 1), ("bias", 0))
+        case nn.modules.conv._ConvNd(), "in" if module.groups == 1:
+            dims = (("weight", 1),)
+        case nn.modules.conv._ConvNd(), "out" if not module.transposed:
+            dims = (("weight", 0), ("bias", 0))
+        case nn.modules.conv._ConvNd(), _:  # what a grouped convolution reads goes with its groups
+            dims = ()
+        case nn.modules.batchnorm._NormBase(), "out":
+            dims = (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
         case nn.Linear(), "out":
             dims = (("weight", 0), ("bias", 0))
         case nn.Embedding(), "out":
             dims = (("weight", 1),)
+        case _, "own":
+            named = [*module.named_parameters(recurse=False)]
+            dims = tuple((name, max(d for d in range(p.ndim) if p.shape[d] > 1)) for name, p in named if p.numel() > 1)
         case _, "out" if is_norm(module):
             dims = (("weight", 0), ("bias", 0))
         case _:
             dims = ()
-    return tuple((name, dim) for name, dim in dims if _get(module, name) is not None)
+    return tuple((name, dim) for name, dim in dims if get_tensor(module, name) is not None)
 
 
 def axis_width(model: nn.Module, cut: Cut) -> int:
     """Number of features on the axis of a resolved cut; 0 where the module has no such axis."""
     module = model.get_submodule(cut.path)
     dims = axis_dims(module, cut.axis)
-    return _get(module, dims[0][0]).shape[dims[0][1]] if dims else 0
+    return get_tensor(module, dims[0][0]).shape[dims[0][1]] if dims else 0
 
 
-def _get(module: nn.Module, name: str) -> torch.Tensor | None:
+def get_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter or buffer by its path from the module, None where there is none."""
     for part in name.split("."):
         module = getattr(module, part, None)
     return module

@@ -1,12 +1,14 @@
 """Puts VIB masks into a model and takes them out again; no base parameter changes name."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from ibprune.errors import PlanMismatch
-from ibprune.groups import Site, is_norm
+from ibprune.groups import Cut, Site, axis_width, is_norm
 from ibprune.masks import MaskSet, VIBMask
-from ibprune.rebuild import FactorizedUnembedding
+from ibprune.rebuild import FactorizedUnembedding, SelectedLinear
 
 MASKS = "vib_masks"
 
@@ -89,7 +91,83 @@ class _NormOutputHook:
         return _scale(output, z)
 
 
-_HOOKS = (_InputHook, _OutputHook, _NormInputHook, _NormOutputHook)
+@dataclass(frozen=True)
+class _Part:
+    """A mask's place on a feature axis: unit j acts on the features offset + j * width … of it."""
+
+    mask: VIBMask
+    offset: int
+    width: int
+
+
+class _ConsumerHook:
+    """Multiplies what a layer reads by the masks of the sites that share its input features."""
+
+    def __init__(self, features: int, dim: int, parts: list[_Part]):
+        self.features, self.dim, self.parts = features, dim, parts
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        parts = [(part, part.mask(x.shape[0])) for part in self.parts]
+        z = torch.ones(max(len(z) for _, z in parts), self.features, device=x.device)
+        return (x * _along(_place(z, parts).to(x.dtype), x, self.dim), *args[1:])
+
+
+class _KeptNormHook:
+    """Makes a LayerNorm take its statistics over the kept features, whatever the layout of its input.
+
+    With d' of d features kept, the kept ones are moved from their mean m to m + sqrt(d/d') (x - m) and the
+    others set to m: mean and variance over all d are then those of the kept ones, eps included, and
+    the output is sqrt(d/d') times too large, which `undo` mends.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, parts: list[_Part]):
+        self.features, self.parts = norm.normalized_shape[0], parts
+        self.channels_first = getattr(norm, "data_format", "") == "channels_first"
+
+    def _kept(self, x: torch.Tensor) -> tuple[torch.Tensor, int, float]:
+        hard = torch.ones(1, self.features, device=x.device)
+        hard = _place(hard, [(part, part.mask.hard.unsqueeze(0)) for part in self.parts])
+        count = self.features - sum((len(p.mask.hard) - p.mask.n_kept) * p.width for p in self.parts)
+        if any(part.mask.probe is not None for part in self.parts):
+            count = self.features  # a probe asks for gradients at the dense model
+        dim = 1 if self.channels_first or x.shape[-1] != self.features else -1
+        return _along(hard.to(x.dtype), x, dim), dim, count
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        hard, dim, count = self._kept(args[0])
+        if count == self.features:
+            return args
+        x = args[0] * hard
+        mean = x.sum(dim, keepdim=True) / count
+        return (mean + (self.features / count) ** 0.5 * hard * (x - mean), *args[1:])
+
+    def undo(self, module: nn.LayerNorm, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        _, dim, count = self._kept(output)
+        if count == self.features:
+            return output
+        bias = 0.0 if module.bias is None else _along(module.bias.unsqueeze(0), output, dim)
+        return bias + (count / self.features) ** 0.5 * (output - bias)
+
+
+_HOOKS = (_InputHook, _OutputHook, _NormInputHook, _NormOutputHook, _ConsumerHook, _KeptNormHook)
+
+
+def _place(full: torch.Tensor, parts: list[tuple[_Part, torch.Tensor]]) -> torch.Tensor:
+    """`full` (rows, features) with the values (rows or 1, n_units) of each part in its place."""
+    pieces, position = [], 0
+    for part, values in sorted(parts, key=lambda pair: pair[0].offset):
+        values = values.expand(len(full), -1).repeat_interleave(part.width, dim=1)
+        pieces += [full[:, position : part.offset], values]
+        position = part.offset + values.shape[1]
+    return torch.cat([*pieces, full[:, position:]], dim=1)
+
+
+def _along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`z` (rows or 1, features) in the shape that multiplies the features of x on `dim` (1 or -1)."""
+    if dim == 1:
+        return z.view(*z.shape, *[1] * (x.ndim - 2))
+    return z.view(len(z), *[1] * (x.ndim - 2), z.shape[1])
 
 
 def _multiply(mask: VIBMask, x: torch.Tensor, width: int) -> torch.Tensor:  # (batch, ..., n_units * width)
@@ -115,8 +193,11 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
     masks = MaskSet({name: VIBMask(site.n_units, log_alpha=log_alpha) for name, site in sites.items()})
     masks.to(device).train(model.training)
     setattr(model, MASKS, masks)
+    _inject_consumers_(model, sites, masks)
     for name, site in sites.items():
         mask = masks[name]
+        if site.mask_at.side == "consumers":
+            continue
         if site.mask_at.side == "norms":
             for path in norm_paths(model, site):
                 norm = model.get_submodule(path)
@@ -140,6 +221,27 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
     return masks
 
 
+def _inject_consumers_(model: nn.Module, sites: dict[str, Site], masks: MaskSet) -> None:
+    """One hook per layer that reads, or normalises over, features of traced sites."""
+    modules = dict(model.named_modules())
+    parts: dict[str, list[_Part]] = {}
+    for site in sites.values():
+        for cut in site.cuts if site.mask_at.side == "consumers" else ():
+            if cut.axis == "in" or isinstance(modules[cut.path], nn.LayerNorm):
+                span = cut.span(site.n_units, axis_width(model, cut))
+                parts.setdefault(cut.path, []).append(_Part(masks[site.name], *span))
+    for path, found in parts.items():
+        module = modules[path]
+        if isinstance(module, nn.LayerNorm):
+            hook = _KeptNormHook(module, found)
+            module.register_forward_pre_hook(hook)
+            module.register_forward_hook(hook.undo)
+        else:
+            place = module.selected if isinstance(module, SelectedLinear) else module
+            width = axis_width(model, Cut(path, "in"))
+            place.register_forward_pre_hook(_ConsumerHook(width, -1 if isinstance(module, nn.Linear) else 1, found))
+
+
 def norm_paths(model: nn.Module, site: Site) -> list[str]:
     return [cut.path for cut in site.cuts if is_norm(model.get_submodule(cut.path))]
 
@@ -150,7 +252,7 @@ def remove_(model: nn.Module) -> None:
         if isinstance(module.__dict__.get("forward"), _MaskedLayerNorm):
             del module.forward
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _HOOKS)]:
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), _HOOKS)]:
                 del hooks[key]
     if hasattr(model, MASKS):
         delattr(model, MASKS)

@@ -1,12 +1,16 @@
 """What a model is trained and judged by: supervised, distillation and sensitivity losses by objective."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder")
+from ibprune.errors import BadData
+
+OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder", "custom")
 Batch = dict[str, torch.Tensor]
 
 
@@ -20,16 +24,40 @@ class Objective:
         dims: Kept residual features of an encoder, so that a narrower student meets the same features
             of its teacher; None while the widths are equal.
         pooler_dims: The same for the pooler's output.
+        loss: For "custom": (output, labels) -> one loss per sample, (batch,); it is not distilled.
     """
 
     name: str
     temperature: float = 2.0
     dims: tuple[int, ...] | None = None
     pooler_dims: tuple[int, ...] | None = None
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+
+class Logits(NamedTuple):
+    """The output of a plain module, under the name that transformers gives it."""
+
+    logits: torch.Tensor
 
 
 def forward(model: nn.Module, batch: Batch):
-    """The model's outputs on a batch, its labels left out (the losses here compute their own)."""
+    """The model's outputs on a batch, its labels left out (the losses here compute their own).
+
+    A batch {"inputs": x, "labels": y} goes to `model(x)`, whose tensor counts as logits.
+
+    Raises:
+        BadData: Such a model returns neither a tensor nor something with logits.
+    """
+    if "inputs" in batch:
+        outputs = model(batch["inputs"])
+        if isinstance(outputs, torch.Tensor):
+            return Logits(outputs)
+        if not hasattr(outputs, "logits"):
+            raise BadData(
+                f"expected {type(model).__name__} to return a tensor or an output with 'logits', found "
+                f"{type(outputs).__name__}: wrap it in a module that returns its logits."
+            )
+        return outputs
     return model(**{key: value for key, value in batch.items() if key != "labels"})
 
 
@@ -50,6 +78,14 @@ def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor
             return _token_loss(outputs.logits[:, :-1], batch["labels"][:, 1:])
         case "masked_lm":
             return _token_loss(outputs.logits, batch["labels"])
+        case "custom":
+            losses = objective.loss(outputs.logits, batch["labels"])
+            if losses.shape != (len(batch["labels"]),):
+                raise BadData(
+                    f"expected a loss per sample, ({len(batch['labels'])},), from loss(output, target), found "
+                    f"{tuple(losses.shape)}: use reduction='none' and average over each sample's own outputs."
+                )
+            return losses
         case _:
             return outputs.last_hidden_state.new_zeros(len(batch["input_ids"]))
 

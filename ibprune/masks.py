@@ -70,6 +70,10 @@ class MaskSet(nn.Module):
         super().__init__()
         self.by_key = nn.ModuleDict({name.replace(".", "/"): mask for name, mask in masks.items()})
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Passes x on: an nn.Sequential runs through all its children, and its masks are one of them."""
+        return x
+
     def __getitem__(self, name: str) -> VIBMask:
         return self.by_key[name.replace(".", "/")]
 

@@ -17,7 +17,7 @@ class PruningPlan:
     """Which units of which site stay.
 
     Attributes:
-        model_type: The family's `config.model_type`.
+        model_type: The family's `config.model_type`, or the class name of a plain module.
         n_units: Units of each site before pruning.
         keep: Sorted indices of the units that stay, by site.
 
@@ -35,14 +35,17 @@ class PruningPlan:
         """Number of kept units by site."""
         return {name: len(units) for name, units in self.keep.items()}
 
-    def save(self, path: str | Path) -> None:
-        data = {
+    def to_dict(self) -> dict:
+        """The plan as JSON takes it; `from_dict` reads it."""
+        return {
             "format": self.format,
             "model_type": self.model_type,
             "n_units": self.n_units,
             "keep": {name: list(units) for name, units in self.keep.items()},
         }
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
@@ -79,14 +82,19 @@ class PruningPlan:
         return cls(model_type, dict(n_units), {site: tuple(units) for site, units in keep.items()})
 
 
+def model_type(model: nn.Module) -> str:
+    """What a plan calls a model: its `config.model_type`, or the class name of a plain module."""
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
 def check_plan(plan: PruningPlan, model: nn.Module, sites: dict[str, Site]) -> None:
     """Checks that a plan fits a model's sites.
 
     Raises:
         PlanMismatch: Another model type, other sites, other unit counts, or fewer units than a site needs.
     """
-    if plan.model_type != model.config.model_type:
-        raise PlanMismatch(f"the plan is for model_type '{plan.model_type}', the model is '{model.config.model_type}'.")
+    if plan.model_type != model_type(model):
+        raise PlanMismatch(f"the plan is for model_type '{plan.model_type}', the model is '{model_type(model)}'.")
     for name in plan.keep:
         if name not in sites:
             raise PlanMismatch(f"the plan names a site '{name}' that the model lacks: {did_you_mean(name, sites)}.")
@@ -102,7 +110,7 @@ def check_plan(plan: PruningPlan, model: nn.Module, sites: dict[str, Site]) -> N
 def full_plan(model: nn.Module, sites: dict[str, Site]) -> PruningPlan:
     """The plan that keeps everything."""
     return PruningPlan(
-        model.config.model_type,
+        model_type(model),
         {name: site.n_units for name, site in sites.items()},
         {name: tuple(range(site.n_units)) for name, site in sites.items()},
     )

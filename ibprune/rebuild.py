@@ -43,6 +43,18 @@ class FactorizedUnembedding(nn.Module):
         return nn.functional.linear(self.codes(hidden @ self.projection.weight), self.weight, self.bias)
 
 
+class SelectedLinear(nn.Linear):
+    """A linear layer that reads only the features `index` (int64, (in_features,)) of its input."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("index", torch.arange(in_features))
+        self.selected = nn.Identity()  # a place for a mask on the features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., features) -> (..., out_features)
+        return nn.functional.linear(self.selected(x.index_select(-1, self.index)), self.weight, self.bias)
+
+
 class Zeros(nn.Module):
     """Stands where a sub-layer was removed: adds nothing to the residual stream."""
 
@@ -89,15 +101,27 @@ def factorize_modules(model: nn.Module, embedding: str, rank: int, output: str |
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Sets a parameter of another shape and the size attributes that modules print and check."""
+    """Sets a parameter or buffer of another shape and the size attributes that modules print and check."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     old = getattr(module, leaf)
-    if not isinstance(value, nn.Parameter):
+    if leaf not in module._buffers and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
     setattr(module, leaf, value)
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = value.shape
+    elif isinstance(module, nn.modules.conv._ConvNd) and leaf == "weight":
+        out, into = value.shape[:2] if not module.transposed else (value.shape[1], value.shape[0])
+        if module.groups > 1:  # whole groups go, each with its inputs
+            module.groups = module.groups * out // module.out_channels
+        module.out_channels, module.in_channels = out, into * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and value.ndim == 1:
+        module.num_features = len(value)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_groups * len(value) // module.num_channels
+        module.num_channels = len(value)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(value)
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = value.shape
     elif isinstance(module, nn.LayerNorm):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ibprune.console import Quiet
-from ibprune.groups import Site, axis_dims
+from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.losses import Batch, Objective, forward, sensitivity
 from ibprune.masks import MaskSet
 
@@ -36,7 +36,7 @@ def fisher_scores(
     scores = {name: torch.zeros(len(mask.mu), dtype=torch.float64) for name, mask in masks.items()}
     count = 0
     for batch in console.track(batches, "scoring units", total):
-        size = len(batch["input_ids"])
+        size = len(next(iter(batch.values())))
         for _, mask in masks.items():
             mask.probe = torch.ones(size, len(mask.mu), device=mask.mu.device, requires_grad=True)
         with torch.enable_grad():
@@ -57,20 +57,21 @@ def magnitude_scores(model: nn.Module, sites: dict[str, Site]) -> dict[str, torc
     scores = {}
     for site in sites.values():
         score = torch.zeros(site.n_units, dtype=torch.float64)
-        counted: set[int] = set()  # a tied parameter belongs to two modules
+        counted: set[tuple[int, int, int]] = set()  # a tied parameter belongs to two modules
         for cut in site.cuts:
             module = model.get_submodule(cut.path)
             if cut.axis == "whole":
                 score += sum(p.detach().double().square().sum().cpu() for p in module.parameters())
                 continue
             for name, dim in axis_dims(module, cut.axis):
-                parameter = module.get_parameter(name)
-                if id(parameter) in counted:
+                tensor = get_tensor(module, name)
+                if not isinstance(tensor, nn.Parameter) or (id(tensor), dim, cut.offset) in counted:
                     continue
-                counted.add(id(parameter))
-                weight = parameter.detach().double()
+                counted.add((id(tensor), dim, cut.offset))
+                weight = tensor.detach().double()
                 per_feature = weight.square().movedim(dim, 0).reshape(weight.shape[dim], -1).sum(1).cpu()
-                score += per_feature.view(site.n_units, -1).sum(1)
+                offset, width = cut.span(site.n_units, len(per_feature))
+                score += per_feature[offset : offset + site.n_units * width].view(site.n_units, -1).sum(1)
         scores[site.name] = score
     return scores
 

@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from ibprune.errors import PlanMismatch, UnsupportedModel
-from ibprune.groups import Site, axis_dims
+from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.inject import MASKS, norm_paths, remove_
 from ibprune.plans import PruningPlan, check_plan
 from ibprune.rebuild import (
     STUBS,
     FactorizedEmbedding,
     FactorizedUnembedding,
+    SelectedLinear,
     factorize_modules,
     full_path,
     renumber_layers_,
@@ -124,29 +125,61 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return model
 
 
+def compact_module_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> nn.Module:
+    """Removes the units that the plan does not keep from any module with traced sites; returns it.
+
+    As `compact_`, for models whose structure is found by `ibprune.channels` rather than by a family.
+
+    Raises:
+        PlanMismatch: The plan does not fit the model; nothing is changed then.
+    """
+    check_plan(plan, model, sites)
+    if hasattr(model, MASKS):
+        with torch.no_grad():
+            _fold_(model, sites)
+        remove_(model)
+    _slice_(model, sites, plan)
+    return model
+
+
+def select_inputs_(model: nn.Module, path: str) -> None:
+    """Puts a `SelectedLinear` that reads everything in the place of a linear layer; outputs are unchanged."""
+    linear = model.get_submodule(path)
+    if isinstance(linear, SelectedLinear):
+        return
+    selected = SelectedLinear(linear.in_features, linear.out_features, linear.bias is not None)
+    selected.to(linear.weight.device)
+    selected.weight, selected.bias = linear.weight, linear.bias
+    replace_module(model, path, selected)
+
+
 def _slice_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> None:
-    """Index-selects every cut axis, each parameter once, however many modules share it."""
+    """Index-selects every cut axis, each tensor once, however many modules share it."""
     modules = dict(model.named_modules())
-    index: dict[int, dict[int, torch.Tensor]] = {}  # by parameter identity, then dimension
+    kept: dict[int, dict[int, torch.Tensor]] = {}  # by tensor identity, then dimension: which features stay
     for site in sites.values():
+        gone = torch.ones(site.n_units, dtype=torch.bool)
+        gone[list(plan.keep[site.name])] = False
         for cut in site.cuts:
-            if cut.axis == "whole" or cut.path not in modules or len(plan.keep[site.name]) == site.n_units:
+            if cut.axis == "whole" or cut.path not in modules or not gone.any():
                 continue
             for name, dim in axis_dims(modules[cut.path], cut.axis):
-                parameter = modules[cut.path].get_parameter(name)
-                width = parameter.shape[dim] // site.n_units
-                units = torch.tensor(plan.keep[site.name], dtype=torch.long)
-                features = (units[:, None] * width + torch.arange(width)).flatten()
-                index.setdefault(id(parameter), {})[dim] = features
-    new: dict[int, nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) in index:
-            if id(parameter) not in new:
-                value = parameter.detach()
-                for dim, features in index[id(parameter)].items():
-                    value = value.index_select(dim, features.to(value.device))
-                new[id(parameter)] = nn.Parameter(value.contiguous(), requires_grad=parameter.requires_grad)
-            set_parameter(model, name, new[id(parameter)])
+                tensor = get_tensor(modules[cut.path], name)
+                offset, width = cut.span(site.n_units, tensor.shape[dim])
+                stays = kept.setdefault(id(tensor), {}).setdefault(dim, torch.ones(tensor.shape[dim], dtype=torch.bool))
+                stays[offset : offset + site.n_units * width] &= ~gone.repeat_interleave(width)
+    new: dict[int, torch.Tensor] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if id(tensor) in kept:
+            if id(tensor) not in new:
+                value = tensor.detach()
+                for dim, stays in kept[id(tensor)].items():
+                    value = value.index_select(dim, stays.nonzero().flatten().to(value.device))
+                value = value.contiguous()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                new[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+            set_parameter(model, name, new[id(tensor)])
 
 
 def _fold_(model: nn.Module, sites: dict[str, Site]) -> None:
@@ -158,6 +191,13 @@ def _fold_(model: nn.Module, sites: dict[str, Site]) -> None:
                 norm = model.get_submodule(path)
                 for parameter in norm.parameters():
                     parameter.mul_(mu.to(parameter.dtype))
+            continue
+        if site.mask_at.side == "consumers":
+            for cut in site.consumers():
+                ((weight, dim), *_) = axis_dims(model.get_submodule(cut.path), "in")
+                weight = model.get_submodule(cut.path).get_parameter(weight).movedim(dim, -1)
+                offset, width = cut.span(site.n_units, weight.shape[-1])
+                weight[..., offset : offset + site.n_units * width].mul_(mu.repeat_interleave(width).to(weight.dtype))
             continue
         module = model.get_submodule(site.mask_at.path)
         if site.mask_at.side == "rank":

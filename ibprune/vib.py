@@ -66,14 +66,15 @@ def learn_masks(
 
         loss + sum_j beta_j * KL_j,   beta_j = beta * cost_j / dense cost   (VIBNet eq. 10 with gamma = cost)
 
-    Noise acts on heads, FFN units and sub-layers; the shared residual mask and the embedding
-    directions learn their means only. At the end the exact budget comes from ranking by -log_alpha.
+    Noise acts on heads, FFN units, sub-layers and channels that one layer reads; the shared residual
+    mask, channels that several layers read and the embedding directions learn their means only. At the
+    end the exact budget comes from ranking by -log_alpha.
     With `train_settings.steps` 0 the target is returned as it is.
     """
     if train_settings.steps == 0:
         return target, start, TrainState("learning masks")
     fractions = fractions_kept(target, sites)
-    noisy = [name for name, site in sites.items() if site.kind not in NOISELESS_KINDS]
+    noisy = [name for name, site in sites.items() if is_noisy(site)]
     _start_from_ranks_(masks, sites, start, settings)
     dense = cost_model(cost_model.n_units, scope=budget.scope)
     beta = torch.cat(
@@ -127,6 +128,12 @@ def learn_masks(
         keep = target
     masks.set_keep(keep)
     return keep, scores, state
+
+
+def is_noisy(site: Site) -> bool:
+    """Whether a site's mask learns under noise: not where one draw would act in many places at once."""
+    shared = site.mask_at.side == "consumers" and len(site.consumers()) > 1
+    return site.kind not in NOISELESS_KINDS and not shared
 
 
 def _scores(masks: MaskSet) -> dict[str, torch.Tensor]:

@@ -1,0 +1,140 @@
+"""A pruned module as a folder, safetensors and JSON over the user's constructor: saved whole, loaded strictly."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ibprune.errors import PlanMismatch, first_line
+from ibprune.export import check_output, staged
+from ibprune.models import check_finite
+from ibprune.plans import PruningPlan
+from ibprune.rebuild import SelectedLinear, set_parameter
+from ibprune.surgery import select_inputs_
+
+SPEC_FILE = "ibprune.json"
+WEIGHTS = "model.safetensors"
+FORMAT = "ibprune.module/1"
+
+
+def save_module(model: nn.Module, plan: PruningPlan, folder: str | Path, *, report: dict | None = None) -> None:
+    """Writes `model.safetensors`, `ibprune.json` and, where given, `report.json`; all of them or nothing.
+
+    Raises:
+        BadRecipe: The folder exists and is not empty, or cannot be written.
+    """
+    path = check_output(folder)
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    with staged(path) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        spec = {
+            "format": FORMAT,
+            "class": type(model).__name__,
+            "shapes": {name: list(tensor.shape) for name, tensor in state.items()},
+            "selected": [path for path, module in model.named_modules() if isinstance(module, SelectedLinear)],
+            "plan": plan.to_dict(),
+            "sha256": _digest(temporary / WEIGHTS),
+        }
+        (temporary / SPEC_FILE).write_text(json.dumps(spec, indent=1) + "\n")
+        if report is not None:
+            (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def is_module_folder(folder: str | Path) -> bool:
+    return (Path(folder) / SPEC_FILE).is_file()
+
+
+def load_module(folder: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """The pruned module of a folder in eval mode, built from the dense one's constructor.
+
+    Args:
+        model: What makes the dense module when called, or the dense module itself (it is copied).
+
+    Raises:
+        PlanMismatch: No such folder, an altered file, or a tensor missing, extra or of a shape that the dense
+            module cannot have been cut to.
+
+    Example:
+        >>> load_module("small", lambda: LeNet())  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    shapes, selected, digest = _read(folder)
+    if isinstance(model, nn.Module):
+        module = copy.deepcopy(model)
+    else:
+        module = model()
+    if not isinstance(module, nn.Module):
+        raise PlanMismatch(f"expected model= to make an nn.Module, found {type(module).__name__}.")
+    if _digest(folder / WEIGHTS) != digest:
+        raise PlanMismatch(f"expected sha256 {digest} for {folder / WEIGHTS}, found another: the file was altered.")
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise PlanMismatch(f"could not read {folder / WEIGHTS}: {first_line(error)}") from error
+    modules = dict(module.named_modules())
+    for path in selected:
+        if not isinstance(modules.get(path), nn.Linear):
+            raise PlanMismatch(f"expected a linear layer '{path}' in {type(module).__name__}, found none.")
+        select_inputs_(module, path)
+    _resize_(module, state, shapes, folder)
+    module.load_state_dict(state, strict=True)
+    check_finite(module, str(folder))
+    return module.eval()
+
+
+def _read(folder: Path) -> tuple[dict[str, list[int]], list[str], str]:
+    path = folder / SPEC_FILE
+    try:
+        spec = json.loads(path.read_text())
+    except OSError as error:
+        raise PlanMismatch(f"expected a folder with {SPEC_FILE} at '{folder}', found none.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanMismatch(f"could not read {path}: {error}") from error
+    if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+        found = spec.get("format") if isinstance(spec, dict) else type(spec).__name__
+        raise PlanMismatch(f"{path}: expected format '{FORMAT}', found {found!r}: was it written by a newer version?")
+    shapes, selected, digest = spec.get("shapes"), spec.get("selected"), spec.get("sha256")
+    if not isinstance(shapes, dict) or not isinstance(selected, list) or not isinstance(digest, str):
+        raise PlanMismatch(f"{path}: expected 'shapes', 'selected' and 'sha256', found {sorted(spec)}.")
+    PruningPlan.from_dict(spec.get("plan"), name=str(path))
+    return shapes, selected, digest
+
+
+def _resize_(module: nn.Module, state: dict[str, torch.Tensor], shapes: dict[str, list[int]], folder: Path) -> None:
+    """Gives every tensor of the dense module the shape and type of the file's; tied tensors stay tied."""
+    dense = module.state_dict(keep_vars=True)
+    name = type(module).__name__
+    for key in dense:
+        if key not in state:
+            raise PlanMismatch(f"expected '{key}' of {name} in '{folder}', found none: is model= the dense one?")
+    new: dict[int, torch.Tensor] = {}
+    for key, tensor in state.items():
+        shape = tuple(tensor.shape)
+        if key not in dense:
+            raise PlanMismatch(f"'{folder}' holds a tensor '{key}' that {name} lacks: is model= the dense one?")
+        if list(shape) != shapes.get(key):
+            raise PlanMismatch(f"expected shape {shapes.get(key)} for '{key}' in '{folder}', found {list(shape)}.")
+        old = dense[key]
+        if old.ndim != tensor.ndim or any(now > before for now, before in zip(shape, old.shape)):
+            raise PlanMismatch(
+                f"'{key}': {tuple(old.shape)} in {name} cannot have been cut to {shape}: is model= the dense one?"
+            )
+        if tuple(old.shape) != shape or old.dtype != tensor.dtype:
+            if id(old) not in new:
+                value = torch.empty(shape, dtype=tensor.dtype, device=old.device)
+                is_parameter = isinstance(old, nn.Parameter)
+                new[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
+            set_parameter(module, key, new[id(old)])
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise PlanMismatch(f"expected {path}, found none.") from error

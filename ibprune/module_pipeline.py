@@ -1,0 +1,296 @@
+"""Prunes any module from a loader of (input, target) pairs: find channels, score, learn masks, compact, recover."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ibprune.bench import time_forward
+from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
+from ibprune.channels import Found, find_channels, prepare_
+from ibprune.console import Quiet
+from ibprune.costs import COSTS, module_macs_model, params_model
+from ibprune.cutting import Costs, loss_with, probe_loss
+from ibprune.errors import BadData, BadRecipe, did_you_mean
+from ibprune.inject import inject_
+from ibprune.losses import Batch, Objective
+from ibprune.models import check_finite
+from ibprune.module_files import save_module
+from ibprune.plans import PruningPlan, model_type
+from ibprune.report import versions
+from ibprune.scores import SCORES, fisher_scores, magnitude_scores, random_scores
+from ibprune.shares import SHARES, equal_pressure, probe_shares
+from ibprune.surgery import compact_module_
+from ibprune.trainer import TrainSettings, make_accelerator, train
+from ibprune.vib import learn_masks
+
+SCHEMA = "ibprune.module_report/1"
+CALIBRATION = 512  # samples that score the units
+PROBE = 256  # samples on which candidate cuts are compared
+Metrics = float | dict[str, float]
+
+
+@dataclass(frozen=True)
+class ModuleSettings:
+    """How a module is pruned; the words are those of `ibprune.recipe.Recipe`.
+
+    Attributes:
+        budget: Share of the dense cost to keep, in (0, 1].
+        cost: "params" or "macs" (of one sample, its size from the example).
+        score: "vib", "fisher", "magnitude" or "random".
+        shares: How the cut is spread: "cost" by score per cost, "equal" by score alone with the same share of each
+            kind, "probe" by the measured loss of candidates.
+        kinds: "channels", "inputs" or both.
+        round_to: Wide layers become multiples of this.
+        mask_steps: Steps of mask learning (score "vib").
+        recover_steps: Steps of recovery after the cut.
+        lr: Peak learning rate of the weights (AdamW).
+        distill: Learn from the dense model's logits too (not with a loss of one's own).
+    """
+
+    budget: float
+    cost: str = "params"
+    score: str = "vib"
+    shares: str = "probe"
+    kinds: tuple[str, ...] = ("channels",)
+    round_to: int = 1
+    mask_steps: int = 300
+    recover_steps: int = 900
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    distill: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, valid in (("cost", COSTS), ("score", SCORES), ("shares", SHARES)):
+            value = getattr(self, name)
+            if value not in valid:
+                raise BadRecipe(f"{name}: found '{value}': {did_you_mean(str(value), valid)}.")
+        if isinstance(self.kinds, str) or not self.kinds:
+            raise BadRecipe(f"kinds: expected a tuple such as ('channels', 'inputs'), found {self.kinds!r}.")
+        for name, least in (("round_to", 1), ("mask_steps", 0), ("recover_steps", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise BadRecipe(f"{name}: expected a whole number of at least {least}, found {value!r}.")
+        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
+            raise BadRecipe(f"lr: expected a number above 0, found {self.lr!r}.")
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """What `ibprune.prune` returns for a module: the compacted module in eval mode, the plan, and the report."""
+
+    model: nn.Module
+    plan: PruningPlan
+    report: dict
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `ibprune.load(folder, model=...)` reads; see `ibprune.module_files`."""
+        save_module(self.model, self.plan, folder, report=self.report)
+
+
+def make_settings(values: dict) -> ModuleSettings:
+    """Settings from keyword arguments.
+
+    Raises:
+        BadRecipe: An unknown name (with the nearest valid one), no budget, or a value out of range.
+    """
+    valid = [field.name for field in fields(ModuleSettings)]
+    for key in values:
+        if key not in valid:
+            raise BadRecipe(f"unknown argument '{key}' for a module: {did_you_mean(key, valid)}.")
+    if "budget" not in values:
+        raise BadRecipe("expected budget=, the share of the dense cost to keep in (0, 1], found none.")
+    return ModuleSettings(**values)
+
+
+def prune_module(
+    model: nn.Module,
+    settings: ModuleSettings,
+    *,
+    train_loader: Iterable,
+    eval_fn: Callable[[nn.Module], Metrics] | None = None,
+    example: torch.Tensor | None = None,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    console: Quiet,
+) -> ModuleResult:
+    """Prunes a copy of the module; the module itself stays as it is.
+
+    Args:
+        train_loader: Gives batches (inputs, targets) and can be gone through again, such as a DataLoader.
+        eval_fn: Judges a model, called on the dense and the pruned one in eval mode without gradients.
+        example: An input (batch, ...) whose size counts for MACs; default: the loader's first.
+        loss: (output, target) -> a loss per sample, (batch,); default: cross entropy on logits.
+
+    Raises:
+        IBPruneError: Anything the user can mend, in one line.
+    """
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+
+    def done(stage: str) -> None:
+        nonlocal start
+        seconds[stage] = round(time.perf_counter() - start, 2)
+        start = time.perf_counter()
+
+    accelerator = make_accelerator("fp32", seed=settings.seed)
+    device = accelerator.device
+    pairs = _Pairs(train_loader)
+    batches = pairs.first(CALIBRATION, device)
+    example = batches[0]["inputs"][:2] if example is None else example
+    dense = copy.deepcopy(model).to(device).eval()
+    found = find_channels(dense, example, kinds=settings.kinds)
+    example = example.to(device)
+    console.say(f"{type(model).__name__}: {len(found.sites)} places to cut, {len(found.refused)} refused.")
+    done("trace")
+    dense_metrics = _judge(dense, eval_fn)
+    done("evaluate dense")
+    objective = Objective("custom", loss=loss) if loss is not None else Objective("classification")
+    teacher = dense if settings.distill and loss is None else None
+    student, plan, budget, costs = _cut(
+        dense, teacher, found, settings, objective, batches, pairs, example, accelerator, console
+    )
+    done("cut")
+    train(
+        student, loss_with(objective, teacher, accelerator), pairs.loader, _training(settings, settings.recover_steps),
+        accelerator=accelerator, phase="recovering", console=console,
+    )  # fmt: skip
+    check_finite(student, "the recovered model")
+    done("recover")
+    metrics = _judge(student, eval_fn)
+    done("evaluate pruned")
+    latencies = time_forward(dense, student, {"inputs": example}, console=console)
+    done("bench")
+    sides = [
+        {"params": costs.params(kept), "macs": costs.macs(kept), "metrics": found_metrics, "latency_ms": latency}
+        for kept, found_metrics, latency in zip((plan.n_units, plan.kept()), (dense_metrics, metrics), latencies)
+    ]
+    report = {
+        "schema": SCHEMA,
+        "model": model_type(model),
+        "dense": sides[0],
+        "pruned": sides[1],
+        "budget": {
+            "cost": budget.cost, "keep": budget.keep, "limit": budget.limit,
+            "achieved": costs.of(budget.cost)(plan.kept()),
+        },
+        "kept": {name: [len(units), plan.n_units[name]] for name, units in plan.keep.items()},
+        "refused": found.refused,
+        "settings": {field.name: getattr(settings, field.name) for field in fields(settings)},
+        "example_shape": list(example.shape),
+        "device": str(device),
+        "timings_s": seconds,
+        "versions": versions(),
+    }  # fmt: skip
+    return ModuleResult(student.eval(), plan, report)
+
+
+def _cut(
+    dense: nn.Module,
+    teacher: nn.Module | None,
+    found: Found,
+    settings: ModuleSettings,
+    objective: Objective,
+    batches: list[Batch],
+    pairs: "_Pairs",
+    example: torch.Tensor,
+    accelerator: Accelerator,
+    console: Quiet,
+) -> tuple[nn.Module, PruningPlan, Budget, Costs]:
+    """The pruned module before recovery, its plan, the budget and the costs."""
+    student, sites = copy.deepcopy(dense), found.sites
+    prepare_(student, sites)
+    costs = Costs(params_model(student, sites), module_macs_model(student, sites, example))
+    cost_model = costs.of(settings.cost)
+    budget = make_budget(cost_model, sites, keep=settings.budget, scope="model", round_to=settings.round_to)
+    masks = inject_(student, sites)
+    if settings.score == "magnitude":
+        scores = magnitude_scores(student, sites)
+    elif settings.score == "random":
+        scores = random_scores(sites, seed=settings.seed)
+    else:
+        scores = fisher_scores(
+            student, masks, batches, objective, seed=settings.seed, total=len(batches), console=console
+        )
+    if settings.shares == "probe":
+        few = batches[: max(1, PROBE // len(batches[0]["inputs"]))]
+        loss_of = probe_loss(student, masks, teacher, few, objective, accelerator)
+        keep: Keep = probe_shares(loss_of, scores, sites, cost_model, budget, console=console)
+    elif settings.shares == "cost":
+        keep = solve_by_cost(scores, sites, cost_model, budget)
+    else:
+        keep = solve_by_shares(scores, sites, cost_model, budget, equal_pressure(sites))
+    masks.set_keep({name: tuple(range(site.n_units)) for name, site in sites.items()})
+    if settings.score == "vib":
+        # Channels of one kind differ in cost, and log_alpha is a score per cost: so is where it starts.
+        start = {name: score / cost_model.unit_cost(cost_model.n_units, name) for name, score in scores.items()}
+        keep, _, _ = learn_masks(
+            student, masks, sites, cost_model, budget, start, keep, loss_with(objective, teacher, accelerator),
+            pairs.loader, _training(settings, settings.mask_steps), accelerator=accelerator, console=console,
+        )  # fmt: skip
+    plan = PruningPlan(model_type(student), {name: site.n_units for name, site in sites.items()}, keep)
+    return compact_module_(student, sites, plan), plan, budget, costs
+
+
+def _training(settings: ModuleSettings, steps: int) -> TrainSettings:
+    return TrainSettings(steps=steps, lr=settings.lr, weight_decay=settings.weight_decay, seed=settings.seed)
+
+
+@torch.no_grad()
+def _judge(model: nn.Module, eval_fn: Callable[[nn.Module], Metrics] | None) -> dict[str, float]:
+    if eval_fn is None:
+        return {}
+    found = eval_fn(model.eval())
+    try:
+        return {str(k): float(v) for k, v in found.items()} if isinstance(found, dict) else {"metric": float(found)}
+    except (TypeError, ValueError) as error:
+        raise BadData(f"expected eval_fn(model) to return a number or a dict of numbers, found {found!r}.") from error
+
+
+class _Pairs(IterableDataset):
+    """A user's loader of (inputs, targets) as batches of the trainer."""
+
+    def __init__(self, source: Iterable):
+        if not isinstance(source, Iterable) or iter(source) is source:
+            raise BadData(
+                f"expected a train_loader that can be gone through again, such as a DataLoader, found "
+                f"{type(source).__name__}."
+            )
+        self.source = source
+
+    def __iter__(self) -> Iterator[Batch]:
+        for pair in self.source:
+            if not (
+                isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, torch.Tensor) for x in pair)
+            ):
+                raise BadData(f"expected batches (inputs, targets) of two tensors, found {type(pair).__name__}.")
+            if len(pair[0]) != len(pair[1]):
+                raise BadData(f"expected as many targets as inputs, found {len(pair[0])} and {len(pair[1])}.")
+            yield {"inputs": pair[0], "labels": pair[1]}
+
+    def loader(self, seed: int) -> DataLoader:
+        """The batches of one epoch; the source shuffles them, by torch's generator or its own."""
+        return DataLoader(self, batch_size=None)
+
+    def first(self, samples: int, device: torch.device) -> list[Batch]:
+        """Batches with at least so many samples, or all, on the device.
+
+        Raises:
+            BadData: There are none.
+        """
+        taken, count = [], 0
+        for batch in self:
+            taken.append({key: value.to(device) for key, value in batch.items()})
+            count += len(batch["inputs"])
+            if count >= samples:
+                break
+        if not taken:
+            raise BadData("expected batches from train_loader, found none.")
+        return taken
