@@ -138,3 +138,14 @@ def test_the_probe_sees_signal_of_low_variance():
 def test_one_feature_has_a_twin_too():
     x, y = classes(600, 1, 1.5)
     assert abs(probe_twin(x, y, probe=LIGHT).error) < 0.05
+
+
+def test_shrinkage_of_spectra_over_many_orders_of_magnitude():
+    """A trained layer's spectrum: power law, and one direction that a normalisation left empty."""
+    rng = np.random.default_rng(2)
+    true = np.concatenate([[1e-9], np.geomspace(1e-4, 2.0, 127)])
+    values, vectors = np.linalg.eigh(np.cov((rng.standard_normal((600, 128)) * np.sqrt(true)).T, bias=True))
+    found = shrunk_eigenvalues(values, 600)
+    oracle = true @ vectors**2
+    assert np.abs(np.log(found / oracle))[1:].mean() < 0.1 < np.abs(np.log(values / oracle))[1:].mean()
+    assert (found[1:] > 1e-4).all()

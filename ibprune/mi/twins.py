@@ -103,8 +103,9 @@ def shrunk_eigenvalues(values: np.ndarray, n: int) -> np.ndarray:
     density = 0.75 / edge * np.mean(np.maximum(1 - x**2 / 5, 0) / width, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         log = np.log(np.abs((edge - x) / (edge + x)))
-    kernel = -0.3 / np.pi * x + np.where(np.isfinite(log), 0.75 / edge / np.pi * (1 - x**2 / 5) * log, 0.0)
-    hilbert = np.mean(kernel / width, axis=1)
+        near = -0.3 * x + np.where(np.isfinite(log), 0.75 / edge * (1 - x**2 / 5) * log, 0.0)
+        far = -1 / x - 1 / x**3  # where the terms of `near` cancel: eigenvalues span many orders of magnitude
+    hilbert = np.mean(np.where(np.abs(x) > 100, far, near) / np.pi / width, axis=1)
     ratio = np.pi * d / n * values
     return values / ((ratio * density) ** 2 + (1 - d / n - ratio * hilbert) ** 2)
 
