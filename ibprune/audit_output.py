@@ -33,6 +33,27 @@ def audit_table(found: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return header, rows
 
 
+def further_table(found: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of what was asked beyond the labels, tokens and the pair; no rows if nothing was."""
+    asked = [key for key in ("V_token", "V_next", "I_pair") if any(layer[key] for layer in found["layers"])]
+    names = {
+        "V_token": ("this token, dense", "this token, pruned"),
+        "V_next": ("next token, dense", "next token, pruned"),
+        "I_pair": ("dense with itself", "dense with pruned"),
+    }
+    header = ("layer", *(name for key in asked for name in names[key]), "status")
+    rows = []
+    for layer in found["layers"] if asked else ():
+        values, statuses = [], []
+        for key in asked:
+            sides = ("self", "value") if key == "I_pair" else ("before", "after")
+            record = layer[key] or dict.fromkeys(sides) | {"status": "not_applicable"}
+            values += [_value(record[side]) for side in sides]
+            statuses.append(record["status"])
+        rows.append((layer["name"], *values, next((status for status in statuses if status != "ok"), "ok")))
+    return header, rows
+
+
 def layer_status(layer: dict) -> str:
     """The first status of the layer that is not ok."""
     statuses = [layer["I_XL"]["before"]["status"], layer["I_XL"]["after"]["status"], layer["V_LY"]["status"]]
@@ -52,17 +73,26 @@ def audit_section(found: dict) -> str:
         "what a cross-fitted probe can use about the labels. Statuses other than ok say why a figure must not be "
         "quoted (`audit.json`).",
         "",
-        "| " + " | ".join(header) + " |",
-        "|---|" + "---:|" * (len(header) - 2) + "---|",
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
+        *_markdown(header, rows),
     ]
+    header, rows = further_table(found)
+    if rows:
+        lines += [
+            "V-information about frequent tokens, and a lower bound of what both models share, in bits:",
+            "",
+            *_markdown(header, rows),
+        ]
     if found["headline"]:
         lines += [found["headline"], ""]
     failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
     if failed:
         lines += [f"Failed checks: {', '.join(failed)}.", ""]
     return "\n".join(lines)
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def _bracket(side: dict) -> str:

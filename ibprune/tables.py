@@ -66,9 +66,12 @@ def print_plan(found: dict) -> None:
 
 
 def print_audit(found: dict) -> None:
-    from ibprune.audit_output import audit_table
+    from ibprune.audit_output import audit_table, further_table
 
     table(f"information in bits, {found['data']['n']:,} inputs of {found['data']['name']}", *audit_table(found))
+    header, rows = further_table(found)
+    if rows:
+        table("V-information about frequent tokens, and what both models share (lower bound), in bits", header, rows)
     failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
     if failed:
         sys.stdout.write(f"failed checks: {', '.join(failed)}\n")

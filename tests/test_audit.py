@@ -12,7 +12,7 @@ from torch import nn
 
 import ibprune
 from ibprune import cli
-from ibprune.audit_output import audit_table, layer_status
+from ibprune.audit_output import audit_section, audit_table, further_table, layer_status
 from ibprune.auditing import Side, audit
 from ibprune.errors import BadData, BadRecipe
 from ibprune.features import collect, find_layers
@@ -211,6 +211,9 @@ def test_tokens_are_targets_like_labels():
     assert token["before"]["value"] > 0.9 * token["H_ceiling"] and token["H_ceiling"] < 2.01
     assert following["before"]["ci95"][0] < 0.05
     json.dumps(found, allow_nan=False)
+    header, rows = further_table(found)
+    assert header[1:3] == ("this token, dense", "this token, pruned") and "±" in rows[0][1]
+    assert "frequent tokens" in audit_section(found)
 
 
 def test_drawn_tokens_stand_where_they_say():
@@ -236,6 +239,7 @@ def test_rare_tokens_give_no_figure():
     found = audit(Side("a", dense), Side("b", dense), inputs(), layers=("embeddings",), settings=settings)
     assert found["layers"][0]["V_token"]["status"] == "undersampled"
     assert found["layers"][0]["V_token"]["before"] is None
+    assert further_table(found)[1][0][1:] == ("-", "-", "-", "-", "undersampled")
 
 
 def test_the_pair_shares_most_with_itself():
@@ -248,3 +252,4 @@ def test_the_pair_shares_most_with_itself():
     assert own["value"]["value"] == own["self"]["value"] == pair["self"]["value"] > 0.2
     assert pair["value"]["ci95"][1] < own["value"]["ci95"][0] and pair["status"] == "undersampled"
     assert own["extrapolated"]["value"] is not None
+    assert len(further_table(same)[0]) == 4
