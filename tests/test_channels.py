@@ -203,9 +203,12 @@ def test_input_features_are_units_of_the_layers_that_read_no_channel(name, seed)
     model, channels = found(name, kinds=kinds)
     x, sites = net_input(name), channels.sites
     assert [n for n, s in sites.items() if s.kind == "inputs"] == ["1.inputs" if name == "mlp" else "7.inputs"]
-    before = output(model, x)
+    before, layers = output(model, x), [type(module) for module in model]
     prepare_(model, sites)
-    assert torch.equal(output(model, x), before)
+    assert torch.equal(output(model, x), before) and [type(module) for module in model] != layers
+    compact_module_(model, sites, full_plan(model, sites))
+    assert torch.equal(output(model, x), before) and [type(module) for module in model] == layers
+    prepare_(model, sites)
     params, macs = params_model(model, sites), module_macs_model(model, sites, x)
     keep = random_keep(sites, seed)
     masked, compacted = cut_by_masks_and_surgery(model, sites, keep, x)
