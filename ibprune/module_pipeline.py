@@ -51,7 +51,7 @@ class ModuleSettings:
         round_to: Wide layers become multiples of this.
         mask_steps: Steps of mask learning (score "vib").
         recover_steps: Steps of recovery after the cut.
-        lr: Peak learning rate of the weights (AdamW).
+        lr, weight_decay: Of the weights (AdamW); the rate is the peak.
         distill: Learn from the dense model's logits too (not with a loss of one's own).
     """
 

@@ -1,15 +1,16 @@
 """The contract of any traced module: masked == compacted at the predicted cost, or refused with the reason."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from cnn_models import NETS, Gated, ResNet, build_net, net_input
+from cnn_models import NETS, ResNet, build_net, net_input
 from conftest import random_keep
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibprune.channels import find_channels, prepare_
+from ibprune.channels import Found, find_channels, prepare_
 from ibprune.console import Quiet
 from ibprune.costs import count_params, module_macs_model, params_model
 from ibprune.errors import BadData, BadRecipe, PlanMismatch, UnsupportedModel
@@ -28,9 +29,14 @@ REFUSED = {  # what must stay, by network: a part of each site's name and of the
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def found(name: str, model: nn.Module | None = None, kinds=("channels",)):
-    model = build_net(name) if model is None else model
-    return model, find_channels(model, net_input(name), kinds=kinds)
+@functools.cache
+def traced(name: str, kinds: tuple[str, ...]) -> Found:
+    return find_channels(build_net(name), net_input(name), kinds=kinds)
+
+
+def found(name: str, kinds: tuple[str, ...] = ("channels",)) -> tuple[nn.Module, Found]:
+    """A network of its own, and what can be cut of all its kind: sites are data and hold no modules."""
+    return build_net(name), traced(name, kinds)
 
 
 def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -341,7 +347,7 @@ def test_a_stream_that_is_an_output_stays():
 
 
 def test_a_plan_of_another_model_changes_nothing():
-    model, channels = found("gated", Gated().double())
+    model, channels = found("gated")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(PlanMismatch, match="the plan is for model_type 'ResNet', the model is 'Gated'"):
         compact_module_(model, channels.sites, PruningPlan("ResNet", {}, {}))
