@@ -301,6 +301,33 @@ class Folded(nn.Module):
         return self.conv2(self.conv1(x.reshape(-1, 1, 6, 6))).reshape(len(x), -1)
 
 
+class Attentive(nn.Module):
+    """Features that a layer without a cut takes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.third(torch.relu(self.second(x))).mean(1)
+
+
+class Shuffled(nn.Module):
+    """Channels change places in a way that the trace does not see (ShuffleNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.conv1(x))
+        x = x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        return self.conv3(torch.relu(self.conv2(x)))
+
+
 def test_bad_input_says_what_is_wrong():
     net, x = build_net("lenet5"), net_input("lenet5")
     with pytest.raises(BadData, match=r"forward fails on float64 of shape \(2, 1, 9, 9\)"):
@@ -321,6 +348,8 @@ def test_bad_input_says_what_is_wrong():
         find_channels(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 2, 3)), x)
     with pytest.raises(UnsupportedModel, match="conv1: without some of them the forward fails"):
         find_channels(Folded(), torch.randn(2, 1, 12, 12))
+    with pytest.raises(UnsupportedModel, match="conv1: removing them is not multiplying them by 0"):
+        find_channels(Shuffled(), x)
     with pytest.raises(UnsupportedModel, match="0: 'between' normalises over 3 axes at once"):
         layers = nn.Sequential()
         layers.add_module("0", nn.Conv2d(1, 4, 3))
@@ -333,6 +362,9 @@ def test_one_bad_site_does_not_spoil_the_others():
     channels = find_channels(Softmaxed(), net_input("lenet5"))
     assert list(channels.sites) == ["conv2"]
     assert "mixes channels" in channels.refused["conv1"]
+    channels = find_channels(Attentive(), torch.randn(2, 3, 4))
+    assert list(channels.sites) == ["second"]
+    assert channels.refused == {"first": "they reach 'attention', a MultiheadAttention, which cannot be cut"}
 
 
 def test_a_stream_that_is_an_output_stays():
