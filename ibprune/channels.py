@@ -255,6 +255,6 @@ def _disagreement(twin: nn.Module, sites: dict[str, Site], example: torch.Tensor
         if not apart <= TOLERANCE * max(1.0, float(one.abs().max())):
             return (
                 f"removing them is not multiplying them by 0 (the outputs differ by {apart:.1e}): something between "
-                "the layers that make and read them mixes channels"
+                "the layers that make and read them mixes channels, or counts on their places"
             )
     return ""

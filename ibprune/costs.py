@@ -186,7 +186,8 @@ def module_macs_model(model: nn.Module, sites: dict[str, Site], example: torch.T
     """Multiply-accumulates of the convolutions and linear layers for one sample of any module.
 
     Each weight is multiplied once per position: of the output, or of the input for a transposed
-    convolution. The positions come from one forward pass on the example, (batch, ...).
+    convolution. The positions come from one forward pass on the example, (batch, ...). Products of
+    activations with each other, as in an attention, belong to no layer and are left out.
     """
     dims, _ = _owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}

@@ -9,7 +9,7 @@ class IBPruneError(ValueError):
 
 
 class UnsupportedModel(IBPruneError):
-    """The model's structure is not described by any row of `ibprune.families`."""
+    """No row of `ibprune.families` describes the model, or nothing of a traced module can be cut."""
 
 
 class BadRecipe(IBPruneError):

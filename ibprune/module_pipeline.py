@@ -51,7 +51,7 @@ class ModuleSettings:
         round_to: Wide layers become multiples of this.
         mask_steps: Steps of mask learning (score "vib").
         recover_steps: Steps of recovery after the cut.
-        lr: Peak learning rate of the weights (AdamW).
+        lr, weight_decay: Of the weights (AdamW); the rate is the peak.
         distill: Learn from the dense model's logits too (not with a loss of one's own).
     """
 
@@ -267,10 +267,10 @@ class _Pairs(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         for pair in self.source:
-            if not (
-                isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, torch.Tensor) for x in pair)
-            ):
-                raise BadData(f"expected batches (inputs, targets) of two tensors, found {type(pair).__name__}.")
+            parts = list(pair) if isinstance(pair, (tuple, list)) else [pair]
+            if len(parts) != 2 or not all(isinstance(part, torch.Tensor) for part in parts):
+                found = ", ".join(type(part).__name__ for part in parts)
+                raise BadData(f"expected batches (inputs, targets) of two tensors, found ({found}).")
             if len(pair[0]) != len(pair[1]):
                 raise BadData(f"expected as many targets as inputs, found {len(pair[0])} and {len(pair[1])}.")
             yield {"inputs": pair[0], "labels": pair[1]}

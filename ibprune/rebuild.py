@@ -44,14 +44,15 @@ class FactorizedUnembedding(nn.Module):
 
 
 class SelectedLinear(nn.Linear):
-    """A linear layer that reads only the features `index` (int64, (in_features,)) of its input."""
+    """A linear layer that reads only the features `index` (int64, (in_features,)) of the `n_features` it is given."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
+        self.n_features = in_features
         self.register_buffer("index", torch.arange(in_features))
         self.selected = nn.Identity()  # a place for a mask on the features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., features) -> (..., out_features)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., n_features) -> (..., out_features)
         return nn.functional.linear(self.selected(x.index_select(-1, self.index)), self.weight, self.bias)
 
 

@@ -139,6 +139,9 @@ def compact_module_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan)
             _fold_(model, sites)
         remove_(model)
     _slice_(model, sites, plan)
+    for site in sites.values():
+        if site.kind == "inputs":
+            _restore_inputs_(model, site.cuts[0].path)
     return model
 
 
@@ -151,6 +154,15 @@ def select_inputs_(model: nn.Module, path: str) -> None:
     selected.to(linear.weight.device)
     selected.weight, selected.bias = linear.weight, linear.bias
     replace_module(model, path, selected)
+
+
+def _restore_inputs_(model: nn.Module, path: str) -> None:
+    """Puts a plain linear layer back where everything is read after all."""
+    selected = model.get_submodule(path)
+    if len(selected.index) == selected.n_features:
+        linear = nn.Linear(selected.in_features, selected.out_features, selected.bias is not None, device="meta")
+        linear.weight, linear.bias = selected.weight, selected.bias
+        replace_module(model, path, linear)
 
 
 def _slice_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> None:

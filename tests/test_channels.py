@@ -1,15 +1,16 @@
 """The contract of any traced module: masked == compacted at the predicted cost, or refused with the reason."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from cnn_models import NETS, Gated, ResNet, build_net, net_input
+from cnn_models import NETS, ResNet, build_net, net_input
 from conftest import random_keep
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibprune.channels import find_channels, prepare_
+from ibprune.channels import Found, find_channels, prepare_
 from ibprune.console import Quiet
 from ibprune.costs import count_params, module_macs_model, params_model
 from ibprune.errors import BadData, BadRecipe, PlanMismatch, UnsupportedModel
@@ -28,9 +29,14 @@ REFUSED = {  # what must stay, by network: a part of each site's name and of the
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def found(name: str, model: nn.Module | None = None, kinds=("channels",)):
-    model = build_net(name) if model is None else model
-    return model, find_channels(model, net_input(name), kinds=kinds)
+@functools.cache
+def traced(name: str, kinds: tuple[str, ...]) -> Found:
+    return find_channels(build_net(name), net_input(name), kinds=kinds)
+
+
+def found(name: str, kinds: tuple[str, ...] = ("channels",)) -> tuple[nn.Module, Found]:
+    """A network of its own, and what can be cut of all its kind: sites are data and hold no modules."""
+    return build_net(name), traced(name, kinds)
 
 
 def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -203,9 +209,12 @@ def test_input_features_are_units_of_the_layers_that_read_no_channel(name, seed)
     model, channels = found(name, kinds=kinds)
     x, sites = net_input(name), channels.sites
     assert [n for n, s in sites.items() if s.kind == "inputs"] == ["1.inputs" if name == "mlp" else "7.inputs"]
-    before = output(model, x)
+    before, layers = output(model, x), [type(module) for module in model]
     prepare_(model, sites)
-    assert torch.equal(output(model, x), before)
+    assert torch.equal(output(model, x), before) and [type(module) for module in model] != layers
+    compact_module_(model, sites, full_plan(model, sites))
+    assert torch.equal(output(model, x), before) and [type(module) for module in model] == layers
+    prepare_(model, sites)
     params, macs = params_model(model, sites), module_macs_model(model, sites, x)
     keep = random_keep(sites, seed)
     masked, compacted = cut_by_masks_and_surgery(model, sites, keep, x)
@@ -292,6 +301,33 @@ class Folded(nn.Module):
         return self.conv2(self.conv1(x.reshape(-1, 1, 6, 6))).reshape(len(x), -1)
 
 
+class Attentive(nn.Module):
+    """Features that a layer without a cut takes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.third(torch.relu(self.second(x))).mean(1)
+
+
+class Shuffled(nn.Module):
+    """Channels change places in a way that the trace does not see (ShuffleNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.conv1(x))
+        x = x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        return self.conv3(torch.relu(self.conv2(x)))
+
+
 def test_bad_input_says_what_is_wrong():
     net, x = build_net("lenet5"), net_input("lenet5")
     with pytest.raises(BadData, match=r"forward fails on float64 of shape \(2, 1, 9, 9\)"):
@@ -312,6 +348,8 @@ def test_bad_input_says_what_is_wrong():
         find_channels(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 2, 3)), x)
     with pytest.raises(UnsupportedModel, match="conv1: without some of them the forward fails"):
         find_channels(Folded(), torch.randn(2, 1, 12, 12))
+    with pytest.raises(UnsupportedModel, match="conv1: removing them is not multiplying them by 0"):
+        find_channels(Shuffled(), x)
     with pytest.raises(UnsupportedModel, match="0: 'between' normalises over 3 axes at once"):
         layers = nn.Sequential()
         layers.add_module("0", nn.Conv2d(1, 4, 3))
@@ -324,6 +362,9 @@ def test_one_bad_site_does_not_spoil_the_others():
     channels = find_channels(Softmaxed(), net_input("lenet5"))
     assert list(channels.sites) == ["conv2"]
     assert "mixes channels" in channels.refused["conv1"]
+    channels = find_channels(Attentive(), torch.randn(2, 3, 4))
+    assert list(channels.sites) == ["second"]
+    assert channels.refused == {"first": "they reach 'attention', a MultiheadAttention, which cannot be cut"}
 
 
 def test_a_stream_that_is_an_output_stays():
@@ -338,7 +379,7 @@ def test_a_stream_that_is_an_output_stays():
 
 
 def test_a_plan_of_another_model_changes_nothing():
-    model, channels = found("gated", Gated().double())
+    model, channels = found("gated")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(PlanMismatch, match="the plan is for model_type 'ResNet', the model is 'Gated'"):
         compact_module_(model, channels.sites, PruningPlan("ResNet", {}, {}))
