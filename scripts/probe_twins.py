@@ -4,21 +4,24 @@
 
 Ten classes (two where said) with Gaussian class means in a random subspace of `means` dimensions. The truth is found by
 Monte Carlo over exact densities. The others: an injective ReLU layer on top (same truth), each feature warped by sinh
-or a cube root (same truth), Laplace or Student noise, and classes of two modes.
+or a cube root (same truth), Laplace or Student noise, and classes of two modes. There a linear probe cannot use all
+that is known, however many samples it has, so its value at forty thousand samples stands beside the truth: the twin
+answers for the samples, not for the family of the probe.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from ibprune.mi.probes import v_information
+from ibprune.mi.probes import Probe, v_information
 from ibprune.mi.twins import probe_twin
 
 DRAWS = 40_000
+MANY = 40_000  # samples at which a probe shows what its family can use
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ OTHERS = tuple(
     for kind in ("relu", "sinh", "cube root", "laplace", "student 5", "two modes")
     for d in (64, 256)
 )
+LINEAR = Probe(dims=(512,), penalties=(1e-3,))
 NOISES = {"laplace": stats.laplace(scale=np.sqrt(0.5)), "student 5": stats.t(df=5, scale=np.sqrt(0.6))}
 
 
@@ -88,25 +92,37 @@ def main() -> None:
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     rows = []
-    print("| features | d | apart | nuisance | classes | true | raw error | predicted | corrected error |", flush=True)
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| features | d | apart | nuisance | classes | true | usable | raw error | predicted | corrected, to the truth "
+          "| corrected, to the usable |\n|" + "---|" * 11, flush=True)  # fmt: skip
     for setting in (*GAUSSIAN, *WIDE, *OTHERS):
         for seed in seeds:
             x, y, true = draw(setting, seed)
             raw, bias = v_information(x, y, seed=seed).value - true, probe_twin(x, y, seed=seed).error
-            rows.append(asdict(setting) | {"seed": seed, "true": true, "raw": raw, "bias": bias})
+            usable = true
+            if setting in OTHERS:
+                many = draw(replace(setting, n=MANY), seed)
+                usable = v_information(*many[:2], probe=LINEAR, folds=2, seed=seed).value
+            rows.append(asdict(setting) | {"seed": seed, "true": true, "usable": usable, "raw": raw, "bias": bias})
         mine = rows[-len(seeds) :]
         means = [np.mean([row[key] for row in mine]) for key in ("true", "raw", "bias")]
+        usable = np.mean([row["usable"] for row in mine])
         worst = max((row["raw"] - row["bias"] for row in mine), key=abs)
         print(
             f"| {setting.kind} | {setting.d} | {setting.apart:g} | {setting.nuisance:g} | {setting.classes} | "
-            f"{means[0]:.3f} | {means[1]:+.3f} | {means[2]:+.3f} | {means[1] - means[2]:+.3f} (worst {worst:+.3f}) |",
+            f"{means[0]:.3f} | {usable:.3f} | {means[1]:+.3f} | {means[2]:+.3f} | "
+            f"{means[1] - means[2]:+.3f} (worst {worst:+.3f}) | {means[0] + means[1] - means[2] - usable:+.3f} |",
             flush=True,
         )
     Path(arguments.output).write_text(json.dumps(rows, indent=1) + "\n")
-    errors = np.abs([row["raw"] - row["bias"] for row in rows])
-    print(f"\nwithin 0.10 nats: {int((errors <= 0.1).sum())} of {len(errors)}; raw: "
-          f"{int((np.abs([row['raw'] for row in rows]) <= 0.1).sum())}")  # fmt: skip
+    for what, chosen in (("Gaussian", False), ("others", True)):
+        mine = [row for row in rows if (row["kind"] != "gaussian") == chosen]
+        errors = {
+            "raw": [row["raw"] for row in mine],
+            "corrected": [row["raw"] - row["bias"] for row in mine],
+            "corrected, to the usable": [row["true"] + row["raw"] - row["bias"] - row["usable"] for row in mine],
+        }
+        within = ", ".join(f"{name} {int((np.abs(e) <= 0.1).sum())}" for name, e in errors.items())
+        print(f"{what}, within 0.10 nats of {len(mine)}: {within}")
 
 
 if __name__ == "__main__":
