@@ -92,7 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     rows = []
-    print("| features | d | apart | nuisance | classes | true | usable | raw error | predicted | corrected, to the truth "
+    print("| features | d | apart | nuisance | classes | true | usable | raw error | predicted | corrected, to truth "
           "| corrected, to the usable |\n|" + "---|" * 11, flush=True)  # fmt: skip
     for setting in (*GAUSSIAN, *WIDE, *OTHERS):
         for seed in seeds:
