@@ -77,18 +77,20 @@ def resolution_curves(found: dict) -> Figure | None:
     figure = Figure(figsize=(3.0 * columns, 2.6 * rows), layout="constrained")
     for i, layer in enumerate(layers):
         axes = figure.add_subplot(rows, columns, i + 1)
-        curve = layer["I_XL"]["curve"]
+        curve, unit = layer["I_XL"]["curve"], layer["noise"]["sigma"]
+        noise = [sigma / unit for sigma in curve["sigma"]]
         for side, colour in (("before", DENSE), ("after", PRUNED)):
             if None in curve[side]["lower"]:
                 continue
-            axes.fill_between(curve["sigma"], curve[side]["lower"], curve[side]["upper"], color=colour, alpha=0.25)
-            axes.plot(curve["sigma"], curve[side]["lower"], color=colour, linewidth=1.2)
-            axes.plot(curve["sigma"], curve[side]["cap"], color=colour, linewidth=0.8, linestyle="--")
-        axes.axvline(layer["noise"]["sigma"], color="0.6", linewidth=0.8)
-        axes.set_xscale("log")
+            axes.fill_between(noise, curve[side]["lower"], curve[side]["upper"], color=colour, alpha=0.25)
+            axes.plot(noise, curve[side]["lower"], color=colour, linewidth=1.2)
+            axes.plot(noise, curve[side]["cap"], color=colour, linewidth=0.8, linestyle="--")
+        axes.axvline(1.0, color="0.6", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(0, 1.15 * layer["I_XL"]["before"]["ceiling"])
         axes.set_title(_short(layer["name"]), fontsize=9)
-    figure.supxlabel("noise (feature units; line: the audit's)")
+    figure.supxlabel("noise, in multiples of the audit's")
     figure.supylabel("bits")
     return figure
 

@@ -83,7 +83,7 @@ def main() -> None:
     dense = loaded.model.float()
     inputs = encode_inputs(data, loaded.tokenizer, max_length=arguments.max_length, most=2400)
     torch.manual_seed(arguments.seed)
-    models = {"copy": copy.deepcopy(dense)}
+    models, plans = {"copy": copy.deepcopy(dense)}, {}
     for budget in map(float, arguments.budgets.split(",")):
         recipe = make_recipe({
             "model": arguments.model, "data": arguments.data, "budget": budget, "scope": "blocks",
@@ -92,7 +92,8 @@ def main() -> None:
         })  # fmt: skip
         accelerator = make_accelerator(recipe.precision, seed=arguments.seed)
         recipe, feed = make_feed(recipe, dense, loaded.tokenizer, data)
-        student, _, _, _ = cut(dense, recipe, feed, accelerator, console)
+        student, plan, _, _ = cut(dense, recipe, feed, accelerator, console)
+        plans |= {f"{budget:g}": plan, f"{budget:g} recovered": plan}
         models[f"{budget:g}"] = copy.deepcopy(student)
         train(student, loss_with(feed.objective, dense, accelerator), feed.train,
               train_settings(recipe, recipe.recover_steps), accelerator=accelerator, phase="recovering",
@@ -102,7 +103,9 @@ def main() -> None:
     audits, accuracy = {}, {}
     for name, model in models.items():
         settings = AuditSettings(seed=arguments.seed)
-        audits[name] = audit(Side("dense", dense), Side(name, model), inputs, settings=settings, console=console)
+        audits[name] = audit(
+            Side("dense", dense), Side(name, model), inputs, settings=settings, plan=plans.get(name), console=console
+        )
         what = {"console": Quiet(), "what": name}
         accuracy[name] = evaluate_model(model, feed, feed.objective, **what)["accuracy"]
         place = folder / name.replace(" ", "-")
