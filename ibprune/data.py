@@ -35,6 +35,7 @@ PROSE = "prose"
 TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",), ("text",), ("content",))
 LABEL_COLUMNS = ("label", "labels", "score")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+AUDITABLE = 400  # rows held out of small data where a fifth allows it: an audit of fewer than 200 says nothing
 SPLITS = {"train": ("train",), "held_out": ("validation", "dev", "valid", "validation_matched")}
 
 
@@ -76,8 +77,8 @@ def load_task(task: str) -> TextData:
 def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: str = "", seed: int = 0) -> TextData:
     """Data from a local file or folder, or from the Hub.
 
-    A folder holds files named train.* and validation.* (or dev.*). Without a held-out split, a
-    twentieth of the training rows (at most 2,000) is held out by the seed.
+    A folder holds files named train.* and validation.* (or dev.*). Without a held-out split, some of
+    the training rows are held out by the seed (`held_out_size`).
 
     Raises:
         BadData: Nothing there, an unknown format or column, or the Hub cannot be reached.
@@ -94,7 +95,7 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
         rows = splits["train"]
         if len(rows) < 20:
             raise BadData(f"expected at least 20 rows in '{source}', found {len(rows)}.")
-        parts = rows.train_test_split(test_size=min(2000, max(1, len(rows) // 20)), seed=seed)
+        parts = rows.train_test_split(test_size=held_out_size(len(rows)), seed=seed)
         splits = {"train": parts["train"], "held_out": parts["test"]}
     names = splits["train"].column_names
     for column in (*text_columns, *((label_column,) if label_column else ())):
@@ -158,6 +159,16 @@ def _english(text: str) -> Iterator[str]:
             letters = sum(c.isalpha() or c == " " for c in line)
             if 8 <= len(words) <= 40 and letters > 0.88 * len(line) and ">>>" not in line:
                 yield line
+
+
+def held_out_size(rows: int) -> int:
+    """Rows held out where no split says so: a twentieth, more of small data, at most 2,000.
+
+    Example:
+        >>> [held_out_size(rows) for rows in (10, 1_000, 4_000, 20_000, 100_000)]
+        [2, 200, 400, 1000, 2000]
+    """
+    return min(2000, max(1, rows // 20, min(AUDITABLE, rows // 5)))
 
 
 def _from_files(path: Path) -> dict[str, Dataset]:
