@@ -105,7 +105,7 @@ def attention_group(model: nn.Module) -> Group:
 
 def attention_modules(model: nn.Module) -> dict[str, str]:
     """Paths of the attentions of a transformers model by dense block; blocks removed whole are absent."""
-    inside = attention_group(model).unit.rpartition(".")[0]
+    inside = find_family(model.config.model_type).attention
     found: dict[str, str] = {}
     for block, (path, side) in block_layers(model).items():
         if side == "out" and f"{path}.{inside}" not in found.values():  # a removed block shows the one before it

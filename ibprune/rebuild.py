@@ -6,6 +6,7 @@ exports that plain transformers cannot express: what loads there is what loads h
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class FactorizedEmbedding(nn.Module):
@@ -110,6 +111,8 @@ def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module, leaf, value)
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = value.shape
+    elif isinstance(module, Conv1D) and leaf == "weight":
+        module.nx, module.nf = value.shape
     elif isinstance(module, nn.modules.conv._ConvNd) and leaf == "weight":
         out, into = value.shape[:2] if not module.transposed else (value.shape[1], value.shape[0])
         if module.groups > 1:  # whole groups go, each with its inputs
@@ -150,7 +153,17 @@ def rebuild_(model: nn.Module, spec: dict) -> None:
         if _has(model, name.rpartition(".")[0]):  # a head may be absent: AutoModel of a classifier's folder
             old = model.get_parameter(name)
             set_parameter(model, name, torch.empty(shape, dtype=old.dtype, device=old.device))
+    sizes = {full_path(model, path): size for path, size in spec.get("sizes", {}).items()}  # absent in older folders
+    set_sizes(model, sizes)
     renumber_layers_(model)
+
+
+def set_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
+    """Sets the integer attributes that a forward reads, by path, where their module is still there."""
+    for path, size in sizes.items():
+        owner, _, name = path.rpartition(".")
+        if hasattr(dict(model.named_modules()).get(owner), name):
+            setattr(model.get_submodule(owner), name, size)
 
 
 def renumber_layers_(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ LAYERS = (
     ("mi.critics",),
     ("mi.benchmark",),
     ("mi",),
-    ("errors", "rebuild", "hub", "console"),
+    ("errors", "rebuild", "hub", "console", "task_heads"),
     ("groups", "metrics"),
     ("families.encoders", "families.decoders"),
     ("families",),
