@@ -135,8 +135,8 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
             factors = (*cutters, *whole.get(owner, ()))
             terms.append(Term(coefficient, factors, _in_blocks(sites, owner), in_rank))
             if in_rank and not owner.endswith(".projection"):  # while nothing is cut the two factors are one matrix
-                embedding = model.get_submodule(owner)
-                width, hidden = _hidden(f"{owner}.projection.weight", embedding.embedding_dim, n_units, dims)
+                projection = f"{owner}.projection.weight"  # of the embedding, or of a tied output that comes first
+                width, hidden = _hidden(projection, model.get_parameter(projection).shape[0], n_units, dims)
                 terms.append(Term(parameter.shape[0] * width, hidden, False, in_rank, dense=True))
     return CostModel("params", tuple(terms), n_units)
 

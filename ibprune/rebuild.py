@@ -155,7 +155,7 @@ def rebuild_(model: nn.Module, spec: dict) -> None:
             set_parameter(model, name, torch.empty(shape, dtype=old.dtype, device=old.device))
     sizes = {full_path(model, path): size for path, size in spec.get("sizes", {}).items()}  # absent in older folders
     set_sizes(model, sizes)
-    renumber_layers_(model)
+    renumber_layers_(model, spec["dense"].get("layer_types"))
 
 
 def set_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
@@ -166,10 +166,23 @@ def set_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
             setattr(model.get_submodule(owner), name, size)
 
 
-def renumber_layers_(model: nn.Module) -> None:
-    """Numbers the attentions that remain 0, 1, 2…: the key-value cache takes its length from number 0."""
+def renumber_layers_(model: nn.Module, old_types: list[str] | None) -> None:
+    """Numbers the attentions that remain 0, 1, 2…: the key-value cache takes its length from number 0.
+
+    Where the config gives each layer a type of attention (sliding or full), the cache keeps a store of that
+    type under its number: then an attention takes the lowest free number of its own type.
+
+    Args:
+        old_types: `config.layer_types` that the present numbers count in; None where the config has none.
+    """
     attentions = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    order = {old: new for new, old in enumerate(sorted({module.layer_idx for module in attentions}))}
+    numbers = sorted({module.layer_idx for module in attentions})
+    new_types = getattr(model.config, "layer_types", None) if old_types else None
+    free = list(range(len(new_types or numbers)))
+    order = {}
+    for old in numbers:
+        order[old] = next(new for new in free if new_types is None or new_types[new] == old_types[old])
+        free.remove(order[old])
     for module in attentions:
         module.layer_idx = order[module.layer_idx]
 

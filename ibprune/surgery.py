@@ -129,7 +129,8 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     if rank and len(plan.keep[rank[0]]) == plan.n_units[rank[0]]:
         merge_(model)
     dropped = _drop_empty_blocks_(model, family)
-    renumber_layers_(model)
+    _retype_layers_(model, family)
+    renumber_layers_(model, dense.get("layer_types"))
     for key, width in widths.items():
         setattr(model.config, key, width)
     sizes = {path: size for path, size in sizes.items() if path.rpartition(".")[0] in dict(model.named_modules())}
@@ -253,6 +254,16 @@ def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
         model.config.num_hidden_layers = sum(stay)
         return dropped
     return []
+
+
+def _retype_layers_(model: nn.Module, family: Family) -> None:
+    """Gives layers whose attention is gone the type of the first that is left, so that the cache's number 0 is used."""
+    types = list(getattr(model.config, "layer_types", None) or ())
+    paths = [full_path(model, f"{block}.{family.attention}") for block in block_paths(model, family)]
+    has = [any(True for _ in model.get_submodule(path).parameters()) for path in paths]
+    if types and any(has):
+        first = types[has.index(True)]
+        model.config.layer_types = [old if stays else first for old, stays in zip(types, has)]
 
 
 def _size_keys(model: nn.Module) -> list[str]:

@@ -27,6 +27,7 @@ _HEADS = _SIZES | dict(num_attention_heads=4)
 _ROBERTA = _HEADS | dict(max_position_embeddings=66)  # two positions are reserved
 _GQA = _SIZES | dict(num_attention_heads=6, num_key_value_heads=3)
 _IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+_QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
 TINY = {
     "bert": lambda: transformers.BertConfig(**_HEADS),
@@ -42,7 +43,7 @@ TINY = {
     "llama": lambda: transformers.LlamaConfig(**_GQA, pad_token_id=0),
     "llama-tied": lambda: transformers.LlamaConfig(**_GQA, pad_token_id=0, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**_GQA, **_IDS, sliding_window=4),
-    "qwen2": lambda: transformers.Qwen2Config(**_GQA, **_IDS, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen2": lambda: transformers.Qwen2Config(**_QWEN2),
     "qwen3": lambda: transformers.Qwen3Config(**_GQA, **_IDS, head_dim=4),
     "smollm3": lambda: transformers.SmolLM3Config(**_GQA, **_IDS, no_rope_layer_interval=2),
     "olmo2": lambda: transformers.Olmo2Config(**_GQA, **_IDS, tie_word_embeddings=True),

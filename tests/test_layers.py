@@ -14,7 +14,7 @@ LAYERS = (
     ("mi",),
     ("errors", "rebuild", "hub", "console", "task_heads"),
     ("groups", "metrics"),
-    ("families.encoders", "families.decoders"),
+    ("families.encoders", "families.distilbert", "families.mpnet", "families.decoders", "families.gpt"),
     ("families",),
     ("sites", "masks", "tracing"),
     ("plans", "inject", "costs"),
