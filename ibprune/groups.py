@@ -52,7 +52,8 @@ class MaskAt:
     """Where a mask acts: the input ("in") or output ("out") features of a module, "norms" or "rank".
 
     At "norms" the mask multiplies the output of every norm among the group's cuts and the norm takes
-    its statistics over the kept features only, so that slicing is exact afterwards. At "rank" it acts
+    its statistics over the kept features only, so that slicing is exact afterwards; so is the output of
+    the module at `path`, where there is one: a projection that is read without a norm. At "rank" it acts
     on the directions of a factorised embedding and of the output tied to it. At "consumers" it multiplies
     what every "in" cut of the site reads, and a LayerNorm on the way takes its statistics as at "norms".
     """

@@ -7,7 +7,7 @@ from torch import nn
 
 from ibprune.errors import PlanMismatch, UnsupportedModel
 from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor, is_norm
-from ibprune.inject import MASKS, norm_paths, remove_
+from ibprune.inject import MASKS, norm_paths, remove_, unnormed
 from ibprune.plans import PruningPlan, check_plan
 from ibprune.rebuild import (
     STUBS,
@@ -213,6 +213,8 @@ def _fold_(model: nn.Module, sites: dict[str, Site], *, norm_offset: float = 0.0
         if site.mask_at.side == "norms":
             for path in norm_paths(model, site):
                 _scale_norm_(model.get_submodule(path), mu, norm_offset)
+            for module in unnormed(model, site):
+                _scale_features_(module, "out", mu)
             continue
         if site.mask_at.side == "consumers":
             for cut in site.consumers():
@@ -227,10 +229,14 @@ def _fold_(model: nn.Module, sites: dict[str, Site], *, norm_offset: float = 0.0
         elif site.mask_at.side == "out" and is_norm(module):
             _scale_norm_(module, mu.repeat_interleave(len(module.weight) // site.n_units), norm_offset)
         else:
-            scale = mu.repeat_interleave(axis_width(model, Cut(site.mask_at.path, site.mask_at.side)) // site.n_units)
-            for parameter, dim in axis_dims(module, site.mask_at.side):
-                tensor = module.get_parameter(parameter).movedim(dim, -1)
-                tensor.mul_(scale.to(tensor.dtype))
+            width = axis_width(model, Cut(site.mask_at.path, site.mask_at.side)) // site.n_units
+            _scale_features_(module, site.mask_at.side, mu.repeat_interleave(width))
+
+
+def _scale_features_(module: nn.Module, axis: str, scale: torch.Tensor) -> None:
+    for name, dim in axis_dims(module, axis):
+        tensor = module.get_parameter(name).movedim(dim, -1)
+        tensor.mul_(scale.to(tensor.dtype))
 
 
 def _scale_norm_(norm: nn.Module, mu: torch.Tensor, offset: float) -> None:

@@ -3,11 +3,13 @@
 import os
 import random
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where transformers copies the code of pruned folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
@@ -126,6 +128,9 @@ HEADS = {  # every usual head of every row
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
 FLOAT32 |= {"gpt_neox", "opt", "llama-tied"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
+# One case of each model type: a classifier, and a language model, where there is one.
+CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}
+LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "LM" in case[1][-12:])}
 
 
 def pytest_collection_modifyitems(items):

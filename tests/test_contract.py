@@ -1,14 +1,17 @@
 """The contract of every family row: masked == compacted == exported == reloaded, and exact costs."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, FLOAT32, TINY, build, outputs, random_keep, token_ids
+from conftest import CASES, CLASSIFIERS, FLOAT32, LANGUAGE_MODELS, TINY, build, outputs, random_keep, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibprune.costs import count_params, macs_model, params_model
-from ibprune.errors import UnsupportedModel
+from ibprune.cutting import choose_kinds
+from ibprune.errors import BadRecipe, UnsupportedModel
 from ibprune.families import FAMILIES
 from ibprune.inject import inject_, remove_
 from ibprune.plans import PruningPlan
@@ -16,8 +19,6 @@ from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_, factorize_, merge_
 from ibprune.task_heads import auto_class
 
-ONE = {TINY[f]().model_type: (f, h) for f, h in CASES}  # a case of each type, a classifier where there is one
-ONE |= {TINY[f]().model_type: (f, h) for f, h in CASES if h.endswith("ForSequenceClassification")}
 CAUSAL = [(f, h) for f, h in CASES if auto_class(h, TINY[f]().model_type) == "AutoModelForCausalLM"]
 
 
@@ -39,7 +40,7 @@ def compacted(model, keep_of):
 
 
 def test_every_row_has_a_case():
-    assert {name for family in FAMILIES for name in family.model_types} == set(ONE)
+    assert {name for family in FAMILIES for name in family.model_types} == set(CLASSIFIERS)
 
 
 @pytest.mark.parametrize("family,head", CASES)
@@ -107,9 +108,9 @@ def test_keeping_everything_is_the_dense_model(family, head):
     assert torch.allclose(outputs(model), before, atol=1e-6)
 
 
-@pytest.mark.parametrize("model_type", ONE)
+@pytest.mark.parametrize("model_type", CLASSIFIERS)
 def test_every_mask_gets_a_gradient_and_only_masks_do(model_type):
-    model = factorized(build(*ONE[model_type]))
+    model = factorized(build(*CLASSIFIERS[model_type]))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     sites = find_sites(model)
@@ -139,9 +140,11 @@ def test_a_gqa_unit_is_a_key_value_head_with_the_query_heads_that_read_it():
     assert gone == list(range(unit * group, (unit + 1) * group))
 
 
-@pytest.mark.parametrize("model_type", ONE)
+@pytest.mark.parametrize("model_type", CLASSIFIERS)
 def test_eager_equals_sdpa_and_bfloat16_runs(model_type):
-    model = compacted(factorized(build(*ONE[model_type], dtype=torch.float32)), lambda sites: random_keep(sites, 3))
+    model = compacted(
+        factorized(build(*CLASSIFIERS[model_type], dtype=torch.float32)), lambda sites: random_keep(sites, 3)
+    )
     eager = outputs(model)
     if type(model)._supports_sdpa:
         model.config._attn_implementation = "sdpa"
@@ -173,6 +176,14 @@ def test_generation_with_and_without_cache_agrees_after_losing_the_first_attenti
     assert len(made[0][0]) == 19
 
 
+@pytest.mark.parametrize("family,kind", [("mpnet", "heads"), ("olmo2", "hidden"), ("phi3", "heads")])
+def test_the_error_for_a_kind_that_a_family_cannot_cut_says_why(family, kind):
+    model = build(*LANGUAGE_MODELS[family])
+    uncut = dict(find_family(family).uncut)
+    with pytest.raises(BadRecipe, match=next(iter(uncut.values()))):
+        choose_kinds(model, (kind,))
+
+
 def test_models_outside_the_table_are_refused():
     from transformers import XLNetConfig, XLNetModel
 
@@ -187,3 +198,12 @@ def test_models_outside_the_table_are_refused():
     mlp.gate, mlp.gate_proj = mlp.gate_proj, None
     with pytest.raises(UnsupportedModel, match="gate_proj"):
         find_sites(model)
+
+
+def test_the_readme_lists_every_row_with_its_kinds():
+    lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    for family in FAMILIES:
+        for model_type in family.model_types:
+            (row,) = (line for line in lines if line.startswith("|") and f"`{model_type}`" in line)
+            kinds = tuple(dict.fromkeys(group.kind for group in family.groups))
+            assert set(re.findall(r"`(\w+)`", row.rpartition("| ")[2])) == set(kinds), model_type

@@ -203,7 +203,7 @@ ELECTRA = Family(
                 Cut("/classifier", "in", optional=True),  # of tokens: a plain linear layer
                 Cut("/qa_outputs", "in", optional=True),
             ),
-            mask_at=MaskAt("norms"),
+            mask_at=MaskAt("norms", "embeddings_project"),  # the first block reads it without a norm
         ),
         Group(
             "embedding",
