@@ -15,7 +15,7 @@ from ibprune.costs import CostModel, macs_model, params_model
 from ibprune.data import token_counts
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.feeding import Feed
-from ibprune.groups import Site
+from ibprune.groups import ATTENTION_KINDS, Site
 from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective, forward, training_loss
 from ibprune.masks import MaskSet
@@ -59,7 +59,7 @@ def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...], *, headless_enc
         kinds = tuple("kv_groups" if kind == "heads" else kind for kind in kinds)
     for kind in kinds:
         if kind not in known:
-            why = dict(family.uncut).get(kind)
+            why = dict(family.uncut).get("heads" if kind in ATTENTION_KINDS else kind)
             hint = f"{why}. Its kinds: {', '.join(known)}" if why else did_you_mean(kind, known)
             raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {hint}.")
     return kinds or tuple(kind for kind in known if not (headless_encoder and kind == "hidden"))

@@ -106,7 +106,7 @@ class Family:
         causal: Whether a token sees only those before it.
         norm_offset: What the norms add to their weight before they multiply by it (Gemma: 1).
         reserved_positions: Positions of `max_position_embeddings` that no token can take.
-        uncut: Kinds that cannot be cut exactly in this family, with the reason.
+        uncut: Kinds that cannot be cut exactly in this family, with the reason ("heads" for KV groups too).
     """
 
     model_types: tuple[str, ...]

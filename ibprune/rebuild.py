@@ -4,6 +4,8 @@ This file imports nothing of ibprune, because its text is copied into the `model
 exports that plain transformers cannot express: what loads there is what loads here.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -187,6 +189,19 @@ def renumber_layers_(model: nn.Module, old_types: list[str] | None) -> None:
         module.layer_idx = order[module.layer_idx]
 
 
+def pin_rotary_(model: nn.Module) -> None:
+    """Gives modules with rotary frequencies a config of their own, while the model's still is the dense one.
+
+    transformers computes the frequencies again after loading, and for long texts, from the width of a head; where
+    the config has no `head_dim` that is the model's width over the number of heads.
+    """
+    config = model.config
+    dense = copy.deepcopy(config)
+    for module in model.modules():
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+            module.config = dense if module.config is config else module.config
+
+
 def _has(model: nn.Module, path: str) -> bool:
     return any(name == path for name, _ in model.named_modules())
 
@@ -208,6 +223,7 @@ class Pruned:
             config.__class__ = own
             if auto_map is not None:
                 config.auto_map = auto_map
+        pin_rotary_(self)
         for key, value in pruned.items():
             setattr(config, key, value)
         rebuild_(self, spec)

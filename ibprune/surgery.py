@@ -16,6 +16,7 @@ from ibprune.rebuild import (
     SelectedLinear,
     factorize_modules,
     full_path,
+    pin_rotary_,
     renumber_layers_,
     replace_module,
     set_parameter,
@@ -116,6 +117,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
         with torch.no_grad():
             _fold_(model, sites, norm_offset=family.norm_offset)
         remove_(model)
+    pin_rotary_(model)
     sizes = _new_sizes(model, sites, plan)
     widths = {
         key: plan.kept()[name] for name, key in family.config_keys.items() if name in sites and not sites[name].block

@@ -22,7 +22,7 @@ from ibprune.task_heads import auto_class
 
 def pruned(family, head, keep_of, factorize=True):
     model = build(family, head, dtype=torch.float32)
-    model.config._attn_implementation = "sdpa"
+    model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     if factorize and any(group.kind == "embedding_rank" for group in find_family(model.config.model_type).groups):
         factorize_(model)
     sites = find_sites(model)

@@ -208,9 +208,7 @@ PHI3 = Family(
     attention="self_attn",
     context="self_attn.o_proj",
     config_keys={"hidden": "hidden_size", "ffn": "intermediate_size"},
-    uncut=(
-        ("kv_groups", "its attention splits the fused projection by the config's number of heads, one for all layers"),
-    ),
+    uncut=(("heads", "its attention splits the fused projection by the config's number of heads, one for all layers"),),
     groups=(
         _ATTENTION_SUBLAYER,
         Group(
