@@ -177,7 +177,8 @@ def renumber_layers_(model: nn.Module, old_types: list[str] | None) -> None:
     Args:
         old_types: `config.layer_types` that the present numbers count in; None where the config has none.
     """
-    attentions = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    blocks = {id(block) for child in model.modules() if isinstance(child, nn.ModuleList) for block in child}
+    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and id(m) not in blocks]
     numbers = sorted({module.layer_idx for module in attentions})
     new_types = getattr(model.config, "layer_types", None) if old_types else None
     free = list(range(len(new_types or numbers)))

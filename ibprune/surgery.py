@@ -111,6 +111,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
             merge_(model)
             raise
     check_plan(plan, model, sites)
+    native = {id(module) for module in model.modules() if type(module) in STUBS.values()}
     dense = {key: copy.copy(getattr(model.config, key)) for key in _size_keys(model)}
     before = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     if masked:
@@ -136,7 +137,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for key, width in widths.items():
         setattr(model.config, key, width)
     sizes = {path: size for path, size in sizes.items() if path.rpartition(".")[0] in dict(model.named_modules())}
-    _describe_(model, dense, before, dropped, sizes)
+    _describe_(model, dense, before, dropped, sizes, native)
     return model
 
 
@@ -269,7 +270,7 @@ def _retype_layers_(model: nn.Module, family: Family) -> None:
     types = list(getattr(model.config, "layer_types", None) or ())
     paths = [full_path(model, f"{block}.{family.attention}") for block in block_paths(model, family)]
     has = [any(True for _ in model.get_submodule(path).parameters()) for path in paths]
-    if types and any(has):
+    if family.causal and types and any(has):
         first = types[has.index(True)]
         model.config.layer_types = [old if stays else first for old, stays in zip(types, has)]
 
@@ -281,7 +282,12 @@ def _size_keys(model: nn.Module) -> list[str]:
 
 
 def _describe_(
-    model: nn.Module, dense: dict[str, int], before: dict[str, tuple], dropped: list[str], sizes: dict[str, int]
+    model: nn.Module,
+    dense: dict[str, int],
+    before: dict[str, tuple],
+    dropped: list[str],
+    sizes: dict[str, int],
+    native: set[int],
 ) -> None:
     """Writes the structure into the config: uniform sizes as plain keys, all of it in `config.ibprune`."""
     config = model.config
@@ -301,7 +307,7 @@ def _describe_(
         }
     stubs = dict(old["stubs"])
     for path, module in model.named_modules():
-        stub = next((key for key, cls in STUBS.items() if type(module) is cls and path), None)
+        stub = next((key for key, cls in STUBS.items() if type(module) is cls and id(module) not in native), None)
         if stub:
             stubs[_spec_path(path, backbone)] = stub
     shapes = dict(old["shapes"])

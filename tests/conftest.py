@@ -29,6 +29,7 @@ _HEADS = _SIZES | dict(num_attention_heads=4)
 _ROBERTA = _HEADS | dict(max_position_embeddings=66)  # two positions are reserved
 _GQA = _SIZES | dict(num_attention_heads=6, num_key_value_heads=3)
 _IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+_MODERN = dict(local_attention=4, cls_token_id=2, sep_token_id=3)
 _QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
 TINY = {
@@ -42,6 +43,7 @@ TINY = {
     "electra": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=16),
     "electra-wide": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=24),
     "mpnet": lambda: transformers.MPNetConfig(**_ROBERTA),
+    "modernbert": lambda: transformers.ModernBertConfig(**_HEADS, **_IDS, **_MODERN),
     "llama": lambda: transformers.LlamaConfig(**_GQA, pad_token_id=0),
     "llama-tied": lambda: transformers.LlamaConfig(**_GQA, pad_token_id=0, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**_GQA, **_IDS, sliding_window=4),
@@ -102,6 +104,13 @@ HEADS = {  # every usual head of every row
         "MPNetForSequenceClassification",
         "MPNetForTokenClassification",
         "MPNetForQuestionAnswering",
+    ),
+    "modernbert": (
+        "ModernBertModel",
+        "ModernBertForMaskedLM",
+        "ModernBertForSequenceClassification",
+        "ModernBertForTokenClassification",
+        "ModernBertForQuestionAnswering",
     ),
     "llama": ("LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaForTokenClassification"),
     "llama-tied": ("LlamaForCausalLM",),

@@ -4,6 +4,8 @@ from ibprune.families.decoders import GEMMA, GEMMA2, LLAMA, OLMO2, PHI3
 from ibprune.families.distilbert import DISTILBERT
 from ibprune.families.encoders import BERT, ELECTRA, ROBERTA
 from ibprune.families.gpt import GPT2, GPT_NEOX, OPT
+from ibprune.families.modernbert import MODERNBERT
 from ibprune.families.mpnet import MPNET
 
-FAMILIES = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
+_ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
+FAMILIES = (*_ENCODERS, LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
