@@ -98,14 +98,15 @@ def largest_error(*readings: dict[str, np.ndarray]) -> dict[str, float | None]:
     return found
 
 
-def attention_group(model: nn.Module) -> Group:
-    """The row of the family that says what a head, or a group of heads, is."""
-    return next(group for group in find_family(model.config.model_type).groups if group.kind in ATTENTION_KINDS)
+def attention_group(model: nn.Module) -> Group | None:
+    """The row of the family that says what a head, or a group of heads, is; None where heads cannot be cut."""
+    groups = find_family(model.config.model_type).groups
+    return next((group for group in groups if group.kind in ATTENTION_KINDS), None)
 
 
 def attention_modules(model: nn.Module) -> dict[str, str]:
     """Paths of the attentions of a transformers model by dense block; blocks removed whole are absent."""
-    inside = attention_group(model).unit.rpartition(".")[0]
+    inside = find_family(model.config.model_type).attention
     found: dict[str, str] = {}
     for block, (path, side) in block_layers(model).items():
         if side == "out" and f"{path}.{inside}" not in found.values():  # a removed block shows the one before it
@@ -194,12 +195,12 @@ def kept_units(plan: PruningPlan, model: nn.Module) -> dict[str, tuple[int, tupl
 
     A unit is a head, or a key-value head with the query heads that read it. A removed sub-layer keeps none.
     """
-    group = attention_group(model)
-    inside = group.unit.rpartition(".")[0]
+    group, family = attention_group(model), find_family(model.config.model_type)
+    if group is None:
+        return {}
+    inside = family.attention
     whole = [
-        other.name
-        for other in find_family(model.config.model_type).groups
-        if any(cut.axis == "whole" and cut.path == inside for cut in other.cuts)
+        other.name for other in family.groups if any(cut.axis == "whole" and cut.path == inside for cut in other.cuts)
     ]
     found = {}
     for block in block_layers(model):

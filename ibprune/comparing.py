@@ -20,6 +20,7 @@ from ibprune.mi.probes import Probe
 from ibprune.models import find_source, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
+from ibprune.sites import find_family
 from ibprune.surgery import SPEC
 
 
@@ -80,7 +81,8 @@ def audit(
     rows = find_data(recipe, console)
     if rows.note:
         console.say(rows.note)
-    limits = [getattr(model.config, "max_position_embeddings", None) or max_length for model in (before, after)]
+    family = find_family(before.config.model_type)
+    limits = [family.max_tokens(model.config) or max_length for model in (before, after)]
     inputs = encode_inputs(rows, loaded.tokenizer, max_length=min(max_length, *limits), most=max_inputs)
     _check_vocabulary(inputs, before, after)
     settings = AuditSettings(

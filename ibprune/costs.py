@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ibprune.groups import ATTENTION_KINDS, Site, axis_dims, axis_width, get_tensor
-from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding
+from ibprune.groups import Cut, Site, axis_dims, axis_width, get_tensor
+from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_path
+from ibprune.sites import block_paths, find_family
 
 COSTS = ("params", "macs")
 SCOPES = ("model", "blocks")
@@ -133,8 +135,8 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
             factors = (*cutters, *whole.get(owner, ()))
             terms.append(Term(coefficient, factors, _in_blocks(sites, owner), in_rank))
             if in_rank and not owner.endswith(".projection"):  # while nothing is cut the two factors are one matrix
-                embedding = model.get_submodule(owner)
-                width, hidden = _hidden(f"{owner}.projection.weight", embedding.embedding_dim, n_units, dims)
+                projection = f"{owner}.projection.weight"  # of the embedding, or of a tied output that comes first
+                width, hidden = _hidden(projection, model.get_parameter(projection).shape[0], n_units, dims)
                 terms.append(Term(parameter.shape[0] * width, hidden, False, in_rank, dense=True))
     return CostModel("params", tuple(terms), n_units)
 
@@ -157,7 +159,8 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
     n_units = {name: site.n_units for name, site in sites.items()}
     rank = _rank_site(sites)
     terms = []
-    for path, rows in linear_rows(model, length).items():
+    row_counts = linear_rows(model, length)
+    for path, rows in row_counts.items():
         module = model.get_submodule(path)
         weight = module.weight
         tensors = [weight]
@@ -174,11 +177,17 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             projection = module.projection.weight
             width, hidden = _hidden(names[id(projection)], projection.shape[0], n_units, dims)
             terms.append(Term(rows * weight.shape[0] * width, hidden, False, rank, dense=True))
-    for site in sites.values():
-        if site.kind in ATTENTION_KINDS:
-            width = axis_width(model, next(cut for cut in site.cuts if cut.path == site.mask_at.path))
-            layers = whole.get(site.mask_at.path, ())
-            terms.append(Term(2 * length * length * width // site.n_units, (site.name, *layers), True))
+    family = find_family(model.config.model_type)
+    for path in (full_path(model, f"{block}.{family.context}") for block in block_paths(model, family)):
+        if path in row_counts:  # not where the attention was removed
+            # both products of an attention multiply, per token, every other token by every context feature
+            module = model.get_submodule(path)
+            ((name, dim),) = axis_dims(module, "in")
+            features = axis_width(model, Cut(path, "in"))
+            owned = {(name, 0): dims.get((names[id(get_tensor(module, name))], dim), [])}
+            for coefficient, cutters in _products(name, torch.Size([features]), n_units, owned):
+                factors = (*cutters, *whole.get(path, ()))
+                terms.append(Term(2 * length * row_counts[path] * coefficient, factors, True))
     return CostModel("macs", tuple(terms), n_units, length)
 
 
@@ -239,8 +248,9 @@ def linear_rows(model: nn.Module, length: int) -> dict[str, int]:
     inside = [p for p, m in skeleton.named_modules() if isinstance(m, (FactorizedEmbedding, FactorizedUnembedding))]
     for path, module in skeleton.named_modules():
         factored = isinstance(module, (FactorizedEmbedding, FactorizedUnembedding))
-        if factored or (isinstance(module, nn.Linear) and path.rpartition(".")[0] not in inside):
+        if factored or (isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[0] not in inside):
             module.register_forward_hook(count(path))
+    skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with torch.no_grad():
         skeleton(input_ids=ids)  # no attention mask: its values would be read

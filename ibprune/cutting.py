@@ -15,7 +15,7 @@ from ibprune.costs import CostModel, macs_model, params_model
 from ibprune.data import token_counts
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.feeding import Feed
-from ibprune.groups import Site
+from ibprune.groups import ATTENTION_KINDS, Site
 from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective, forward, training_loss
 from ibprune.masks import MaskSet
@@ -59,7 +59,9 @@ def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...], *, headless_enc
         kinds = tuple("kv_groups" if kind == "heads" else kind for kind in kinds)
     for kind in kinds:
         if kind not in known:
-            raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {did_you_mean(kind, known)}.")
+            why = dict(family.uncut).get("heads" if kind in ATTENTION_KINDS else kind)
+            hint = f"{why}. Its kinds: {', '.join(known)}" if why else did_you_mean(kind, known)
+            raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {hint}.")
     return kinds or tuple(kind for kind in known if not (headless_encoder and kind == "hidden"))
 
 
@@ -67,13 +69,13 @@ def prepare_(
     model: PreTrainedModel, kinds: tuple[str, ...], counts: torch.Tensor | None
 ) -> tuple[dict[str, Site], dict[str, Site], Costs]:
     """Factorises the embedding if its rank is to be cut; returns all sites, those to cut, and the costs."""
-    headless_encoder = type(model).__name__.endswith("Model") and model.base_model is model
+    headless_encoder = model.base_model is model
     kinds = choose_kinds(model, kinds, headless_encoder=headless_encoder)
     if "embedding_rank" in kinds:
         factorize_(model, counts)
     everything = find_sites(model)
     chosen = {name: site for name, site in everything.items() if site.kind in kinds}
-    length = min(MACS_LENGTH, getattr(model.config, "max_position_embeddings", None) or MACS_LENGTH)
+    length = min(MACS_LENGTH, find_family(model.config.model_type).max_tokens(model.config) or MACS_LENGTH)
     return everything, chosen, Costs(params_model(model, everything), macs_model(model, everything, length=length))
 
 

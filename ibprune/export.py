@@ -25,18 +25,10 @@ from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.plans import PruningPlan
 from ibprune.sites import block_paths, find_family, find_sites
 from ibprune.surgery import SPEC
+from ibprune.task_heads import auto_class
 
 CODE = "modeling_ibprune.py"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_AUTO_MAPPINGS = (
-    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
-    ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
-    ("AutoModel", "MODEL_MAPPING_NAMES"),
-)
 
 
 def check_output(folder: str | Path, *, model: str | None = None) -> Path:
@@ -82,16 +74,6 @@ def staged(folder: Path) -> Iterator[Path]:
         raise
 
 
-def auto_class(cls_name: str, model_type: str) -> str:
-    """The transformers Auto class that serves a model class."""
-    from transformers.models.auto import modeling_auto
-
-    for auto, mapping in _AUTO_MAPPINGS:
-        if getattr(modeling_auto, mapping).get(model_type) == cls_name:
-            return auto
-    return "AutoModel"
-
-
 def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     """A config from which plain transformers builds exactly this model's shapes, or None."""
     spec = getattr(model.config, SPEC, None)
@@ -103,12 +85,13 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     sites = find_sites(model)
     config = copy.deepcopy(model.config)
     delattr(config, SPEC)
-    for kind, key in family.config_keys.items():
-        counts = {site.n_units for site in sites.values() if site.kind == kind and (site.block or kind != "hidden")}
-        counts |= {sites[name].n_units for name in ("hidden",) if kind == "hidden"}
+    for name, key in family.config_keys.items():
+        counts = {site.n_units for site in sites.values() if site.group.name == name}
+        if not counts:
+            continue  # the model has no such units
         if len(counts) != 1:
             return None
-        if kind == "kv_groups":
+        if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
         setattr(config, key, min(counts))
     config.num_hidden_layers = len(block_paths(model, family))
@@ -118,9 +101,19 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
             plain = type(model)(config)
     except (ValueError, StrictDataclassError):  # the family's own checks refuse the widths
         return None
-    ours = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    theirs = {name: tuple(p.shape) for name, p in plain.named_parameters(remove_duplicate=False)}
-    return config if ours == theirs else None
+    return config if _form(model) == _form(plain) else None
+
+
+def _form(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+    """Shapes of all parameters, and the modules' real numbers: a scale derived from a width is no parameter."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    numbers = {
+        f"{path}.{key}": value
+        for path, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, float)
+    }
+    return shapes, numbers
 
 
 def tier_of(model: PreTrainedModel) -> str:
@@ -186,7 +179,8 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
     try:  # the family's own checks may refuse the pruned width; then the key keeps the dense one
         type(model.config).from_dict(raw | {"model_type": model_type})
     except (ValueError, StrictDataclassError):
-        raw["hidden_size"] = raw[SPEC]["dense"]["hidden_size"]
+        key = find_family(model_type).config_keys["hidden"]
+        raw[key] = raw[SPEC]["dense"][key]
     return raw
 
 

@@ -26,6 +26,8 @@ from ibprune.errors import BadData, BadRecipe
 from ibprune.hub import hub_reachable
 from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
+from ibprune.sites import find_family
+from ibprune.task_heads import auto_class
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,16 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
         BadData: A task head that the data cannot feed.
     """
     name = type(model).__name__
-    if name.endswith("ForSequenceClassification"):
+    auto = auto_class(name, model.config.model_type)
+    if auto == "AutoModelForSequenceClassification":
         if not data.label_column:
             raise BadData(f"{name} needs labelled data, '{data.name}' has no label column: use --task or --data.")
         return "classification" if data.labels else "regression"
-    if name.endswith("ForCausalLM"):
+    if auto == "AutoModelForCausalLM":
         return "causal_lm"
-    if name.endswith("ForMaskedLM"):
+    if auto == "AutoModelForMaskedLM":
         return "masked_lm"
-    if name.endswith("Model") and not name.endswith("LMHeadModel"):
+    if model.base_model is model:
         return "encoder"
     raise BadData(f"{name} has a task head that ibprune cannot train yet: use a base, classification or LM model.")
 
@@ -134,7 +137,7 @@ def make_feed(
     """The feed, and the recipe with the defaults that its objective decides filled in."""
     name = objective_name(model, data)
     defaults = DEFAULTS[name]
-    limit = getattr(model.config, "max_position_embeddings", None) or defaults.max_length
+    limit = find_family(model.config.model_type).max_tokens(model.config) or defaults.max_length
     max_length = recipe.max_length or min(defaults.max_length, limit)
     if max_length > limit:
         raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")

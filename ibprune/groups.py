@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, SelectedLinear
 
@@ -26,6 +27,8 @@ class Cut:
         needs, without: Backbone modules that must exist, or must not, for this cut to apply.
         offset, width: Unit j owns the features offset + j * width … offset + (j + 1) * width - 1, so that
             several sites may share an axis (concatenation). Width 0: the units share the whole axis equally.
+        chunk, chunks: The units share only this one of so many equal parts of the axis (fused projections,
+            such as query, key and value in one layer); a bound cut says it by offset and width.
     """
 
     path: str
@@ -36,6 +39,8 @@ class Cut:
     without: str = ""
     offset: int = 0
     width: int = 0
+    chunk: int = 0
+    chunks: int = 1
 
     def span(self, n_units: int, features: int) -> tuple[int, int]:
         """First feature and features per unit, on an axis of so many features."""
@@ -47,7 +52,8 @@ class MaskAt:
     """Where a mask acts: the input ("in") or output ("out") features of a module, "norms" or "rank".
 
     At "norms" the mask multiplies the output of every norm among the group's cuts and the norm takes
-    its statistics over the kept features only, so that slicing is exact afterwards. At "rank" it acts
+    its statistics over the kept features only, so that slicing is exact afterwards; so is the output of
+    the module at `path`, where there is one: a projection that is read without a norm. At "rank" it acts
     on the directions of a factorised embedding and of the output tied to it. At "consumers" it multiplies
     what every "in" cut of the site reads, and a LayerNorm on the way takes its statistics as at "norms".
     """
@@ -68,6 +74,8 @@ class Group:
         per_block: One site in every block, or one for the whole model.
         unit: Attribute path (relative to the block) with the width of one unit on the first cut.
         min_units: The least that must stay.
+        sizes: Integer attributes (paths relative to the block) that the family's forward reads and that
+            count in proportion to the units.
     """
 
     name: str
@@ -77,6 +85,7 @@ class Group:
     per_block: bool = True
     unit: str = ""
     min_units: int = 1
+    sizes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,15 @@ class Family:
         groups: The prunable kinds.
         embedding: The token embedding in the backbone.
         output: The output layer that may be tied to it ("/…": in the whole model).
-        config_keys: Config key that holds the number of units per kind in a uniform model.
-        free: Modules ("/…" in the whole model) whose parameters no unit owns.
+        attention: Path from the block to the module that computes attention probabilities.
+        context: Path from the block to the linear layer that reads the attention's result.
+        config_keys: Config key that holds the number of units per group name in a uniform model.
+        per_layer: Config keys that list one value per block.
+        free: Modules ("/…" in the whole model, "*" for every layer) whose parameters no unit owns.
         causal: Whether a token sees only those before it.
+        norm_offset: What the norms add to their weight before they multiply by it (Gemma: 1).
+        reserved_positions: Positions of `max_position_embeddings` that no token can take.
+        uncut: Kinds that cannot be cut exactly in this family, with the reason ("heads" for KV groups too).
     """
 
     model_types: tuple[str, ...]
@@ -99,9 +114,20 @@ class Family:
     groups: tuple[Group, ...]
     embedding: str
     output: str
+    attention: str
+    context: str
     config_keys: dict[str, str]
+    per_layer: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     causal: bool = False
+    norm_offset: float = 0.0
+    reserved_positions: int = 0
+    uncut: tuple[tuple[str, str], ...] = ()
+
+    def max_tokens(self, config: object) -> int | None:
+        """The longest sequence that a config of the family can place, None where nothing bounds it."""
+        positions = getattr(config, "max_position_embeddings", None)
+        return positions - self.reserved_positions if positions else None
 
 
 @dataclass(frozen=True)
@@ -113,6 +139,7 @@ class Site:
         mask_at: The same with a path from the root.
         n_units: Units present now.
         block: Path of the block from the model's root, "" for the whole model.
+        sizes: The group's `sizes` with paths from the root.
     """
 
     name: str
@@ -121,6 +148,7 @@ class Site:
     cuts: tuple[Cut, ...]
     mask_at: MaskAt
     n_units: int
+    sizes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -158,6 +186,10 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
             dims = (("weight", 1), ("index", 0))
         case nn.Linear(), "in":
             dims = (("weight", 1),)
+        case Conv1D(), "in":  # GPT-2's linear layer holds its weight as (in, out)
+            dims = (("weight", 0),)
+        case Conv1D(), "out":
+            dims = (("weight", 1), ("bias", 0))
         case nn.modules.conv._ConvTransposeNd(), "in" | "out" if module.groups == 1:
             dims = (("weight", 0),) if axis == "in" else (("weight", 1), ("bias", 0))
         case nn.modules.conv._ConvNd(), "in" if module.groups == 1:

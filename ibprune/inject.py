@@ -65,27 +65,28 @@ class _NormInputHook:
     """Prepares an RMSNorm's input so that its statistics cover the kept features only.
 
     With d' of d features kept, the norm sees sqrt(d/d') * kept * x, whose mean square is that of the
-    kept features, whatever the norm's class does with its weight.
+    kept features, whatever the norm's class does with its weight. Each unit spans `width` features.
     """
 
-    def __init__(self, mask: VIBMask):
-        self.mask = mask
+    def __init__(self, mask: VIBMask, width: int = 1):
+        self.mask, self.width = mask, width
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
         hard, kept = self.mask.hard, self.mask.n_kept
         if self.mask.probe is not None or kept == len(hard):
             return args
-        return (args[0] * (hard * (len(hard) / kept) ** 0.5).to(args[0].dtype), *args[1:])
+        scale = (hard * (len(hard) / kept) ** 0.5).repeat_interleave(self.width)
+        return (args[0] * scale.to(args[0].dtype), *args[1:])
 
 
 class _NormOutputHook:
-    """Undoes the scale of `_NormInputHook` and multiplies by the mask."""
+    """Undoes the scale of `_NormInputHook` and, where `multiply` is set, multiplies by the mask."""
 
-    def __init__(self, mask: VIBMask):
-        self.mask = mask
+    def __init__(self, mask: VIBMask, multiply: bool = True):
+        self.mask, self.multiply = mask, multiply
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        z = self.mask(output.shape[0])
+        z = self.mask(output.shape[0]) if self.multiply else torch.ones(1, 1, device=output.device)
         if self.mask.probe is None:
             z = z * (self.mask.n_kept / len(self.mask.hard)) ** 0.5
         return _scale(output, z)
@@ -206,6 +207,8 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
                 else:
                     norm.register_forward_pre_hook(_NormInputHook(mask))
                     norm.register_forward_hook(_NormOutputHook(mask))
+            for module in unnormed(model, site):
+                module.register_forward_hook(_OutputHook(mask))
             continue
         module = model.get_submodule(site.mask_at.path)
         if site.mask_at.side == "rank":
@@ -215,7 +218,12 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
                 if isinstance(output, FactorizedUnembedding):
                     output.codes.register_forward_hook(_OutputHook(mask))
         elif site.mask_at.side == "in":
-            module.register_forward_pre_hook(_InputHook(mask, module.weight.shape[1] // site.n_units))
+            width = axis_width(model, Cut(site.mask_at.path, "in")) // site.n_units
+            module.register_forward_pre_hook(_InputHook(mask, width))
+            for path in norm_paths(model, site):  # a norm over all heads: its statistics are those of the kept ones
+                norm = model.get_submodule(path)
+                norm.register_forward_pre_hook(_NormInputHook(mask, len(norm.weight) // site.n_units))
+                norm.register_forward_hook(_NormOutputHook(mask, multiply=False))
         else:
             module.register_forward_hook(_OutputHook(mask))
     return masks
@@ -244,6 +252,12 @@ def _inject_consumers_(model: nn.Module, sites: dict[str, Site], masks: MaskSet)
 
 def norm_paths(model: nn.Module, site: Site) -> list[str]:
     return [cut.path for cut in site.cuts if is_norm(model.get_submodule(cut.path))]
+
+
+def unnormed(model: nn.Module, site: Site) -> list[nn.Module]:
+    """The modules whose outputs a mask at the norms acts on as well: at most one, and only where it is present."""
+    module = dict(model.named_modules()).get(site.mask_at.path) if site.mask_at.path else None
+    return [] if module is None else [module]
 
 
 def remove_(model: nn.Module) -> None:

@@ -36,7 +36,8 @@ class VIBMask(nn.Module):
     def forward(self, batch: int) -> torch.Tensor:
         """Returns the multipliers, (batch or 1, n_units), float32."""
         if self.probe is not None:
-            return self.probe
+            repeats = max(1, batch // len(self.probe))  # a family may flatten (batch, length) to rows
+            return self.probe.repeat_interleave(repeats, dim=0) if repeats > 1 else self.probe
         if not self.training or self.noise == 0.0:
             return (self.hard * self.mu).unsqueeze(0)
         eps = torch.randn(batch, len(self.mu), device=self.mu.device)

@@ -28,7 +28,6 @@ ALIASES = {
     "tinyllama": "TinyLlama/TinyLlama_v1.1",
 }
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-NEW_HEADS = ("classifier.", "score.", "qa_outputs.", "bert.pooler.", "pooler.")
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,9 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
         raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {_first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, ArithmeticError, TypeError, AttributeError) as error:
         raise BadRecipe(f"could not load '{source.name}': {_first_line(error)}") from error
-    fresh = [key for key in info["missing_keys"] if key.startswith(NEW_HEADS) and n_labels is not None]
+    backbone = f"{model.base_model_prefix}."
+    heads = [key for key in info["missing_keys"] if not key.startswith(backbone) or ".pooler." in key]
+    fresh = heads if n_labels is not None else []
     broken = sorted({*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])} - set(fresh))
     if broken:
         raise PlanMismatch(

@@ -20,7 +20,7 @@ from ibprune.cutting import Costs, cut, loss_with, train_settings
 from ibprune.data import TextData
 from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
-from ibprune.export import auto_class, check_output, staged, verify, write_model
+from ibprune.export import check_output, staged, verify, write_model
 from ibprune.features import default_pooling
 from ibprune.feeding import Feed, find_data, make_feed
 from ibprune.groups import KINDS
@@ -34,6 +34,7 @@ from ibprune.models import Loaded, check_finite, find_source, load_config, load_
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, versions
+from ibprune.task_heads import auto_class
 from ibprune.trainer import make_accelerator, train
 
 

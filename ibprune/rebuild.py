@@ -4,8 +4,11 @@ This file imports nothing of ibprune, because its text is copied into the `model
 exports that plain transformers cannot express: what loads there is what loads here.
 """
 
+import copy
+
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class FactorizedEmbedding(nn.Module):
@@ -111,6 +114,8 @@ def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module, leaf, value)
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = value.shape
+    elif isinstance(module, Conv1D) and leaf == "weight":
+        module.nx, module.nf = value.shape
     elif isinstance(module, nn.modules.conv._ConvNd) and leaf == "weight":
         out, into = value.shape[:2] if not module.transposed else (value.shape[1], value.shape[0])
         if module.groups > 1:  # whole groups go, each with its inputs
@@ -151,15 +156,52 @@ def rebuild_(model: nn.Module, spec: dict) -> None:
         if _has(model, name.rpartition(".")[0]):  # a head may be absent: AutoModel of a classifier's folder
             old = model.get_parameter(name)
             set_parameter(model, name, torch.empty(shape, dtype=old.dtype, device=old.device))
-    renumber_layers_(model)
+    sizes = {full_path(model, path): size for path, size in spec.get("sizes", {}).items()}  # absent in older folders
+    set_sizes(model, sizes)
+    renumber_layers_(model, spec["dense"].get("layer_types"))
 
 
-def renumber_layers_(model: nn.Module) -> None:
-    """Numbers the attentions that remain 0, 1, 2…: the key-value cache takes its length from number 0."""
-    attentions = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    order = {old: new for new, old in enumerate(sorted({module.layer_idx for module in attentions}))}
+def set_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
+    """Sets the integer attributes that a forward reads, by path, where their module is still there."""
+    for path, size in sizes.items():
+        owner, _, name = path.rpartition(".")
+        if hasattr(dict(model.named_modules()).get(owner), name):
+            setattr(model.get_submodule(owner), name, size)
+
+
+def renumber_layers_(model: nn.Module, old_types: list[str] | None) -> None:
+    """Numbers the attentions that remain 0, 1, 2…: the key-value cache takes its length from number 0.
+
+    Where the config gives each layer a type of attention (sliding or full), the cache keeps a store of that
+    type under its number: then an attention takes the lowest free number of its own type.
+
+    Args:
+        old_types: `config.layer_types` that the present numbers count in; None where the config has none.
+    """
+    blocks = {id(block) for child in model.modules() if isinstance(child, nn.ModuleList) for block in child}
+    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and id(m) not in blocks]
+    numbers = sorted({module.layer_idx for module in attentions})
+    new_types = getattr(model.config, "layer_types", None) if old_types else None
+    free = list(range(len(new_types or numbers)))
+    order = {}
+    for old in numbers:
+        order[old] = next(new for new in free if new_types is None or new_types[new] == old_types[old])
+        free.remove(order[old])
     for module in attentions:
         module.layer_idx = order[module.layer_idx]
+
+
+def pin_rotary_(model: nn.Module) -> None:
+    """Gives modules with rotary frequencies a config of their own, while the model's still is the dense one.
+
+    transformers computes the frequencies again after loading, and for long texts, from the width of a head; where
+    the config has no `head_dim` that is the model's width over the number of heads.
+    """
+    config = model.config
+    dense = copy.deepcopy(config)
+    for module in model.modules():
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+            module.config = dense if module.config is config else module.config
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -183,6 +225,7 @@ class Pruned:
             config.__class__ = own
             if auto_map is not None:
                 config.auto_map = auto_map
+        pin_rotary_(self)
         for key, value in pruned.items():
             setattr(config, key, value)
         rebuild_(self, spec)

@@ -1,6 +1,7 @@
 """Binds the rows of a family to a model: every place where units can be removed."""
 
 import re
+from dataclasses import replace
 
 from torch import nn
 
@@ -69,24 +70,32 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
                 f"expected a module '{pattern}' in {type(model).__name__}, found none: the model was renamed, "
                 "wrapped or quantised. Load the plain transformers model."
             )
-        cuts += [Cut(path, cut.axis, cut.stub) for path in found]
-    cuts = [cut for cut in cuts if cut.axis == "whole" or axis_dims(modules[cut.path], cut.axis)]
+        cuts += [replace(cut, path=path) for path in found]
+    cuts = [cut for cut in dict.fromkeys(cuts) if cut.axis == "whole" or axis_dims(modules[cut.path], cut.axis)]
     whole = all(cut.axis == "whole" for cut in cuts)
     if not cuts or (whole and _stubbed(modules, model, group, block)):
         return None
     n_units = 1
     if not whole:
         width = _attribute(model, _path(model, block, group.unit)) if group.unit else 1
-        n_units = axis_width(model, cuts[0]) // width
+        n_units = axis_width(model, cuts[0]) // cuts[0].chunks // width
     name = f"{block}.{group.name}" if block else group.name
     mask_at = MaskAt(group.mask_at.side, _path(model, block, group.mask_at.path) if group.mask_at.path else "")
     for cut in cuts:
-        if cut.axis != "whole" and axis_width(model, cut) % n_units:
+        if cut.axis != "whole" and axis_width(model, cut) % (n_units * cut.chunks):
             raise UnsupportedModel(
-                f"expected the {cut.axis} features of '{cut.path}' to be a multiple of {n_units} {group.kind}, "
-                f"found {axis_width(model, cut)}."
+                f"expected the {cut.axis} features of '{cut.path}' to be a multiple of {n_units * cut.chunks} "
+                f"({group.kind}), found {axis_width(model, cut)}."
             )
-    return Site(name, group, full_path(model, block) if block else "", tuple(cuts), mask_at, n_units)
+    cuts = [_placed(cut, axis_width(model, cut), n_units) if cut.chunks > 1 else cut for cut in cuts]
+    sizes = tuple(_path(model, block, path) for path in group.sizes)
+    return Site(name, group, full_path(model, block) if block else "", tuple(cuts), mask_at, n_units, sizes)
+
+
+def _placed(cut: Cut, features: int, n_units: int) -> Cut:
+    """A cut of one of several equal chunks of an axis, by offset and width."""
+    size = features // cut.chunks
+    return replace(cut, offset=cut.chunk * size, width=size // n_units, chunk=0, chunks=1)
 
 
 def _stubbed(modules: dict[str, nn.Module], model: nn.Module, group: Group, block: str) -> bool:
@@ -112,10 +121,11 @@ def _check_coverage(model: nn.Module, modules: dict[str, nn.Module], family: Fam
     """Raises when some parameter belongs to no cut: an unknown head must not be left at a stale width."""
     owned = {cut.path for site in sites.values() for cut in site.cuts if cut.axis != "whole"}
     tied = {id(p) for path in owned for p in modules[path].parameters()}
-    free = tuple(full_path(model, path) for path in family.free)
+    free = [re.compile(re.escape(full_path(model, path)).replace(r"\*", r"\d+")) for path in family.free]
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        if id(parameter) not in tied and not owner.startswith("vib_masks") and owner not in free:
+        known = id(parameter) in tied or owner.startswith("vib_masks") or any(f.fullmatch(owner) for f in free)
+        if not known:
             raise UnsupportedModel(
                 f"{type(model).__name__} has a parameter '{name}' that the family '{family.model_types[0]}' does "
                 "not describe. Use one of the standard task heads, or add the module to its row in ibprune/families."

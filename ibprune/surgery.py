@@ -1,11 +1,13 @@
 """The only file that changes a model's weights' shapes: factorise, fold, cut, and describe the result."""
 
+import copy
+
 import torch
 from torch import nn
 
 from ibprune.errors import PlanMismatch, UnsupportedModel
-from ibprune.groups import Site, axis_dims, get_tensor
-from ibprune.inject import MASKS, norm_paths, remove_
+from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor, is_norm
+from ibprune.inject import MASKS, norm_paths, remove_, unnormed
 from ibprune.plans import PruningPlan, check_plan
 from ibprune.rebuild import (
     STUBS,
@@ -14,9 +16,11 @@ from ibprune.rebuild import (
     SelectedLinear,
     factorize_modules,
     full_path,
+    pin_rotary_,
     renumber_layers_,
     replace_module,
     set_parameter,
+    set_sizes,
 )
 from ibprune.sites import block_paths, find_family, find_sites
 
@@ -95,6 +99,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises:
         PlanMismatch: The plan does not fit the model; nothing is changed then.
     """
+    family = find_family(model.config.model_type)
     sites = find_sites(model)
     masked = hasattr(model, MASKS)
     rank = [name for name in plan.keep if name.endswith("embedding_rank")]
@@ -106,22 +111,33 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
             merge_(model)
             raise
     check_plan(plan, model, sites)
-    dense = {key: getattr(model.config, key) for key in _size_keys(model)}
+    native = {id(module) for module in model.modules() if type(module) in STUBS.values()}
+    dense = {key: copy.copy(getattr(model.config, key)) for key in _size_keys(model)}
     before = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     if masked:
         with torch.no_grad():
-            _fold_(model, sites)
+            _fold_(model, sites, norm_offset=family.norm_offset)
         remove_(model)
+    pin_rotary_(model)
+    sizes = _new_sizes(model, sites, plan)
+    widths = {
+        key: plan.kept()[name] for name, key in family.config_keys.items() if name in sites and not sites[name].block
+    }
     for site in sites.values():  # sub-layers first: their inner units need no cutting
         if all(cut.axis == "whole" for cut in site.cuts) and not plan.keep[site.name]:
             for cut in site.cuts:
                 replace_module(model, cut.path, STUBS[cut.stub]())
     _slice_(model, sites, plan)
+    set_sizes(model, sizes)
     if rank and len(plan.keep[rank[0]]) == plan.n_units[rank[0]]:
         merge_(model)
-    dropped = _drop_empty_blocks_(model)
-    renumber_layers_(model)
-    _describe_(model, dense, before, dropped)
+    dropped = _drop_empty_blocks_(model, family)
+    _retype_layers_(model, family)
+    renumber_layers_(model, dense.get("layer_types"))
+    for key, width in widths.items():
+        setattr(model.config, key, width)
+    sizes = {path: size for path, size in sizes.items() if path.rpartition(".")[0] in dict(model.named_modules())}
+    _describe_(model, dense, before, dropped, sizes, native)
     return model
 
 
@@ -194,15 +210,26 @@ def _slice_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> None
             set_parameter(model, name, new[id(tensor)])
 
 
-def _fold_(model: nn.Module, sites: dict[str, Site]) -> None:
+def _new_sizes(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> dict[str, int]:
+    """What the integer attributes that follow the units will be, by path."""
+    found = {}
+    for site in sites.values():
+        for path in site.sizes:
+            owner, _, name = path.rpartition(".")
+            size = getattr(model.get_submodule(owner), name)
+            found[path] = size * len(plan.keep[site.name]) // site.n_units
+    return found
+
+
+def _fold_(model: nn.Module, sites: dict[str, Site], *, norm_offset: float = 0.0) -> None:
     """Multiplies each mask's mean into the weights that make, or read, its unit's features."""
     for name, mask in getattr(model, MASKS).items():
         site, mu = sites[name], mask.mu.detach()
         if site.mask_at.side == "norms":
             for path in norm_paths(model, site):
-                norm = model.get_submodule(path)
-                for parameter in norm.parameters():
-                    parameter.mul_(mu.to(parameter.dtype))
+                _scale_norm_(model.get_submodule(path), mu, norm_offset)
+            for module in unnormed(model, site):
+                _scale_features_(module, "out", mu)
             continue
         if site.mask_at.side == "consumers":
             for cut in site.consumers():
@@ -214,35 +241,66 @@ def _fold_(model: nn.Module, sites: dict[str, Site]) -> None:
         module = model.get_submodule(site.mask_at.path)
         if site.mask_at.side == "rank":
             module.projection.weight.mul_(mu.to(module.weight.dtype))  # shared by the input and the tied output
-        elif site.mask_at.side == "in":
-            width = module.weight.shape[1] // site.n_units
-            module.weight.mul_(mu.repeat_interleave(width).to(module.weight.dtype))
+        elif site.mask_at.side == "out" and is_norm(module):
+            _scale_norm_(module, mu.repeat_interleave(len(module.weight) // site.n_units), norm_offset)
         else:
-            mu = mu.repeat_interleave(module.weight.shape[0] // site.n_units)
-            module.weight.mul_(mu[:, None].to(module.weight.dtype))
-            if module.bias is not None:
-                module.bias.mul_(mu.to(module.bias.dtype))
+            width = axis_width(model, Cut(site.mask_at.path, site.mask_at.side)) // site.n_units
+            _scale_features_(module, site.mask_at.side, mu.repeat_interleave(width))
 
 
-def _drop_empty_blocks_(model: nn.Module) -> list[str]:
+def _scale_features_(module: nn.Module, axis: str, scale: torch.Tensor) -> None:
+    for name, dim in axis_dims(module, axis):
+        tensor = module.get_parameter(name).movedim(dim, -1)
+        tensor.mul_(scale.to(tensor.dtype))
+
+
+def _scale_norm_(norm: nn.Module, mu: torch.Tensor, offset: float) -> None:
+    """Scales a norm's output, which is its normalised input times (offset + weight), plus a bias."""
+    for name, parameter in norm.named_parameters():
+        scale, shift = mu.to(parameter.dtype), offset if name == "weight" else 0.0
+        parameter.copy_((parameter + shift) * scale - shift)
+
+
+def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
     """Removes blocks that hold no parameter any more (both sub-layers gone, norms included)."""
-    family = find_family(model.config.model_type)
     parent = full_path(model, family.blocks.removesuffix(".*"))
     blocks = list(model.get_submodule(parent))
     dropped = [path for path, block in zip(block_paths(model, family), blocks) if not list(block.parameters())]
     if dropped and len(dropped) < len(blocks):
         replace_module(model, parent, nn.ModuleList(block for block in blocks if list(block.parameters())))
-        model.config.num_hidden_layers = len(blocks) - len(dropped)
+        stay = [bool(list(block.parameters())) for block in blocks]
+        for key in (key for key in family.per_layer if getattr(model.config, key, None)):
+            values = getattr(model.config, key)
+            setattr(model.config, key, [value for value, stays in zip(values, stay) if stays])
+        model.config.num_hidden_layers = sum(stay)
         return dropped
     return []
 
 
+def _retype_layers_(model: nn.Module, family: Family) -> None:
+    """Gives layers whose attention is gone the type of the first that is left, so that the cache's number 0 is used."""
+    types = list(getattr(model.config, "layer_types", None) or ())
+    paths = [full_path(model, f"{block}.{family.attention}") for block in block_paths(model, family)]
+    has = [any(True for _ in model.get_submodule(path).parameters()) for path in paths]
+    if family.causal and types and any(has):
+        first = types[has.index(True)]
+        model.config.layer_types = [old if stays else first for old, stays in zip(types, has)]
+
+
 def _size_keys(model: nn.Module) -> list[str]:
-    keys = [*find_family(model.config.model_type).config_keys.values(), "num_attention_heads", "num_hidden_layers"]
+    family = find_family(model.config.model_type)
+    keys = [*family.config_keys.values(), "num_attention_heads", "num_hidden_layers", *family.per_layer]
     return [key for key in dict.fromkeys(keys) if hasattr(model.config, key)]
 
 
-def _describe_(model: nn.Module, dense: dict[str, int], before: dict[str, tuple], dropped: list[str]) -> None:
+def _describe_(
+    model: nn.Module,
+    dense: dict[str, int],
+    before: dict[str, tuple],
+    dropped: list[str],
+    sizes: dict[str, int],
+    native: set[int],
+) -> None:
     """Writes the structure into the config: uniform sizes as plain keys, all of it in `config.ibprune`."""
     config = model.config
     family = find_family(config.model_type)
@@ -261,7 +319,7 @@ def _describe_(model: nn.Module, dense: dict[str, int], before: dict[str, tuple]
         }
     stubs = dict(old["stubs"])
     for path, module in model.named_modules():
-        stub = next((key for key, cls in STUBS.items() if type(module) is cls and path), None)
+        stub = next((key for key, cls in STUBS.items() if type(module) is cls and id(module) not in native), None)
         if stub:
             stubs[_spec_path(path, backbone)] = stub
     shapes = dict(old["shapes"])
@@ -277,8 +335,8 @@ def _describe_(model: nn.Module, dense: dict[str, int], before: dict[str, tuple]
         "stubs": stubs,
         "embedding": embedding,
         "shapes": shapes,
+        "sizes": old.get("sizes", {}) | {_spec_path(path, backbone): size for path, size in sizes.items()},
     }
-    config.hidden_size = model.get_submodule(full_path(model, family.embedding)).embedding_dim
 
 
 def _spec_path(path: str, backbone: str) -> str:

@@ -3,17 +3,19 @@
 import os
 import random
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where transformers copies the code of pruned folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 beside other work
@@ -22,15 +24,46 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 WORDS = "the a film story actor plot good bad fine dull warm cold long short is was not very and but it".split()
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 
-_BERT = dict(vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=20)
-_LLAMA = dict(vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
+_SIZES = dict(vocab_size=61, hidden_size=24, num_hidden_layers=3, intermediate_size=20, max_position_embeddings=64)
+_HEADS = _SIZES | dict(num_attention_heads=4)
+_ROBERTA = _HEADS | dict(max_position_embeddings=66)  # two positions are reserved
+_GQA = _SIZES | dict(num_attention_heads=6, num_key_value_heads=3)
+_IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+_MODERN = dict(local_attention=4, cls_token_id=2, sep_token_id=3)
+_QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+_GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
 TINY = {
-    "bert": lambda: BertConfig(**_BERT, max_position_embeddings=64),
-    "llama": lambda: LlamaConfig(**_LLAMA, intermediate_size=20, max_position_embeddings=64, pad_token_id=0),
-    "llama-tied": lambda: LlamaConfig(
-        **_LLAMA, intermediate_size=20, max_position_embeddings=64, pad_token_id=0, tie_word_embeddings=True
+    "bert": lambda: transformers.BertConfig(**_HEADS),
+    "roberta": lambda: transformers.RobertaConfig(**_ROBERTA),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**_ROBERTA),
+    "camembert": lambda: transformers.CamembertConfig(**_ROBERTA),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=61, dim=24, n_layers=3, n_heads=4, hidden_dim=20, max_position_embeddings=64
     ),
-}
+    "electra": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=16),
+    "electra-wide": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=24),
+    "mpnet": lambda: transformers.MPNetConfig(**_ROBERTA),
+    "modernbert": lambda: transformers.ModernBertConfig(**_HEADS, **_IDS, **_MODERN),
+    "llama": lambda: transformers.LlamaConfig(**_GQA, pad_token_id=0),
+    "llama-tied": lambda: transformers.LlamaConfig(**_GQA, pad_token_id=0, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**_GQA, **_IDS, sliding_window=4),
+    "qwen2": lambda: transformers.Qwen2Config(**_QWEN2),
+    "qwen3": lambda: transformers.Qwen3Config(**_GQA, **_IDS, head_dim=4),
+    "smollm3": lambda: transformers.SmolLM3Config(**_GQA, **_IDS, no_rope_layer_interval=2),
+    "olmo2": lambda: transformers.Olmo2Config(**_GQA, **_IDS, tie_word_embeddings=True),
+    "gemma": lambda: transformers.GemmaConfig(**{k: v for k, v in _GEMMA.items() if k != "sliding_window"}),
+    "gemma2": lambda: transformers.Gemma2Config(**_GEMMA),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**_GEMMA),
+    "phi3": lambda: transformers.Phi3Config(**_GQA, **_IDS),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=61, n_embd=24, n_layer=3, n_head=4, n_inner=20, n_positions=64, **_IDS
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_HEADS, **_IDS),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=20, word_embed_proj_dim=24,
+        max_position_embeddings=64, **_IDS,
+    ),
+}  # fmt: skip
 HEADS = {  # every usual head of every row
     "bert": (
         "BertModel",
@@ -40,10 +73,84 @@ HEADS = {  # every usual head of every row
         "BertForQuestionAnswering",
         "BertForPreTraining",
     ),
-    "llama": ("LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaForTokenClassification"),
+    "roberta": (
+        "RobertaModel",
+        "RobertaForMaskedLM",
+        "RobertaForSequenceClassification",
+        "RobertaForTokenClassification",
+        "RobertaForQuestionAnswering",
+    ),
+    "xlm-roberta": ("XLMRobertaForSequenceClassification",),
+    "camembert": ("CamembertForMaskedLM",),
+    "distilbert": (
+        "DistilBertModel",
+        "DistilBertForMaskedLM",
+        "DistilBertForSequenceClassification",
+        "DistilBertForTokenClassification",
+        "DistilBertForQuestionAnswering",
+    ),
+    "electra": (
+        "ElectraModel",
+        "ElectraForMaskedLM",
+        "ElectraForPreTraining",
+        "ElectraForSequenceClassification",
+        "ElectraForTokenClassification",
+        "ElectraForQuestionAnswering",
+    ),
+    "electra-wide": ("ElectraForMaskedLM",),
+    "mpnet": (
+        "MPNetModel",
+        "MPNetForMaskedLM",
+        "MPNetForSequenceClassification",
+        "MPNetForTokenClassification",
+        "MPNetForQuestionAnswering",
+    ),
+    "modernbert": (
+        "ModernBertModel",
+        "ModernBertForMaskedLM",
+        "ModernBertForSequenceClassification",
+        "ModernBertForTokenClassification",
+        "ModernBertForQuestionAnswering",
+    ),
+    "llama": (
+        "LlamaModel",
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+        "LlamaForTokenClassification",
+        "LlamaForQuestionAnswering",
+    ),
     "llama-tied": ("LlamaForCausalLM",),
+    "mistral": ("MistralModel", "MistralForCausalLM", "MistralForSequenceClassification"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForTokenClassification"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3ForQuestionAnswering"),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3ForSequenceClassification"),
+    "olmo2": ("Olmo2Model", "Olmo2ForCausalLM"),
+    "gemma": ("GemmaModel", "GemmaForCausalLM", "GemmaForSequenceClassification"),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
+    "gemma3_text": ("Gemma3TextModel", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+    "phi3": ("Phi3Model", "Phi3ForCausalLM", "Phi3ForSequenceClassification"),
+    "gpt2": (
+        "GPT2Model",
+        "GPT2LMHeadModel",
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2ForQuestionAnswering",
+    ),
+    "gpt_neox": (
+        "GPTNeoXModel",
+        "GPTNeoXForCausalLM",
+        "GPTNeoXForSequenceClassification",
+        "GPTNeoXForQuestionAnswering",
+    ),
+    "opt": ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"),
 }
+# transformers computes these decoders' norms, or their softmax, in float32 whatever the model's dtype.
+FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
+FLOAT32 |= {"gpt_neox", "opt", "llama-tied"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
+# One case of each model type: a classifier, and a language model, where there is one.
+CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}
+LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "LM" in case[1][-12:])}
 
 
 def pytest_collection_modifyitems(items):

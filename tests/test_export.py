@@ -7,21 +7,23 @@ import sys
 
 import pytest
 import torch
-from conftest import build, outputs, random_keep, token_ids
+import transformers
+from conftest import LANGUAGE_MODELS, build, outputs, random_keep, token_ids
 from safetensors.torch import load_file, save_file
 
 import ibprune
 from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch
 from ibprune.export import check_output, staged, tier_of, verify, write_model
 from ibprune.plans import PruningPlan
-from ibprune.sites import find_sites
+from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_, factorize_
+from ibprune.task_heads import auto_class
 
 
 def pruned(family, head, keep_of, factorize=True):
     model = build(family, head, dtype=torch.float32)
-    model.config._attn_implementation = "sdpa"
-    if factorize:
+    model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    if factorize and any(group.kind == "embedding_rank" for group in find_family(model.config.model_type).groups):
         factorize_(model)
     sites = find_sites(model)
     plan = PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep_of(sites))
@@ -39,6 +41,8 @@ def uniform(sites, **counts):
         ("bert", "BertForMaskedLM"),
         ("llama-tied", "LlamaForCausalLM"),
         ("llama", "LlamaForSequenceClassification"),
+        ("gpt2", "GPT2LMHeadModel"),
+        ("gemma2", "Gemma2ForCausalLM"),
     ],
 )
 def test_uneven_plans_reload_in_a_fresh_process_every_way(family, head, tmp_path, tokenizer):
@@ -53,6 +57,33 @@ def test_uneven_plans_reload_in_a_fresh_process_every_way(family, head, tmp_path
     assert not ibprune.load(tmp_path).training
     assert PruningPlan.load(tmp_path / "plan.json") == plan
     assert not [f for f in tmp_path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_uneven_plans_of_every_family_reload_with_and_without_the_folder_s_code(model_type, tmp_path, tokenizer):
+    family, head = LANGUAGE_MODELS[model_type]
+    model, plan = pruned(family, head, lambda sites: random_keep(sites, 5))
+    assert write_model(model, tokenizer, plan, tmp_path) == "remote_code"
+    auto = getattr(transformers, auto_class(head, model_type))
+    by_code = auto.from_pretrained(tmp_path, trust_remote_code=True, attn_implementation="eager").eval()
+    for loaded in (by_code, ibprune.load(tmp_path)):
+        assert torch.allclose(outputs(loaded), outputs(model), atol=1e-5)
+        assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "distilbert", "gemma2", "qwen2"])
+def test_plans_that_plain_transformers_can_build_load_there(model_type, tmp_path, tokenizer):
+    family, head = LANGUAGE_MODELS[model_type]
+    model, plan = pruned(family, head, lambda sites: uniform(sites, ffn=8), factorize=False)
+    assert write_model(model, tokenizer, plan, tmp_path) == "vanilla"
+    plain = getattr(transformers, head).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.allclose(outputs(plain), outputs(model), atol=1e-5)
+
+
+def test_a_scale_that_follows_the_width_is_not_lost():
+    """Gemma scales its embeddings by sqrt(width): plain transformers would take the pruned width's."""
+    model, _ = pruned("gemma2", "Gemma2ForCausalLM", lambda sites: uniform(sites, hidden=12), factorize=False)
+    assert tier_of(model) == "remote_code"
 
 
 def test_a_uniform_llama_loads_with_plain_transformers(tmp_path, tokenizer):

@@ -1,68 +1,84 @@
-"""Rows of the encoder families."""
+"""Rows of BERT and the encoders that share its blocks: RoBERTa and ELECTRA."""
 
 from ibprune.groups import Cut, Family, Group, MaskAt
+
+_CONFIG_KEYS = {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"}
+
+_BLOCKS = (
+    Group(
+        "heads",
+        kind="heads",
+        unit="attention.self.attention_head_size",
+        cuts=(
+            Cut("attention.self.query", "out"),
+            Cut("attention.self.key", "out"),
+            Cut("attention.self.value", "out"),
+            Cut("attention.output.dense", "in"),
+        ),
+        mask_at=MaskAt("in", "attention.output.dense"),
+    ),
+    # Post-norm: the LayerNorm after a removed sub-layer stays, as it does while its mask nears zero.
+    Group(
+        "attention_sublayer",
+        kind="layers",
+        min_units=0,
+        cuts=(
+            Cut("attention.self", "whole", stub="no_attention"),
+            Cut("attention.output.dense", "whole", stub="identity"),
+        ),
+        mask_at=MaskAt("out", "attention.output.dense"),
+    ),
+    Group(
+        "ffn",
+        kind="ffn",
+        cuts=(Cut("intermediate.dense", "out"), Cut("output.dense", "in")),
+        mask_at=MaskAt("in", "output.dense"),
+    ),
+    Group(
+        "ffn_sublayer",
+        kind="layers",
+        min_units=0,
+        cuts=(Cut("intermediate", "whole", stub="zeros"), Cut("output.dense", "whole", stub="identity")),
+        mask_at=MaskAt("out", "output.dense"),
+    ),
+)
+
+_BLOCKS_RESIDUAL = (
+    Cut("encoder.layer.*.attention.self.query", "in", optional=True),
+    Cut("encoder.layer.*.attention.self.key", "in", optional=True),
+    Cut("encoder.layer.*.attention.self.value", "in", optional=True),
+    Cut("encoder.layer.*.attention.output.dense", "out"),
+    Cut("encoder.layer.*.attention.output.LayerNorm", "out"),
+    Cut("encoder.layer.*.intermediate.dense", "in", optional=True),
+    Cut("encoder.layer.*.output.dense", "out"),
+    Cut("encoder.layer.*.output.LayerNorm", "out"),
+)
+
+_EMBEDDINGS_RESIDUAL = (
+    Cut("embeddings.LayerNorm", "out"),
+    Cut("embeddings.word_embeddings", "out"),
+    Cut("embeddings.position_embeddings", "out"),
+    Cut("embeddings.token_type_embeddings", "out"),
+)
 
 BERT = Family(
     model_types=("bert",),
     blocks="encoder.layer.*",
     embedding="embeddings.word_embeddings",
     output="/cls.predictions.decoder",
-    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    attention="attention.self",
+    context="attention.output.dense",
+    config_keys=_CONFIG_KEYS,
     free=("/cls.predictions", "/cls.predictions.decoder"),  # vocabulary biases
     groups=(
-        Group(
-            "heads",
-            kind="heads",
-            unit="attention.self.attention_head_size",
-            cuts=(
-                Cut("attention.self.query", "out"),
-                Cut("attention.self.key", "out"),
-                Cut("attention.self.value", "out"),
-                Cut("attention.output.dense", "in"),
-            ),
-            mask_at=MaskAt("in", "attention.output.dense"),
-        ),
-        # Post-norm: the LayerNorm after a removed sub-layer stays, as it does while its mask nears zero.
-        Group(
-            "attention_sublayer",
-            kind="layers",
-            min_units=0,
-            cuts=(
-                Cut("attention.self", "whole", stub="no_attention"),
-                Cut("attention.output.dense", "whole", stub="identity"),
-            ),
-            mask_at=MaskAt("out", "attention.output.dense"),
-        ),
-        Group(
-            "ffn",
-            kind="ffn",
-            cuts=(Cut("intermediate.dense", "out"), Cut("output.dense", "in")),
-            mask_at=MaskAt("in", "output.dense"),
-        ),
-        Group(
-            "ffn_sublayer",
-            kind="layers",
-            min_units=0,
-            cuts=(Cut("intermediate", "whole", stub="zeros"), Cut("output.dense", "whole", stub="identity")),
-            mask_at=MaskAt("out", "output.dense"),
-        ),
+        *_BLOCKS,
         Group(
             "hidden",
             kind="hidden",
             per_block=False,
             cuts=(
-                Cut("embeddings.LayerNorm", "out"),
-                Cut("embeddings.word_embeddings", "out"),
-                Cut("embeddings.position_embeddings", "out"),
-                Cut("embeddings.token_type_embeddings", "out"),
-                Cut("encoder.layer.*.attention.self.query", "in", optional=True),
-                Cut("encoder.layer.*.attention.self.key", "in", optional=True),
-                Cut("encoder.layer.*.attention.self.value", "in", optional=True),
-                Cut("encoder.layer.*.attention.output.dense", "out"),
-                Cut("encoder.layer.*.attention.output.LayerNorm", "out"),
-                Cut("encoder.layer.*.intermediate.dense", "in", optional=True),
-                Cut("encoder.layer.*.output.dense", "out"),
-                Cut("encoder.layer.*.output.LayerNorm", "out"),
+                *_EMBEDDINGS_RESIDUAL,
+                *_BLOCKS_RESIDUAL,
                 Cut("pooler.dense", "in", optional=True),
                 Cut("/cls.predictions.transform.dense", "in", optional=True),
                 # The transform feeds the output tied to the word embeddings: its features are the residual's.
@@ -90,6 +106,141 @@ BERT = Family(
             kind="embedding_rank",
             per_block=False,
             cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/cls.predictions.decoder", "rank", optional=True)),
+            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
+        ),
+    ),
+)
+
+ROBERTA = Family(
+    model_types=("roberta", "xlm-roberta", "camembert"),
+    blocks="encoder.layer.*",
+    embedding="embeddings.word_embeddings",
+    output="/lm_head.decoder",
+    attention="attention.self",
+    context="attention.output.dense",
+    config_keys=_CONFIG_KEYS,
+    reserved_positions=2,  # positions count from the padding's index + 1
+    free=("/lm_head", "/lm_head.decoder"),  # vocabulary biases
+    groups=(
+        *_BLOCKS,
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                *_EMBEDDINGS_RESIDUAL,
+                *_BLOCKS_RESIDUAL,
+                Cut("pooler.dense", "in", optional=True),
+                Cut("/lm_head.dense", "in", optional=True),
+                Cut("/lm_head.dense", "out", optional=True),
+                Cut("/lm_head.layer_norm", "out", optional=True),
+                Cut("/lm_head.decoder", "in", optional=True),
+                Cut("/classifier.dense", "in", optional=True),
+                Cut("/classifier", "in", optional=True),  # of tokens: a plain linear layer
+                Cut("/qa_outputs", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "pooler",
+            kind="hidden",
+            per_block=False,
+            cuts=(Cut("pooler.dense", "out", optional=True),),
+            mask_at=MaskAt("out", "pooler.dense"),
+        ),
+        Group(
+            "head",
+            kind="hidden",
+            per_block=False,
+            cuts=(Cut("/classifier.dense", "out", optional=True), Cut("/classifier.out_proj", "in", optional=True)),
+            mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/lm_head.decoder", "rank", optional=True)),
+            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
+        ),
+    ),
+)
+
+# Embeddings may be narrower than the residual stream: then `embeddings_project` reads them, and they, the
+# generator's transform and the tied output have a width of their own.
+_ELECTRA_EMBEDDINGS = (
+    "embeddings.LayerNorm",
+    "embeddings.word_embeddings",
+    "embeddings.position_embeddings",
+    "embeddings.token_type_embeddings",
+    "/generator_predictions.dense",
+    "/generator_predictions.LayerNorm",
+)
+
+ELECTRA = Family(
+    model_types=("electra",),
+    blocks="encoder.layer.*",
+    embedding="embeddings.word_embeddings",
+    output="/generator_lm_head",
+    attention="attention.self",
+    context="attention.output.dense",
+    config_keys=_CONFIG_KEYS | {"embedding": "embedding_size"},
+    free=("/generator_lm_head",),  # a vocabulary bias
+    groups=(
+        *_BLOCKS,
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("encoder.layer.0.output.LayerNorm", "out"),  # in every model, whoever owns the embeddings
+                Cut("embeddings_project", "out", optional=True),
+                *(Cut(path, "out", optional=True, without="embeddings_project") for path in _ELECTRA_EMBEDDINGS),
+                Cut("/generator_lm_head", "in", optional=True, without="embeddings_project"),
+                *_BLOCKS_RESIDUAL,
+                Cut("/generator_predictions.dense", "in", optional=True),
+                Cut("/discriminator_predictions.dense", "in", optional=True),
+                Cut("/classifier.dense", "in", optional=True),
+                Cut("/classifier", "in", optional=True),  # of tokens: a plain linear layer
+                Cut("/qa_outputs", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms", "embeddings_project"),  # the first block reads it without a norm
+        ),
+        Group(
+            "embedding",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                *(Cut(path, "out", optional=True, needs="embeddings_project") for path in _ELECTRA_EMBEDDINGS),
+                Cut("embeddings_project", "in", optional=True),
+                Cut("/generator_lm_head", "in", optional=True, needs="embeddings_project"),
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "head",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("/classifier.dense", "out", optional=True),
+                Cut("/classifier.out_proj", "in", optional=True),
+            ),
+            mask_at=MaskAt("in", "/classifier.out_proj"),
+        ),
+        Group(
+            "discriminator",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("/discriminator_predictions.dense", "out", optional=True),
+                Cut("/discriminator_predictions.dense_prediction", "in", optional=True),
+            ),
+            mask_at=MaskAt("in", "/discriminator_predictions.dense_prediction"),
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/generator_lm_head", "rank", optional=True)),
             mask_at=MaskAt("rank", "embeddings.word_embeddings"),
         ),
     ),

@@ -1,0 +1,93 @@
+"""The row of DistilBERT."""
+
+from ibprune.groups import Cut, Family, Group, MaskAt
+
+DISTILBERT = Family(
+    model_types=("distilbert",),
+    blocks="transformer.layer.*",
+    embedding="embeddings.word_embeddings",
+    output="/vocab_projector",
+    attention="attention",
+    context="attention.out_lin",
+    config_keys={"hidden": "dim", "heads": "n_heads", "ffn": "hidden_dim"},
+    free=("/vocab_projector",),  # a vocabulary bias
+    groups=(
+        Group(
+            "heads",
+            kind="heads",
+            unit="attention.attention_head_size",
+            cuts=(
+                Cut("attention.q_lin", "out"),
+                Cut("attention.k_lin", "out"),
+                Cut("attention.v_lin", "out"),
+                Cut("attention.out_lin", "in"),
+            ),
+            mask_at=MaskAt("in", "attention.out_lin"),
+        ),
+        # Post-norm: the LayerNorm after a removed sub-layer stays.
+        Group(
+            "attention_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("attention", "whole", stub="no_attention"),),
+            mask_at=MaskAt("out", "attention.out_lin"),
+        ),
+        Group(
+            "ffn",
+            kind="ffn",
+            cuts=(Cut("ffn.lin1", "out"), Cut("ffn.lin2", "in")),
+            mask_at=MaskAt("in", "ffn.lin2"),
+        ),
+        Group(
+            "ffn_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("ffn", "whole", stub="zeros"),),
+            mask_at=MaskAt("out", "ffn.lin2"),
+        ),
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("embeddings.LayerNorm", "out"),
+                Cut("embeddings.word_embeddings", "out"),
+                Cut("embeddings.position_embeddings", "out"),
+                Cut("transformer.layer.*.attention.q_lin", "in", optional=True),
+                Cut("transformer.layer.*.attention.k_lin", "in", optional=True),
+                Cut("transformer.layer.*.attention.v_lin", "in", optional=True),
+                Cut("transformer.layer.*.attention.out_lin", "out", optional=True),
+                Cut("transformer.layer.*.sa_layer_norm", "out"),
+                Cut("transformer.layer.*.ffn.lin1", "in", optional=True),
+                Cut("transformer.layer.*.ffn.lin2", "out", optional=True),
+                Cut("transformer.layer.*.output_layer_norm", "out"),
+                # The transform feeds the output tied to the word embeddings: its features are the residual's.
+                Cut("/vocab_transform", "in", optional=True),
+                Cut("/vocab_transform", "out", optional=True),
+                Cut("/vocab_layer_norm", "out", optional=True),
+                Cut("/vocab_projector", "in", optional=True),
+                Cut("/pre_classifier", "in", optional=True),
+                Cut("/classifier", "in", optional=True, without="/pre_classifier"),
+                Cut("/qa_outputs", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "head",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("/pre_classifier", "out", optional=True),
+                Cut("/classifier", "in", optional=True, needs="/pre_classifier"),
+            ),
+            mask_at=MaskAt("out", "/pre_classifier"),  # before the ReLU
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/vocab_projector", "rank", optional=True)),
+            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
+        ),
+    ),
+)

@@ -1,0 +1,222 @@
+"""Rows of GPT-2, GPT-NeoX and OPT: decoders with LayerNorms."""
+
+from ibprune.groups import Cut, Family, Group, MaskAt
+
+_HEADS = (
+    Cut("/lm_head", "in", optional=True),
+    Cut("/score", "in", optional=True),
+    Cut("/qa_outputs", "in", optional=True),
+    Cut("/classifier", "in", optional=True),
+)
+
+GPT2 = Family(
+    causal=True,
+    model_types=("gpt2",),
+    blocks="h.*",
+    embedding="wte",
+    output="/lm_head",
+    attention="attn",
+    context="attn.c_proj",
+    config_keys={"hidden": "n_embd", "heads": "n_head", "ffn": "n_inner"},
+    groups=(
+        Group(
+            "heads",
+            kind="heads",
+            unit="attn.head_dim",
+            cuts=(
+                Cut("attn.c_proj", "in"),
+                Cut("attn.c_attn", "out", chunk=0, chunks=3),
+                Cut("attn.c_attn", "out", chunk=1, chunks=3),
+                Cut("attn.c_attn", "out", chunk=2, chunks=3),
+            ),
+            mask_at=MaskAt("in", "attn.c_proj"),
+            sizes=("attn.split_size",),  # where the forward parts queries, keys and values
+        ),
+        Group(
+            "attention_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("attn", "whole", stub="no_attention"), Cut("ln_1", "whole", stub="identity")),
+            mask_at=MaskAt("out", "attn.c_proj"),
+        ),
+        Group(
+            "ffn",
+            kind="ffn",
+            cuts=(Cut("mlp.c_fc", "out"), Cut("mlp.c_proj", "in")),
+            mask_at=MaskAt("in", "mlp.c_proj"),
+        ),
+        Group(
+            "ffn_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("mlp", "whole", stub="zeros"), Cut("ln_2", "whole", stub="identity")),
+            mask_at=MaskAt("out", "mlp.c_proj"),
+        ),
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("ln_f", "out"),
+                Cut("wte", "out"),
+                Cut("wpe", "out"),
+                Cut("h.*.ln_1", "out", optional=True),
+                Cut("h.*.attn.c_attn", "in", optional=True),
+                Cut("h.*.attn.c_proj", "out", optional=True),
+                Cut("h.*.ln_2", "out", optional=True),
+                Cut("h.*.mlp.c_fc", "in", optional=True),
+                Cut("h.*.mlp.c_proj", "out", optional=True),
+                *_HEADS,
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("wte", "rank"), Cut("/lm_head", "rank", optional=True)),
+            mask_at=MaskAt("rank", "wte"),
+        ),
+    ),
+)
+
+GPT_NEOX = Family(
+    causal=True,
+    model_types=("gpt_neox",),
+    blocks="layers.*",
+    embedding="embed_in",
+    output="/lm_head",
+    attention="attention",
+    context="attention.dense",
+    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    groups=(
+        Group(
+            "heads",
+            kind="heads",
+            unit="attention.head_size",
+            # The fused projection holds query, key and value of one head after another.
+            cuts=(Cut("attention.dense", "in"), Cut("attention.query_key_value", "out")),
+            mask_at=MaskAt("in", "attention.dense"),
+        ),
+        Group(
+            "attention_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("attention", "whole", stub="no_attention"), Cut("input_layernorm", "whole", stub="identity")),
+            mask_at=MaskAt("out", "attention.dense"),
+        ),
+        Group(
+            "ffn",
+            kind="ffn",
+            cuts=(Cut("mlp.dense_h_to_4h", "out"), Cut("mlp.dense_4h_to_h", "in")),
+            mask_at=MaskAt("in", "mlp.dense_4h_to_h"),
+        ),
+        Group(
+            "ffn_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("mlp", "whole", stub="zeros"), Cut("post_attention_layernorm", "whole", stub="identity")),
+            mask_at=MaskAt("out", "mlp.dense_4h_to_h"),
+        ),
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("final_layer_norm", "out"),
+                Cut("embed_in", "out"),
+                Cut("layers.*.input_layernorm", "out", optional=True),
+                Cut("layers.*.attention.query_key_value", "in", optional=True),
+                Cut("layers.*.attention.dense", "out", optional=True),
+                Cut("layers.*.post_attention_layernorm", "out", optional=True),
+                Cut("layers.*.mlp.dense_h_to_4h", "in", optional=True),
+                Cut("layers.*.mlp.dense_4h_to_h", "out", optional=True),
+                *_HEADS,
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("embed_in", "rank"), Cut("/lm_head", "rank", optional=True)),
+            mask_at=MaskAt("rank", "embed_in"),
+        ),
+    ),
+)
+
+OPT = Family(
+    causal=True,
+    model_types=("opt",),
+    blocks="decoder.layers.*",
+    embedding="decoder.embed_tokens",
+    output="/lm_head",
+    attention="self_attn",
+    context="self_attn.out_proj",
+    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "ffn_dim"},
+    groups=(
+        Group(
+            "heads",
+            kind="heads",
+            unit="self_attn.head_dim",
+            cuts=(
+                Cut("self_attn.q_proj", "out"),
+                Cut("self_attn.k_proj", "out"),
+                Cut("self_attn.v_proj", "out"),
+                Cut("self_attn.out_proj", "in"),
+            ),
+            mask_at=MaskAt("in", "self_attn.out_proj"),
+            sizes=("self_attn.num_heads",),
+        ),
+        Group(
+            "attention_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(
+                Cut("self_attn", "whole", stub="no_attention"),
+                Cut("self_attn_layer_norm", "whole", stub="identity"),
+            ),
+            mask_at=MaskAt("out", "self_attn.out_proj"),
+        ),
+        Group("ffn", kind="ffn", cuts=(Cut("fc1", "out"), Cut("fc2", "in")), mask_at=MaskAt("in", "fc2")),
+        Group(
+            "ffn_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(
+                Cut("fc1", "whole", stub="zeros"),
+                Cut("fc2", "whole", stub="zeros"),
+                Cut("final_layer_norm", "whole", stub="identity"),
+            ),
+            mask_at=MaskAt("out", "fc2"),
+        ),
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                # Only models with norms before the sub-layers have it: the others' first layer reads no norm.
+                Cut("decoder.final_layer_norm", "out"),
+                Cut("decoder.embed_tokens", "out"),
+                Cut("decoder.embed_positions", "out"),
+                Cut("decoder.layers.*.self_attn_layer_norm", "out", optional=True),
+                Cut("decoder.layers.*.self_attn.q_proj", "in", optional=True),
+                Cut("decoder.layers.*.self_attn.k_proj", "in", optional=True),
+                Cut("decoder.layers.*.self_attn.v_proj", "in", optional=True),
+                Cut("decoder.layers.*.self_attn.out_proj", "out", optional=True),
+                Cut("decoder.layers.*.final_layer_norm", "out", optional=True),
+                Cut("decoder.layers.*.fc1", "in", optional=True),
+                Cut("decoder.layers.*.fc2", "out", optional=True),
+                *_HEADS,
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("decoder.embed_tokens", "rank"), Cut("/lm_head", "rank", optional=True)),
+            mask_at=MaskAt("rank", "decoder.embed_tokens"),
+        ),
+    ),
+)

@@ -1,0 +1,94 @@
+"""The row of ModernBERT."""
+
+from ibprune.groups import Cut, Family, Group, MaskAt
+
+MODERNBERT = Family(
+    model_types=("modernbert",),
+    blocks="layers.*",
+    embedding="embeddings.tok_embeddings",
+    output="/decoder",
+    attention="attn",
+    context="attn.Wo",
+    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    per_layer=("layer_types",),
+    free=("/decoder",),  # a vocabulary bias
+    groups=(
+        Group(
+            "heads",
+            kind="heads",
+            unit="attn.head_dim",
+            cuts=(
+                Cut("attn.Wo", "in"),
+                Cut("attn.Wqkv", "out", chunk=0, chunks=3),
+                Cut("attn.Wqkv", "out", chunk=1, chunks=3),
+                Cut("attn.Wqkv", "out", chunk=2, chunks=3),
+            ),
+            mask_at=MaskAt("in", "attn.Wo"),
+        ),
+        Group(
+            "attention_sublayer",
+            kind="layers",
+            min_units=0,
+            # The first block reads the normed embeddings: its norm is an identity.
+            cuts=(Cut("attn", "whole", stub="no_attention"), Cut("attn_norm", "whole", stub="identity")),
+            mask_at=MaskAt("out", "attn.Wo"),
+        ),
+        Group(
+            "ffn",
+            kind="ffn",
+            cuts=(
+                Cut("mlp.Wo", "in"),
+                Cut("mlp.Wi", "out", chunk=0, chunks=2),
+                Cut("mlp.Wi", "out", chunk=1, chunks=2),
+            ),
+            mask_at=MaskAt("in", "mlp.Wo"),
+        ),
+        Group(
+            "ffn_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("mlp", "whole", stub="zeros"), Cut("mlp_norm", "whole", stub="identity")),
+            mask_at=MaskAt("out", "mlp.Wo"),
+        ),
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("final_norm", "out"),
+                Cut("embeddings.norm", "out"),
+                Cut("embeddings.tok_embeddings", "out"),
+                Cut("layers.*.attn_norm", "out", optional=True),
+                Cut("layers.*.attn.Wqkv", "in", optional=True),
+                Cut("layers.*.attn.Wo", "out", optional=True),
+                Cut("layers.*.mlp_norm", "out", optional=True),
+                Cut("layers.*.mlp.Wi", "in", optional=True),
+                Cut("layers.*.mlp.Wo", "out", optional=True),
+                Cut("/head.dense", "in", optional=True),
+                # Before an output tied to the embeddings, the head's features are the residual's.
+                Cut("/head.dense", "out", optional=True, needs="/decoder"),
+                Cut("/head.norm", "out", optional=True, needs="/decoder"),
+                Cut("/decoder", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "head",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("/head.norm", "out", optional=True, without="/decoder"),
+                Cut("/head.dense", "out", optional=True, without="/decoder"),
+                Cut("/classifier", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("embeddings.tok_embeddings", "rank"), Cut("/decoder", "rank", optional=True)),
+            mask_at=MaskAt("rank", "embeddings.tok_embeddings"),
+        ),
+    ),
+)

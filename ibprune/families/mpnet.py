@@ -1,0 +1,88 @@
+"""The row of MPNet."""
+
+from ibprune.groups import Cut, Family, Group, MaskAt
+
+MPNET = Family(
+    model_types=("mpnet",),
+    blocks="encoder.layer.*",
+    embedding="embeddings.word_embeddings",
+    output="/lm_head.decoder",
+    attention="attention.attn",
+    context="attention.attn.o",
+    config_keys={"hidden": "hidden_size", "ffn": "intermediate_size"},
+    reserved_positions=2,  # positions count from the padding's index + 1
+    free=("/lm_head", "/lm_head.decoder", "encoder.relative_attention_bias"),
+    uncut=(("heads", "one table of relative positions, with a column per head, serves all layers"),),
+    groups=(
+        # Post-norm: the LayerNorm after a removed sub-layer stays.
+        Group(
+            "attention_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("attention.attn", "whole", stub="no_attention"),),
+            mask_at=MaskAt("out", "attention.attn.o"),
+        ),
+        Group(
+            "ffn",
+            kind="ffn",
+            cuts=(Cut("intermediate.dense", "out"), Cut("output.dense", "in")),
+            mask_at=MaskAt("in", "output.dense"),
+        ),
+        Group(
+            "ffn_sublayer",
+            kind="layers",
+            min_units=0,
+            cuts=(Cut("intermediate", "whole", stub="zeros"), Cut("output.dense", "whole", stub="identity")),
+            mask_at=MaskAt("out", "output.dense"),
+        ),
+        Group(
+            "hidden",
+            kind="hidden",
+            per_block=False,
+            cuts=(
+                Cut("embeddings.LayerNorm", "out"),
+                Cut("embeddings.word_embeddings", "out"),
+                Cut("embeddings.position_embeddings", "out"),
+                Cut("encoder.layer.*.attention.attn.q", "in", optional=True),
+                Cut("encoder.layer.*.attention.attn.k", "in", optional=True),
+                Cut("encoder.layer.*.attention.attn.v", "in", optional=True),
+                Cut("encoder.layer.*.attention.attn.o", "out", optional=True),
+                Cut("encoder.layer.*.attention.LayerNorm", "out"),
+                Cut("encoder.layer.*.intermediate.dense", "in", optional=True),
+                Cut("encoder.layer.*.output.dense", "out"),
+                Cut("encoder.layer.*.output.LayerNorm", "out"),
+                Cut("pooler.dense", "in", optional=True),
+                # The transform feeds the output tied to the word embeddings: its features are the residual's.
+                Cut("/lm_head.dense", "in", optional=True),
+                Cut("/lm_head.dense", "out", optional=True),
+                Cut("/lm_head.layer_norm", "out", optional=True),
+                Cut("/lm_head.decoder", "in", optional=True),
+                Cut("/classifier.dense", "in", optional=True),
+                Cut("/classifier", "in", optional=True),  # of tokens: a plain linear layer
+                Cut("/qa_outputs", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms"),
+        ),
+        Group(
+            "pooler",
+            kind="hidden",
+            per_block=False,
+            cuts=(Cut("pooler.dense", "out", optional=True),),
+            mask_at=MaskAt("out", "pooler.dense"),
+        ),
+        Group(
+            "head",
+            kind="hidden",
+            per_block=False,
+            cuts=(Cut("/classifier.dense", "out", optional=True), Cut("/classifier.out_proj", "in", optional=True)),
+            mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
+        ),
+        Group(
+            "embedding_rank",
+            kind="embedding_rank",
+            per_block=False,
+            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/lm_head.decoder", "rank", optional=True)),
+            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
+        ),
+    ),
+)
