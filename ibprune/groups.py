@@ -56,10 +56,12 @@ class MaskAt:
     the module at `path`, where there is one: a projection that is read without a norm. At "rank" it acts
     on the directions of a factorised embedding and of the output tied to it. At "consumers" it multiplies
     what every "in" cut of the site reads, and a LayerNorm on the way takes its statistics as at "norms".
+    `flattened` says that some of these modules see (batch * length) rows instead of whole sequences.
     """
 
     side: str
     path: str = ""
+    flattened: bool = False
 
 
 @dataclass(frozen=True)

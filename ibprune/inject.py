@@ -191,7 +191,12 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
     if hasattr(model, MASKS):
         raise PlanMismatch("expected a model without masks, found some: call remove_(model) first.")
     device = next(model.parameters()).device
-    masks = MaskSet({name: VIBMask(site.n_units, log_alpha=log_alpha) for name, site in sites.items()})
+    masks = MaskSet(
+        {
+            name: VIBMask(site.n_units, log_alpha=log_alpha, flattened=site.mask_at.flattened)
+            for name, site in sites.items()
+        }
+    )
     masks.to(device).train(model.training)
     setattr(model, MASKS, masks)
     _inject_consumers_(model, sites, masks)

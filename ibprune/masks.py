@@ -16,6 +16,8 @@ class VIBMask(nn.Module):
         mu, log_var: Mean and log-variance, float32, (n_units,).
         hard: 1 for units in the model, 0 for units already cut, (n_units,).
         noise: Scale of the noise while training; 0 makes the mask deterministic.
+        flattened: Whether some consumer sees (batch * length) rows: there a probe is repeated to fit, and noise is
+            drawn for every row, because nothing says which rows are one sequence.
         probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it.
 
     Example:
@@ -24,8 +26,9 @@ class VIBMask(nn.Module):
         tensor([[1., 1., 1., 1.]], grad_fn=<UnsqueezeBackward0>)
     """
 
-    def __init__(self, n_units: int, *, log_alpha: float = -9.0):
+    def __init__(self, n_units: int, *, log_alpha: float = -9.0, flattened: bool = False):
         super().__init__()
+        self.flattened = flattened
         self.mu = nn.Parameter(torch.ones(n_units))
         self.log_var = nn.Parameter(torch.full((n_units,), log_alpha))
         self.register_buffer("hard", torch.ones(n_units), persistent=True)
@@ -36,8 +39,9 @@ class VIBMask(nn.Module):
     def forward(self, batch: int) -> torch.Tensor:
         """Returns the multipliers, (batch or 1, n_units), float32."""
         if self.probe is not None:
-            repeats = max(1, batch // len(self.probe))  # a family may flatten (batch, length) to rows
-            return self.probe.repeat_interleave(repeats, dim=0) if repeats > 1 else self.probe
+            if self.flattened and batch > len(self.probe):
+                return self.probe.repeat_interleave(batch // len(self.probe), dim=0)
+            return self.probe
         if not self.training or self.noise == 0.0:
             return (self.hard * self.mu).unsqueeze(0)
         eps = torch.randn(batch, len(self.mu), device=self.mu.device)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ibprune.errors import UnsupportedModel, did_you_mean
 from ibprune.families import FAMILIES
-from ibprune.groups import Cut, Family, Group, MaskAt, Site, axis_dims, axis_width
+from ibprune.groups import Cut, Family, Group, Site, axis_dims, axis_width
 from ibprune.rebuild import full_path
 
 
@@ -80,7 +80,9 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
         width = _attribute(model, _path(model, block, group.unit)) if group.unit else 1
         n_units = axis_width(model, cuts[0]) // cuts[0].chunks // width
     name = f"{block}.{group.name}" if block else group.name
-    mask_at = MaskAt(group.mask_at.side, _path(model, block, group.mask_at.path) if group.mask_at.path else "")
+    mask_at = group.mask_at
+    if mask_at.path:
+        mask_at = replace(mask_at, path=_path(model, block, mask_at.path))
     for cut in cuts:
         if cut.axis != "whole" and axis_width(model, cut) % (n_units * cut.chunks):
             raise UnsupportedModel(

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 beside other work
+torch.set_num_threads(1)  # two workers share the cores
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WORDS = "the a film story actor plot good bad fine dull warm cold long short is was not very and but it".split()

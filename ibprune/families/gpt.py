@@ -178,7 +178,9 @@ OPT = Family(
             ),
             mask_at=MaskAt("out", "self_attn.out_proj"),
         ),
-        Group("ffn", kind="ffn", cuts=(Cut("fc1", "out"), Cut("fc2", "in")), mask_at=MaskAt("in", "fc2")),
+        Group(
+            "ffn", kind="ffn", cuts=(Cut("fc1", "out"), Cut("fc2", "in")), mask_at=MaskAt("in", "fc2", flattened=True)
+        ),
         Group(
             "ffn_sublayer",
             kind="layers",
@@ -188,7 +190,7 @@ OPT = Family(
                 Cut("fc2", "whole", stub="zeros"),
                 Cut("final_layer_norm", "whole", stub="identity"),
             ),
-            mask_at=MaskAt("out", "fc2"),
+            mask_at=MaskAt("out", "fc2", flattened=True),
         ),
         Group(
             "hidden",
@@ -209,7 +211,7 @@ OPT = Family(
                 Cut("decoder.layers.*.fc2", "out", optional=True),
                 *_HEADS,
             ),
-            mask_at=MaskAt("norms"),
+            mask_at=MaskAt("norms", flattened=True),
         ),
         Group(
             "embedding_rank",
