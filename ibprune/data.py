@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ibprune.console import Quiet
-from ibprune.errors import BadData, did_you_mean
+from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
@@ -207,7 +207,7 @@ def read_file(path: Path) -> Dataset:
         cause = str(error.__cause__ or error)
         if "StopIteration" in repr(error) + repr(error.__cause__) or "corresponds to no data" in cause:
             raise BadData(f"expected rows in '{path}', found none.") from error
-        reason = cause.splitlines()[0] if cause else repr(error)
+        reason = first_line(error.__cause__ or error)
         raise BadData(f"could not read '{path}' as {READERS[path.suffix]}: {reason}") from error
 
 
@@ -220,7 +220,7 @@ def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
     try:
         found: DatasetDict = load_dataset(repo, config)
     except Exception as error:  # network, missing repo, gated repo: many classes, one meaning here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise BadData(
             f"could not load the data set '{repo}' from the Hub ({reason}). Check the name and the network, or give "
             "local files with --data."

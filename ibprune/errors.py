@@ -37,6 +37,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"{hint}Valid: {', '.join(valid)}"
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, for the middle of another's."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, and the next where it ends in a colon, for the middle of another's."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -8,7 +8,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ibprune.errors import PlanMismatch
+from ibprune.errors import PlanMismatch, first_line
 from ibprune.models import check_finite
 from ibprune.rebuild import Pruned
 from ibprune.sites import find_family
@@ -42,7 +42,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
             use_safetensors=True,
         )  # fmt: skip
     except (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError, SafetensorError) as error:
-        raise PlanMismatch(f"'{folder}' does not load: {str(error).strip().splitlines()[0]}") from error
+        raise PlanMismatch(f"'{folder}' does not load: {first_line(error)}") from error
     check_loaded(info, str(folder))
     check_finite(model, str(folder))
     return model.eval()

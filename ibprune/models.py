@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean
+from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.sites import find_family
 
@@ -130,7 +130,7 @@ def load_config(source: Source) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source.location)
     except Exception as error:  # every config class checks its values in its own way
-        raise BadRecipe(f"could not read the config of '{source.name}': {_first_line(error)}") from error
+        raise BadRecipe(f"could not read the config of '{source.name}': {first_line(error)}") from error
     find_family(config.model_type)
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(f"'{source.name}' is quantised: prune the full-precision model, then quantise.")
@@ -158,7 +158,7 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
         with torch.device("meta"):
             return cls(config).eval()
     except Exception as error:  # impossible sizes fail anywhere
-        raise UnsupportedModel(f"the config does not describe a {cls.__name__}: {_first_line(error)}") from error
+        raise UnsupportedModel(f"the config does not describe a {cls.__name__}: {first_line(error)}") from error
 
 
 def load_dense(source: Source, *, n_labels: int | None = None, regression: bool = False) -> Loaded:
@@ -188,9 +188,9 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
             source.location, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **extra
         )
     except SafetensorError as error:
-        raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {_first_line(error)}") from error
+        raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, ArithmeticError, TypeError, AttributeError) as error:
-        raise BadRecipe(f"could not load '{source.name}': {_first_line(error)}") from error
+        raise BadRecipe(f"could not load '{source.name}': {first_line(error)}") from error
     backbone = f"{model.base_model_prefix}."
     heads = [key for key in info["missing_keys"] if not key.startswith(backbone) or ".pooler." in key]
     fresh = heads if n_labels is not None else []
@@ -221,7 +221,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location)
     except Exception as error:  # tokenizers and transformers raise many classes for a bad folder
-        raise BadRecipe(f"could not load the tokenizer of '{source.name}': {_first_line(error)}") from error
+        raise BadRecipe(f"could not load the tokenizer of '{source.name}': {first_line(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise BadRecipe(missing)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -236,8 +236,3 @@ def check_finite(model: nn.Module, name: str) -> None:
             raise IBPruneError(
                 f"expected finite weights in '{name}', found NaN or infinity in '{key}': mend the model."
             )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -7,7 +7,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ibprune.errors import BadRecipe, did_you_mean
+from ibprune.errors import BadRecipe, did_you_mean, first_line
 from ibprune.groups import KINDS
 
 
@@ -93,7 +93,7 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
         try:
             loaded = yaml.safe_load(Path(file).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadRecipe(f"could not read the recipe '{file}': {str(error).splitlines()[0]}") from error
+            raise BadRecipe(f"could not read the recipe '{file}': {first_line(error)}") from error
         if not isinstance(loaded, dict):
             raise BadRecipe(f"expected keys and values in the recipe '{file}', found {type(loaded).__name__}.")
         found = loaded

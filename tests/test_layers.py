@@ -14,6 +14,7 @@ LAYERS = (
     ("mi",),
     ("errors", "rebuild", "hub", "console", "task_heads"),
     ("groups", "metrics"),
+    ("families.parts",),
     ("families.encoders", "families.distilbert", "families.modernbert", "families.mpnet"),
     ("families.decoders", "families.gpt"),
     ("families",),

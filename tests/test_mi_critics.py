@@ -15,15 +15,6 @@ QUICK = Training(steps=60, batch=128, width=32, rank=8)
 ALL = (infonce, mine, nwj, smile)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Batches this small wait longer for a second thread than it saves them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def correlated(n: int, d: int, mi: float, seed: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """d independent pairs of Gaussians sharing `mi` nats together."""
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _CONFIG_KEYS = {"hidden": "hidden_size", "kv_groups": "num_key_value_heads", "ffn": "intermediate_size"}
@@ -20,9 +21,7 @@ _KV_GROUPS = Group(
     mask_at=MaskAt("in", "self_attn.o_proj"),
 )
 
-_FFN = Group(
-    "ffn",
-    kind="ffn",
+_FFN = ffn(
     cuts=(Cut("mlp.gate_proj", "out"), Cut("mlp.up_proj", "out"), Cut("mlp.down_proj", "in")),
     mask_at=MaskAt("in", "mlp.down_proj"),
 )
@@ -37,17 +36,8 @@ _BLOCKS_RESIDUAL = (
     Cut("layers.*.mlp.down_proj", "out", optional=True),
 )
 
-_HEADS = (
-    Cut("/lm_head", "in", optional=True),
-    Cut("/score", "in", optional=True),
-    Cut("/qa_outputs", "in", optional=True),
-    Cut("/classifier", "in", optional=True),
-)
-
-_ATTENTION_SUBLAYER = Group(
+_ATTENTION_SUBLAYER = sublayer(
     "attention_sublayer",
-    kind="layers",
-    min_units=0,
     cuts=(
         Cut("self_attn", "whole", stub="no_attention"),
         Cut("input_layernorm", "whole", stub="identity"),
@@ -55,10 +45,8 @@ _ATTENTION_SUBLAYER = Group(
     mask_at=MaskAt("out", "self_attn.o_proj"),
 )
 
-_FFN_SUBLAYER = Group(
+_FFN_SUBLAYER = sublayer(
     "ffn_sublayer",
-    kind="layers",
-    min_units=0,
     cuts=(
         Cut("mlp", "whole", stub="zeros"),
         Cut("post_attention_layernorm", "whole", stub="identity"),
@@ -66,28 +54,20 @@ _FFN_SUBLAYER = Group(
     mask_at=MaskAt("out", "mlp.down_proj"),
 )
 
-_HIDDEN = Group(
+_HIDDEN = width(
     "hidden",
-    kind="hidden",
-    per_block=False,
     cuts=(
         Cut("norm", "out"),
         Cut("embed_tokens", "out"),
         Cut("layers.*.input_layernorm", "out", optional=True),
         *_BLOCKS_RESIDUAL,
         Cut("layers.*.post_attention_layernorm", "out", optional=True),
-        *_HEADS,
+        *DECODER_HEADS,
     ),
     mask_at=MaskAt("norms"),
 )
 
-_EMBEDDING_RANK = Group(
-    "embedding_rank",
-    kind="embedding_rank",
-    per_block=False,
-    cuts=(Cut("embed_tokens", "rank"), Cut("/lm_head", "rank", optional=True)),
-    mask_at=MaskAt("rank", "embed_tokens"),
-)
+_EMBEDDING_RANK = embedding_rank("embed_tokens", "/lm_head")
 
 LLAMA = Family(
     causal=True,
@@ -106,10 +86,8 @@ LLAMA = Family(
 
 # OLMo2 and Gemma 2: a norm acts on what a sub-layer adds to the residual stream. The mask of the sub-layer
 # acts behind it: before the norm, a scale would have no effect.
-_NORMED_ATTENTION = Group(
+_NORMED_ATTENTION = sublayer(
     "attention_sublayer",
-    kind="layers",
-    min_units=0,
     cuts=(
         Cut("self_attn", "whole", stub="no_attention"),
         Cut("input_layernorm", "whole", stub="identity", optional=True),
@@ -118,10 +96,8 @@ _NORMED_ATTENTION = Group(
     mask_at=MaskAt("out", "post_attention_layernorm"),
 )
 
-_NORMED_FFN = Group(
+_NORMED_FFN = sublayer(
     "ffn_sublayer",
-    kind="layers",
-    min_units=0,
     cuts=(
         Cut("mlp", "whole", stub="zeros"),
         Cut("pre_feedforward_layernorm", "whole", stub="identity", optional=True),
@@ -211,9 +187,7 @@ PHI3 = Family(
     uncut=(("heads", "its attention splits the fused projection by the config's number of heads, one for all layers"),),
     groups=(
         _ATTENTION_SUBLAYER,
-        Group(
-            "ffn",
-            kind="ffn",
+        ffn(
             cuts=(
                 Cut("mlp.down_proj", "in"),
                 Cut("mlp.gate_up_proj", "out", chunk=0, chunks=2),

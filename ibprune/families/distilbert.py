@@ -1,5 +1,6 @@
 """The row of DistilBERT."""
 
+from ibprune.families.parts import embedding_rank, ffn, sublayer, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 DISTILBERT = Family(
@@ -25,30 +26,22 @@ DISTILBERT = Family(
             mask_at=MaskAt("in", "attention.out_lin"),
         ),
         # Post-norm: the LayerNorm after a removed sub-layer stays.
-        Group(
+        sublayer(
             "attention_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("attention", "whole", stub="no_attention"),),
             mask_at=MaskAt("out", "attention.out_lin"),
         ),
-        Group(
-            "ffn",
-            kind="ffn",
+        ffn(
             cuts=(Cut("ffn.lin1", "out"), Cut("ffn.lin2", "in")),
             mask_at=MaskAt("in", "ffn.lin2"),
         ),
-        Group(
+        sublayer(
             "ffn_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("ffn", "whole", stub="zeros"),),
             mask_at=MaskAt("out", "ffn.lin2"),
         ),
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("embeddings.LayerNorm", "out"),
                 Cut("embeddings.word_embeddings", "out"),
@@ -72,22 +65,14 @@ DISTILBERT = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
+        width(
             "head",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("/pre_classifier", "out", optional=True),
                 Cut("/classifier", "in", optional=True, needs="/pre_classifier"),
             ),
             mask_at=MaskAt("out", "/pre_classifier"),  # before the ReLU
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/vocab_projector", "rank", optional=True)),
-            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
-        ),
+        embedding_rank("embeddings.word_embeddings", "/vocab_projector"),
     ),
 )

@@ -1,5 +1,6 @@
 """Rows of BERT and the encoders that share its blocks: RoBERTa and ELECTRA."""
 
+from ibprune.families.parts import embedding_rank, ffn, sublayer, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _CONFIG_KEYS = {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"}
@@ -18,26 +19,20 @@ _BLOCKS = (
         mask_at=MaskAt("in", "attention.output.dense"),
     ),
     # Post-norm: the LayerNorm after a removed sub-layer stays, as it does while its mask nears zero.
-    Group(
+    sublayer(
         "attention_sublayer",
-        kind="layers",
-        min_units=0,
         cuts=(
             Cut("attention.self", "whole", stub="no_attention"),
             Cut("attention.output.dense", "whole", stub="identity"),
         ),
         mask_at=MaskAt("out", "attention.output.dense"),
     ),
-    Group(
-        "ffn",
-        kind="ffn",
+    ffn(
         cuts=(Cut("intermediate.dense", "out"), Cut("output.dense", "in")),
         mask_at=MaskAt("in", "output.dense"),
     ),
-    Group(
+    sublayer(
         "ffn_sublayer",
-        kind="layers",
-        min_units=0,
         cuts=(Cut("intermediate", "whole", stub="zeros"), Cut("output.dense", "whole", stub="identity")),
         mask_at=MaskAt("out", "output.dense"),
     ),
@@ -72,10 +67,8 @@ BERT = Family(
     free=("/cls.predictions", "/cls.predictions.decoder"),  # vocabulary biases
     groups=(
         *_BLOCKS,
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 *_EMBEDDINGS_RESIDUAL,
                 *_BLOCKS_RESIDUAL,
@@ -90,10 +83,8 @@ BERT = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
+        width(
             "pooler",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("pooler.dense", "out", optional=True),
                 Cut("/classifier", "in", optional=True, needs="pooler"),
@@ -101,13 +92,7 @@ BERT = Family(
             ),
             mask_at=MaskAt("out", "pooler.dense"),  # before the tanh, and tanh(0) = 0
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/cls.predictions.decoder", "rank", optional=True)),
-            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
-        ),
+        embedding_rank("embeddings.word_embeddings", "/cls.predictions.decoder"),
     ),
 )
 
@@ -123,10 +108,8 @@ ROBERTA = Family(
     free=("/lm_head", "/lm_head.decoder"),  # vocabulary biases
     groups=(
         *_BLOCKS,
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 *_EMBEDDINGS_RESIDUAL,
                 *_BLOCKS_RESIDUAL,
@@ -141,27 +124,17 @@ ROBERTA = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
+        width(
             "pooler",
-            kind="hidden",
-            per_block=False,
             cuts=(Cut("pooler.dense", "out", optional=True),),
             mask_at=MaskAt("out", "pooler.dense"),
         ),
-        Group(
+        width(
             "head",
-            kind="hidden",
-            per_block=False,
             cuts=(Cut("/classifier.dense", "out", optional=True), Cut("/classifier.out_proj", "in", optional=True)),
             mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/lm_head.decoder", "rank", optional=True)),
-            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
-        ),
+        embedding_rank("embeddings.word_embeddings", "/lm_head.decoder"),
     ),
 )
 
@@ -187,10 +160,8 @@ ELECTRA = Family(
     free=("/generator_lm_head",),  # a vocabulary bias
     groups=(
         *_BLOCKS,
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("encoder.layer.0.output.LayerNorm", "out"),  # in every model, whoever owns the embeddings
                 Cut("embeddings_project", "out", optional=True),
@@ -205,10 +176,8 @@ ELECTRA = Family(
             ),
             mask_at=MaskAt("norms", "embeddings_project"),  # the first block reads it without a norm
         ),
-        Group(
+        width(
             "embedding",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 *(Cut(path, "out", optional=True, needs="embeddings_project") for path in _ELECTRA_EMBEDDINGS),
                 Cut("embeddings_project", "in", optional=True),
@@ -216,32 +185,22 @@ ELECTRA = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
+        width(
             "head",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("/classifier.dense", "out", optional=True),
                 Cut("/classifier.out_proj", "in", optional=True),
             ),
             mask_at=MaskAt("in", "/classifier.out_proj"),
         ),
-        Group(
+        width(
             "discriminator",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("/discriminator_predictions.dense", "out", optional=True),
                 Cut("/discriminator_predictions.dense_prediction", "in", optional=True),
             ),
             mask_at=MaskAt("in", "/discriminator_predictions.dense_prediction"),
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/generator_lm_head", "rank", optional=True)),
-            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
-        ),
+        embedding_rank("embeddings.word_embeddings", "/generator_lm_head"),
     ),
 )

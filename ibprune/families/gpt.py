@@ -1,13 +1,7 @@
 """Rows of GPT-2, GPT-NeoX and OPT: decoders with LayerNorms."""
 
+from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, width
 from ibprune.groups import Cut, Family, Group, MaskAt
-
-_HEADS = (
-    Cut("/lm_head", "in", optional=True),
-    Cut("/score", "in", optional=True),
-    Cut("/qa_outputs", "in", optional=True),
-    Cut("/classifier", "in", optional=True),
-)
 
 GPT2 = Family(
     causal=True,
@@ -32,30 +26,22 @@ GPT2 = Family(
             mask_at=MaskAt("in", "attn.c_proj"),
             sizes=("attn.split_size",),  # where the forward parts queries, keys and values
         ),
-        Group(
+        sublayer(
             "attention_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("attn", "whole", stub="no_attention"), Cut("ln_1", "whole", stub="identity")),
             mask_at=MaskAt("out", "attn.c_proj"),
         ),
-        Group(
-            "ffn",
-            kind="ffn",
+        ffn(
             cuts=(Cut("mlp.c_fc", "out"), Cut("mlp.c_proj", "in")),
             mask_at=MaskAt("in", "mlp.c_proj"),
         ),
-        Group(
+        sublayer(
             "ffn_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("mlp", "whole", stub="zeros"), Cut("ln_2", "whole", stub="identity")),
             mask_at=MaskAt("out", "mlp.c_proj"),
         ),
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("ln_f", "out"),
                 Cut("wte", "out"),
@@ -66,17 +52,11 @@ GPT2 = Family(
                 Cut("h.*.ln_2", "out", optional=True),
                 Cut("h.*.mlp.c_fc", "in", optional=True),
                 Cut("h.*.mlp.c_proj", "out", optional=True),
-                *_HEADS,
+                *DECODER_HEADS,
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("wte", "rank"), Cut("/lm_head", "rank", optional=True)),
-            mask_at=MaskAt("rank", "wte"),
-        ),
+        embedding_rank("wte", "/lm_head"),
     ),
 )
 
@@ -98,30 +78,22 @@ GPT_NEOX = Family(
             cuts=(Cut("attention.dense", "in"), Cut("attention.query_key_value", "out")),
             mask_at=MaskAt("in", "attention.dense"),
         ),
-        Group(
+        sublayer(
             "attention_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("attention", "whole", stub="no_attention"), Cut("input_layernorm", "whole", stub="identity")),
             mask_at=MaskAt("out", "attention.dense"),
         ),
-        Group(
-            "ffn",
-            kind="ffn",
+        ffn(
             cuts=(Cut("mlp.dense_h_to_4h", "out"), Cut("mlp.dense_4h_to_h", "in")),
             mask_at=MaskAt("in", "mlp.dense_4h_to_h"),
         ),
-        Group(
+        sublayer(
             "ffn_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("mlp", "whole", stub="zeros"), Cut("post_attention_layernorm", "whole", stub="identity")),
             mask_at=MaskAt("out", "mlp.dense_4h_to_h"),
         ),
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("final_layer_norm", "out"),
                 Cut("embed_in", "out"),
@@ -131,17 +103,11 @@ GPT_NEOX = Family(
                 Cut("layers.*.post_attention_layernorm", "out", optional=True),
                 Cut("layers.*.mlp.dense_h_to_4h", "in", optional=True),
                 Cut("layers.*.mlp.dense_4h_to_h", "out", optional=True),
-                *_HEADS,
+                *DECODER_HEADS,
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("embed_in", "rank"), Cut("/lm_head", "rank", optional=True)),
-            mask_at=MaskAt("rank", "embed_in"),
-        ),
+        embedding_rank("embed_in", "/lm_head"),
     ),
 )
 
@@ -168,23 +134,17 @@ OPT = Family(
             mask_at=MaskAt("in", "self_attn.out_proj"),
             sizes=("self_attn.num_heads",),
         ),
-        Group(
+        sublayer(
             "attention_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(
                 Cut("self_attn", "whole", stub="no_attention"),
                 Cut("self_attn_layer_norm", "whole", stub="identity"),
             ),
             mask_at=MaskAt("out", "self_attn.out_proj"),
         ),
-        Group(
-            "ffn", kind="ffn", cuts=(Cut("fc1", "out"), Cut("fc2", "in")), mask_at=MaskAt("in", "fc2", flattened=True)
-        ),
-        Group(
+        ffn(cuts=(Cut("fc1", "out"), Cut("fc2", "in")), mask_at=MaskAt("in", "fc2", flattened=True)),
+        sublayer(
             "ffn_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(
                 Cut("fc1", "whole", stub="zeros"),
                 Cut("fc2", "whole", stub="zeros"),
@@ -192,10 +152,8 @@ OPT = Family(
             ),
             mask_at=MaskAt("out", "fc2", flattened=True),
         ),
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 # Only models with norms before the sub-layers have it: the others' first layer reads no norm.
                 Cut("decoder.final_layer_norm", "out"),
@@ -209,16 +167,10 @@ OPT = Family(
                 Cut("decoder.layers.*.final_layer_norm", "out", optional=True),
                 Cut("decoder.layers.*.fc1", "in", optional=True),
                 Cut("decoder.layers.*.fc2", "out", optional=True),
-                *_HEADS,
+                *DECODER_HEADS,
             ),
             mask_at=MaskAt("norms", flattened=True),
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("decoder.embed_tokens", "rank"), Cut("/lm_head", "rank", optional=True)),
-            mask_at=MaskAt("rank", "decoder.embed_tokens"),
-        ),
+        embedding_rank("decoder.embed_tokens", "/lm_head"),
     ),
 )

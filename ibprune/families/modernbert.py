@@ -1,5 +1,6 @@
 """The row of ModernBERT."""
 
+from ibprune.families.parts import embedding_rank, ffn, sublayer, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 MODERNBERT = Family(
@@ -25,17 +26,13 @@ MODERNBERT = Family(
             ),
             mask_at=MaskAt("in", "attn.Wo"),
         ),
-        Group(
+        sublayer(
             "attention_sublayer",
-            kind="layers",
-            min_units=0,
             # The first block reads the normed embeddings: its norm is an identity.
             cuts=(Cut("attn", "whole", stub="no_attention"), Cut("attn_norm", "whole", stub="identity")),
             mask_at=MaskAt("out", "attn.Wo"),
         ),
-        Group(
-            "ffn",
-            kind="ffn",
+        ffn(
             cuts=(
                 Cut("mlp.Wo", "in"),
                 Cut("mlp.Wi", "out", chunk=0, chunks=2),
@@ -43,17 +40,13 @@ MODERNBERT = Family(
             ),
             mask_at=MaskAt("in", "mlp.Wo"),
         ),
-        Group(
+        sublayer(
             "ffn_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("mlp", "whole", stub="zeros"), Cut("mlp_norm", "whole", stub="identity")),
             mask_at=MaskAt("out", "mlp.Wo"),
         ),
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("final_norm", "out"),
                 Cut("embeddings.norm", "out"),
@@ -72,10 +65,8 @@ MODERNBERT = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
+        width(
             "head",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("/head.norm", "out", optional=True, without="/decoder"),
                 Cut("/head.dense", "out", optional=True, without="/decoder"),
@@ -83,12 +74,6 @@ MODERNBERT = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("embeddings.tok_embeddings", "rank"), Cut("/decoder", "rank", optional=True)),
-            mask_at=MaskAt("rank", "embeddings.tok_embeddings"),
-        ),
+        embedding_rank("embeddings.tok_embeddings", "/decoder"),
     ),
 )

@@ -1,6 +1,7 @@
 """The row of MPNet."""
 
-from ibprune.groups import Cut, Family, Group, MaskAt
+from ibprune.families.parts import embedding_rank, ffn, sublayer, width
+from ibprune.groups import Cut, Family, MaskAt
 
 MPNET = Family(
     model_types=("mpnet",),
@@ -15,30 +16,22 @@ MPNET = Family(
     uncut=(("heads", "one table of relative positions, with a column per head, serves all layers"),),
     groups=(
         # Post-norm: the LayerNorm after a removed sub-layer stays.
-        Group(
+        sublayer(
             "attention_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("attention.attn", "whole", stub="no_attention"),),
             mask_at=MaskAt("out", "attention.attn.o"),
         ),
-        Group(
-            "ffn",
-            kind="ffn",
+        ffn(
             cuts=(Cut("intermediate.dense", "out"), Cut("output.dense", "in")),
             mask_at=MaskAt("in", "output.dense"),
         ),
-        Group(
+        sublayer(
             "ffn_sublayer",
-            kind="layers",
-            min_units=0,
             cuts=(Cut("intermediate", "whole", stub="zeros"), Cut("output.dense", "whole", stub="identity")),
             mask_at=MaskAt("out", "output.dense"),
         ),
-        Group(
+        width(
             "hidden",
-            kind="hidden",
-            per_block=False,
             cuts=(
                 Cut("embeddings.LayerNorm", "out"),
                 Cut("embeddings.word_embeddings", "out"),
@@ -63,26 +56,16 @@ MPNET = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        Group(
+        width(
             "pooler",
-            kind="hidden",
-            per_block=False,
             cuts=(Cut("pooler.dense", "out", optional=True),),
             mask_at=MaskAt("out", "pooler.dense"),
         ),
-        Group(
+        width(
             "head",
-            kind="hidden",
-            per_block=False,
             cuts=(Cut("/classifier.dense", "out", optional=True), Cut("/classifier.out_proj", "in", optional=True)),
             mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
         ),
-        Group(
-            "embedding_rank",
-            kind="embedding_rank",
-            per_block=False,
-            cuts=(Cut("embeddings.word_embeddings", "rank"), Cut("/lm_head.decoder", "rank", optional=True)),
-            mask_at=MaskAt("rank", "embeddings.word_embeddings"),
-        ),
+        embedding_rank("embeddings.word_embeddings", "/lm_head.decoder"),
     ),
 )
