@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 from ibprune.auditing import Side, audit
 from ibprune.console import Quiet
@@ -29,13 +30,14 @@ FEATURES = (96, 384, 768, 1536)
 
 
 def one_layer(n: int, d: int) -> float:
-    """Seconds for one labelled layer of both models, on Gaussian features."""
+    """Seconds for one labelled layer of both models on one thread, as an audit takes each, on Gaussian features."""
     rng = np.random.default_rng([n, d])
     labels = rng.integers(0, 2, n)
     before = rng.standard_normal((n, d)) @ np.diag(np.linspace(2.0, 0.1, d)) + 0.5 * labels[:, None]
     after = before + 0.5 * rng.standard_normal((n, d))
     start = time.perf_counter()
-    measure_layer(before.astype(np.float32), after.astype(np.float32), labels, DEFAULTS)
+    with threadpool_limits(1):
+        measure_layer(before.astype(np.float32), after.astype(np.float32), labels, DEFAULTS)
     return time.perf_counter() - start
 
 
@@ -76,6 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     record = {"threads": torch.get_num_threads(), "audit": whole(arguments), "layer_s": {}}
     print(record["audit"], flush=True)
+    torch.set_num_threads(1)
     print("\n| inputs | " + " | ".join(f"{d} features" for d in FEATURES) + " |\n|---|" + "---|" * len(FEATURES))
     for n in SAMPLES:
         for d in FEATURES:

@@ -253,3 +253,16 @@ def test_the_pair_shares_most_with_itself():
     assert pair["value"]["ci95"][1] < own["value"]["ci95"][0] and pair["status"] == "undersampled"
     assert own["extrapolated"]["value"] is not None
     assert len(further_table(same)[0]) == 4
+
+
+def test_layers_measured_side_by_side_read_the_same(monkeypatch):
+    dense = build("bert", "BertModel", dtype=torch.float32)
+    small, real = pruned(dense), torch.get_num_threads
+    found = [audit(Side("a", dense), Side("b", small), inputs(), settings=FAST)]
+    # only the map is told of more: with another number the models' own features differ in their last bits
+    monkeypatch.setattr("ibprune.auditing.torch.get_num_threads", lambda: 3)
+    found.append(audit(Side("a", dense), Side("b", small), inputs(), settings=FAST))
+    assert real() == 3  # as it was found
+    torch.set_num_threads(1)
+    for one, other in zip(*(each["layers"] for each in found)):
+        assert {k: v for k, v in one.items() if k != "heads"} == {k: v for k, v in other.items() if k != "heads"}
