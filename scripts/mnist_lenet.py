@@ -151,10 +151,13 @@ def main() -> None:
     parser.add_argument("--dense-steps", type=int, default=9000)
     parser.add_argument("--mask-steps", type=int, default=4000)
     parser.add_argument("--total-steps", type=int, default=8000, help="mask learning and recovery together")
+    parser.add_argument("--validate", action="store_true", help="judge on 10,000 training images held out, not the test")
     parser.add_argument("--limit", type=int, help="images of each split, for a quick look")
     parser.add_argument("--output", required=True, type=Path)
     arguments = parser.parse_args()
     x, y, x_test, y_test = load_mnist(arguments.data, limit=arguments.limit)
+    if arguments.validate:
+        x, y, x_test, y_test = x[:-10_000], y[:-10_000], x[-10_000:], y[-10_000:]
     batches, rows = Batches(x, y), []
     for seed in map(int, arguments.seeds.split(",")):
         torch.manual_seed(seed)
