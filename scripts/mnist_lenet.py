@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--dense-steps", type=int, default=9000)
     parser.add_argument("--mask-steps", type=int, default=4000)
     parser.add_argument("--total-steps", type=int, default=8000, help="mask learning and recovery together")
-    parser.add_argument("--validate", action="store_true", help="judge on 10,000 training images held out, not the test")
+    parser.add_argument("--validate", action="store_true", help="judge on 10,000 held-out training images")
     parser.add_argument("--limit", type=int, help="images of each split, for a quick look")
     parser.add_argument("--output", required=True, type=Path)
     arguments = parser.parse_args()
