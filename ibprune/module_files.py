@@ -14,20 +14,33 @@ from torch import nn
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.export import check_output, staged
 from ibprune.models import check_finite
+from ibprune.onnx_files import write_onnx
 from ibprune.plans import PruningPlan
 from ibprune.rebuild import SelectedLinear, set_parameter
 from ibprune.surgery import select_inputs_
 
 SPEC_FILE = "ibprune.json"
 WEIGHTS = "model.safetensors"
+ONNX = "model.onnx"
 FORMAT = "ibprune.module/1"
 
 
-def save_module(model: nn.Module, plan: PruningPlan, folder: str | Path, *, report: dict | None = None) -> None:
+def save_module(
+    model: nn.Module,
+    plan: PruningPlan,
+    folder: str | Path,
+    *,
+    report: dict | None = None,
+    onnx_example: torch.Tensor | None = None,
+) -> None:
     """Writes `model.safetensors`, `ibprune.json` and, where given, `report.json`; all of them or nothing.
 
+    Args:
+        onnx_example: An input; with one, `model.onnx` is written too, by `ibprune.onnx_files.write_onnx`.
+
     Raises:
-        BadRecipe: The folder exists and is not empty, or cannot be written.
+        BadRecipe: The folder exists and is not empty, or cannot be written; no ONNX packages.
+        PlanMismatch: The module cannot be written as ONNX.
     """
     path = check_output(folder)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
@@ -42,6 +55,8 @@ def save_module(model: nn.Module, plan: PruningPlan, folder: str | Path, *, repo
             "sha256": _digest(temporary / WEIGHTS),
         }
         (temporary / SPEC_FILE).write_text(json.dumps(spec, indent=1) + "\n")
+        if onnx_example is not None:
+            write_onnx(model, onnx_example, temporary / ONNX)
         if report is not None:
             (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 

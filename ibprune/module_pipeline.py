@@ -85,15 +85,22 @@ class ModuleSettings:
 
 @dataclass(frozen=True)
 class ModuleResult:
-    """What `ibprune.prune` returns for a module: the compacted module in eval mode, the plan, and the report."""
+    """What `ibprune.prune` returns for a module: the compacted module in eval mode, the plan, and the report.
+
+    `example` is the input that it was measured on.
+    """
 
     model: nn.Module
     plan: PruningPlan
     report: dict
+    example: torch.Tensor
 
-    def save(self, folder: str | Path) -> None:
-        """Writes a folder that `ibprune.load(folder, model=...)` reads; see `ibprune.module_files`."""
-        save_module(self.model, self.plan, folder, report=self.report)
+    def save(self, folder: str | Path, *, onnx: bool = False) -> None:
+        """Writes a folder that `ibprune.load(folder, model=...)` reads, on request with `model.onnx`.
+
+        See `ibprune.module_files.save_module` for what it raises.
+        """
+        save_module(self.model, self.plan, folder, report=self.report, onnx_example=self.example if onnx else None)
 
 
 def make_settings(values: dict) -> ModuleSettings:
@@ -189,7 +196,7 @@ def prune_module(
         "timings_s": seconds,
         "versions": versions(),
     }  # fmt: skip
-    return ModuleResult(student.eval(), plan, report)
+    return ModuleResult(student.eval(), plan, report, example.cpu())
 
 
 def _cut(

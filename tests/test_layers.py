@@ -23,7 +23,7 @@ LAYERS = (
     ("surgery", "budget"),
     ("losses", "recipe", "data", "report", "channels"),
     ("scores", "shares", "models", "feeding", "model_card", "labels", "bench"),
-    ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots"),
+    ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots", "onnx_files"),
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
     ("auditing", "audit_output", "head_patterns"),
     ("cutting",),

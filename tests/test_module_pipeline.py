@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import ibprune
 from ibprune.costs import count_params
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel
+from ibprune.module_files import save_module
+from ibprune.plans import PruningPlan
 from ibprune.rebuild import SelectedLinear
 
 
@@ -236,3 +239,39 @@ def test_a_squeeze_layer_alone_has_channels_too():
     data = task((3, 6, 6), samples=64)
     result = ibprune.prune(Net(), 0.7, train_loader=DataLoader(data, batch_size=32), **quick())
     assert result.plan.kept() == {"squeeze.fc1": result.model.squeeze.fc1.out_channels}
+
+
+def test_the_folder_holds_an_onnx_file_on_request(resnet, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, data = resnet
+    loader = DataLoader(data, batch_size=32)
+    result = ibprune.prune(model, 0.5, train_loader=loader, **quick(score="magnitude", shares="cost"))
+    result.save(tmp_path / "small", onnx=True)
+    session = onnxruntime.InferenceSession(tmp_path / "small" / "model.onnx")
+    for batch in (data.tensors[0][:1], data.tensors[0][:5]):
+        expected = result.model(batch).detach()
+        found = torch.from_numpy(session.run(["outputs"], {"inputs": batch.numpy()})[0])
+        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+    assert ibprune.load(tmp_path / "small", model=model) is not None
+
+
+def test_a_module_that_onnx_cannot_hold_leaves_no_folder(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    example = torch.randn(2, 4)
+    plan = PruningPlan("Odd", {}, {})
+    with pytest.raises(PlanMismatch, match="Odd could not be written as ONNX"):
+        save_module(Odd(), plan, tmp_path / "odd", onnx_example=example)
+    monkeypatch.setattr("ibprune.onnx_files.TOLERANCE", -1.0)
+    with pytest.raises(PlanMismatch, match="found it off by"):
+        save_module(nn.Linear(4, 4), plan, tmp_path / "odd", onnx_example=example)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BadRecipe, match=r"expected onnxruntime for ONNX, found none: pip install 'ibprune\[onnx\]'"):
+        save_module(nn.Linear(4, 4), plan, tmp_path / "odd", onnx_example=example)
+    assert not list(tmp_path.iterdir())
+
+
+class Odd(nn.Module):
+    """Its way depends on the values it reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum() > 0 else x
