@@ -132,7 +132,7 @@ def read_heads(
     """The measures of every head: {block of the dense model: {measure: (n, heads)}}, float64.
 
     One attention is held at a time: each is reduced as soon as it is computed. Blocks without an attention are
-    absent; None where an attention gives no probabilities.
+    absent; None where an attention gives no probabilities. A block that runs several times shows its last run.
 
     Args:
         batches: With "input_ids", and "attention_mask" where there is padding.
@@ -151,6 +151,7 @@ def read_heads(
     found: dict[str, dict[str, list[np.ndarray]]] = {block: {} for block in modules}
     silent: list[str] = []
     batch: Batch = {}
+    caught: dict[str, dict[str, torch.Tensor]] = {}  # of the present batch
 
     def reduce(block: str):
         def hook(module: nn.Module, args: tuple, output) -> None:
@@ -160,9 +161,7 @@ def read_heads(
                 return
             ids = batch["input_ids"]
             mask = batch.get("attention_mask", torch.ones_like(ids))
-            measures = attention_measures(weights, mask, ids, causal=causal, special=special, keywords=keywords)
-            for name, values in measures.items():
-                found[block].setdefault(name, []).append(values.cpu().numpy())
+            caught[block] = attention_measures(weights, mask, ids, causal=causal, special=special, keywords=keywords)
 
         return hook
 
@@ -171,7 +170,11 @@ def read_heads(
         try:
             for given in batches:
                 batch = {key: value.to(device) for key, value in given.items() if key != "labels"}
+                caught.clear()
                 model(**batch)
+                for block, measures in caught.items():
+                    for name, values in measures.items():
+                        found[block].setdefault(name, []).append(values.cpu().numpy())
         finally:
             for handle in handles:
                 handle.remove()

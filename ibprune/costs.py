@@ -276,7 +276,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _rank_site(sites: dict[str, Site]) -> str:
-    return next((site.name for site in sites.values() if site.kind == "embedding_rank"), "")
+    return next((site.name for site in sites.values() if site.mask_at.side == "rank"), "")
 
 
 def _in_blocks(sites: dict[str, Site], path: str) -> bool:

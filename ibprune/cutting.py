@@ -71,7 +71,7 @@ def prepare_(
     """Factorises the embedding if its rank is to be cut; returns all sites, those to cut, and the costs."""
     headless_encoder = model.base_model is model
     kinds = choose_kinds(model, kinds, headless_encoder=headless_encoder)
-    if "embedding_rank" in kinds:
+    if "embedding_rank" in kinds and find_family(model.config.model_type).factorizes:
         factorize_(model, counts)
     everything = find_sites(model)
     chosen = {name: site for name, site in everything.items() if site.kind in kinds}

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.plans import PruningPlan
-from ibprune.sites import block_paths, find_family, find_sites
+from ibprune.sites import find_family, find_sites
 from ibprune.surgery import SPEC
 from ibprune.task_heads import auto_class
 
@@ -94,7 +94,6 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
         setattr(config, key, min(counts))
-    config.num_hidden_layers = len(block_paths(model, family))
     try:
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):

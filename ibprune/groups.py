@@ -96,7 +96,7 @@ class Family:
 
     Attributes:
         model_types: The `config.model_type` values it covers.
-        blocks: Path pattern of the blocks in the backbone, ending in ".*".
+        blocks: Path pattern of the blocks in the backbone, ending in ".*". A block may run several times.
         groups: The prunable kinds.
         embedding: The token embedding in the backbone.
         output: The output layer that may be tied to it ("/…": in the whole model).
@@ -125,6 +125,11 @@ class Family:
     norm_offset: float = 0.0
     reserved_positions: int = 0
     uncut: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def factorizes(self) -> bool:
+        """Whether units are directions of an embedding that is factorised first."""
+        return any(group.mask_at.side == "rank" for group in self.groups)
 
     def max_tokens(self, config: object) -> int | None:
         """The longest sequence that a config of the family can place, None where nothing bounds it."""

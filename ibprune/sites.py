@@ -46,10 +46,22 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
+def block_lists(model: nn.Module, family: Family) -> list[str]:
+    """Paths of the module lists that hold the blocks, from the backbone, in order."""
+    outer, *inner = family.blocks.removesuffix(".*").split(".*.")
+    paths = [outer]
+    for name in inner:
+        paths = [f"{path}.{i}.{name}" for path in paths for i in range(_length(model, path))]
+    return paths
+
+
 def block_paths(model: nn.Module, family: Family) -> list[str]:
     """Paths of the blocks from the backbone, in order."""
-    parent = family.blocks.removesuffix(".*")
-    return [f"{parent}.{i}" for i in range(len(model.get_submodule(full_path(model, parent))))]
+    return [f"{path}.{i}" for path in block_lists(model, family) for i in range(_length(model, path))]
+
+
+def _length(model: nn.Module, path: str) -> int:
+    return len(model.get_submodule(full_path(model, path)))
 
 
 def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: str) -> Site | None:

@@ -41,6 +41,10 @@ TINY = {
         vocab_size=61, dim=24, n_layers=3, n_heads=4, hidden_dim=20, max_position_embeddings=64
     ),
     "electra": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=16),
+    "albert": lambda: transformers.AlbertConfig(**_HEADS, embedding_size=16),
+    "albert-groups": lambda: transformers.AlbertConfig(
+        **_HEADS, embedding_size=16, num_hidden_groups=2, inner_group_num=2
+    ),
     "electra-wide": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=24),
     "mpnet": lambda: transformers.MPNetConfig(**_ROBERTA),
     "modernbert": lambda: transformers.ModernBertConfig(**_HEADS, **_IDS, **_MODERN),
@@ -98,6 +102,15 @@ HEADS = {  # every usual head of every row
         "ElectraForQuestionAnswering",
     ),
     "electra-wide": ("ElectraForMaskedLM",),
+    "albert": (
+        "AlbertModel",
+        "AlbertForMaskedLM",
+        "AlbertForPreTraining",
+        "AlbertForSequenceClassification",
+        "AlbertForTokenClassification",
+        "AlbertForQuestionAnswering",
+    ),
+    "albert-groups": ("AlbertModel", "AlbertForMaskedLM", "AlbertForSequenceClassification"),
     "mpnet": (
         "MPNetModel",
         "MPNetForMaskedLM",

@@ -125,6 +125,17 @@ def test_reading_agrees_with_the_attentions_of_transformers(family, head):
             assert np.allclose(values, expected[name].detach().numpy(), equal_nan=True, atol=1e-9), (block, name)
 
 
+def test_a_block_that_runs_several_times_is_read_at_its_last_run():
+    model = build("albert", "AlbertModel")
+    (block,) = (found := read_heads(model, [{"input_ids": token_ids()}, {"input_ids": token_ids()}]))
+    with eager_attention(model):
+        last = model(input_ids=token_ids(), output_attentions=True).attentions[-1]
+    expected = attention_measures(last, torch.ones_like(token_ids()), token_ids(), causal=False)
+    for name in ("entropy_norm", "current"):
+        values = expected[name].detach().numpy()
+        assert np.allclose(found[block][name], np.concatenate([values, values]), atol=1e-9), name
+
+
 def test_the_implementation_is_restored_after_an_error_too():
     model = build("bert", "BertModel")
     model.set_attn_implementation("sdpa")

@@ -28,7 +28,7 @@ def tolerance(family: str) -> float:
 
 def factorized(model):
     """Factorises the embedding where the family can."""
-    if any(group.kind == "embedding_rank" for group in find_family(model.config.model_type).groups):
+    if find_family(model.config.model_type).factorizes:
         factorize_(model)
     return model
 
@@ -176,7 +176,9 @@ def test_generation_with_and_without_cache_agrees_after_losing_the_first_attenti
     assert len(made[0][0]) == 19
 
 
-@pytest.mark.parametrize("family,kind", [("mpnet", "heads"), ("olmo2", "hidden"), ("phi3", "heads")])
+@pytest.mark.parametrize(
+    "family,kind", [("mpnet", "heads"), ("olmo2", "hidden"), ("phi3", "heads"), ("albert", "layers")]
+)
 def test_the_error_for_a_kind_that_a_family_cannot_cut_says_why(family, kind):
     model = build(*LANGUAGE_MODELS[family])
     uncut = dict(find_family(family).uncut)

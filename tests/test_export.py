@@ -23,7 +23,7 @@ from ibprune.task_heads import auto_class
 def pruned(family, head, keep_of, factorize=True):
     model = build(family, head, dtype=torch.float32)
     model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
-    if factorize and any(group.kind == "embedding_rank" for group in find_family(model.config.model_type).groups):
+    if factorize and find_family(model.config.model_type).factorizes:
         factorize_(model)
     sites = find_sites(model)
     plan = PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep_of(sites))
@@ -71,7 +71,7 @@ def test_uneven_plans_of_every_family_reload_with_and_without_the_folder_s_code(
         assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "distilbert", "gemma2", "qwen2"])
+@pytest.mark.parametrize("model_type", ["gpt2", "distilbert", "gemma2", "qwen2", "albert"])
 def test_plans_that_plain_transformers_can_build_load_there(model_type, tmp_path, tokenizer):
     family, head = LANGUAGE_MODELS[model_type]
     model, plan = pruned(family, head, lambda sites: uniform(sites, ffn=8), factorize=False)
