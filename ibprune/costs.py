@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from ibprune.groups import Cut, Site, axis_dims, axis_width, get_tensor
@@ -150,16 +151,16 @@ def _hidden(projection: str, size: int, n_units: dict[str, int], dims: Owners) -
 def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> CostModel:
     """Multiply-accumulates of one forward pass over one sequence of `length` tokens.
 
-    Linear layers are counted on the rows they really see (found by one forward pass on the meta
-    device); an attention adds 2 * length^2 * width for its two products, as eager attention does.
-    One MAC is two FLOPs.
+    Linear layers and convolutions are counted on the rows they really see, and an attention's products
+    of queries, keys and values at their real sizes: both are found by one forward pass on the meta
+    device, with eager attention. One MAC is two FLOPs.
     """
     dims, whole = _owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
     n_units = {name: site.n_units for name, site in sites.items()}
     rank = _rank_site(sites)
     terms = []
-    row_counts = linear_rows(model, length)
+    row_counts, products = _run_on_meta(model, length)
     for path, rows in row_counts.items():
         module = model.get_submodule(path)
         weight = module.weight
@@ -178,16 +179,18 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             width, hidden = _hidden(names[id(projection)], projection.shape[0], n_units, dims)
             terms.append(Term(rows * weight.shape[0] * width, hidden, False, rank, dense=True))
     family = find_family(model.config.model_type)
-    for path in (full_path(model, f"{block}.{family.context}") for block in block_paths(model, family)):
-        if path in row_counts:  # not where the attention was removed
-            # both products of an attention multiply, per token, every other token by every context feature
+    for block in block_paths(model, family):
+        path = full_path(model, f"{block}.{family.context}")
+        per_head = products.get(full_path(model, f"{block}.{family.attention}"), 0)
+        if per_head:  # not where the attention was removed
+            # what an attention multiplies is shared equally by the features that it hands on
             module = model.get_submodule(path)
             ((name, dim),) = axis_dims(module, "in")
             features = axis_width(model, Cut(path, "in"))
             owned = {(name, 0): dims.get((names[id(get_tensor(module, name))], dim), [])}
             for coefficient, cutters in _products(name, torch.Size([features]), n_units, owned):
                 factors = (*cutters, *whole.get(path, ()))
-                terms.append(Term(2 * length * row_counts[path] * coefficient, factors, True))
+                terms.append(Term(per_head // features * coefficient, factors, True))
     return CostModel("macs", tuple(terms), n_units, length)
 
 
@@ -234,27 +237,58 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     return counts
 
 
-def linear_rows(model: nn.Module, length: int) -> dict[str, int]:
-    """How many rows each linear layer multiplies for one sequence of `length` tokens, by module path."""
+class _Products(TorchDispatchMode):
+    """Counts the multiply-accumulates of batched matrix products, by the attention that makes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.inside: list[str] = []  # the attention that runs; "" in a layer inside it
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default and self.inside and self.inside[-1]:
+            path = self.inside[-1]
+            self.counts[path] = self.counts.get(path, 0) + args[0].numel() * args[1].shape[-1]
+        return func(*args, **(kwargs or {}))
+
+    def watch(self, module: nn.Module, path: str) -> None:
+        def leave(module: nn.Module, args: tuple, output: object) -> None:
+            self.inside.pop()
+
+        module.register_forward_pre_hook(lambda *_: self.inside.append(path))
+        module.register_forward_hook(leave)
+
+
+def _run_on_meta(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What one sequence of `length` tokens takes: rows by path of the layer, products by path of the attention."""
     skeleton = _meta_copy(model)
+    family = find_family(model.config.model_type)
     rows: dict[str, int] = {}
+    products = _Products()
 
     def count(path: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            rows[path] = rows.get(path, 0) + output.numel() // output.shape[-1]
+            features = output.shape[1] if isinstance(module, nn.Conv1d) else output.shape[-1]
+            rows[path] = rows.get(path, 0) + output.numel() // features
 
         return hook
 
     inside = [p for p, m in skeleton.named_modules() if isinstance(m, (FactorizedEmbedding, FactorizedUnembedding))]
     for path, module in skeleton.named_modules():
         factored = isinstance(module, (FactorizedEmbedding, FactorizedUnembedding))
-        if factored or (isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[0] not in inside):
+        layer = isinstance(module, (nn.Linear, Conv1D, nn.Conv1d))
+        if factored or (layer and path.rpartition(".")[0] not in inside):
             module.register_forward_hook(count(path))
+        if layer:
+            products.watch(module, "")
+    for path in (full_path(model, f"{block}.{family.attention}") for block in block_paths(model, family)):
+        products.watch(skeleton.get_submodule(path), path)
+    skeleton.set_attn_implementation("eager")  # whose products are seen
     skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    with torch.no_grad():
+    with torch.no_grad(), products:
         skeleton(input_ids=ids)  # no attention mask: its values would be read
-    return rows
+    return rows, products.counts
 
 
 def count_params(model: nn.Module) -> int:

@@ -84,6 +84,8 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
             )
         cuts += [replace(cut, path=path) for path in found]
     cuts = [cut for cut in dict.fromkeys(cuts) if cut.axis == "whole" or axis_dims(modules[cut.path], cut.axis)]
+    for path in {cut.path for cut in cuts if getattr(modules[cut.path], "groups", 1) > 1}:
+        raise UnsupportedModel(f"expected '{path}' to be one convolution, found {modules[path].groups} groups of it.")
     whole = all(cut.axis == "whole" for cut in cuts)
     if not cuts or (whole and _stubbed(modules, model, group, block)):
         return None

@@ -32,6 +32,7 @@ _IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
 _MODERN = dict(local_attention=4, cls_token_id=2, sep_token_id=3)
 _QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
+_DEBERTA = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", position_buckets=4)
 TINY = {
     "bert": lambda: transformers.BertConfig(**_HEADS),
     "roberta": lambda: transformers.RobertaConfig(**_ROBERTA),
@@ -45,6 +46,14 @@ TINY = {
     "albert-groups": lambda: transformers.AlbertConfig(
         **_HEADS, embedding_size=16, num_hidden_groups=2, inner_group_num=2
     ),
+    "deberta-v3": lambda: transformers.DebertaV2Config(
+        **_HEADS, **_DEBERTA, share_att_key=True, position_biased_input=False
+    ),
+    "deberta-v2": lambda: transformers.DebertaV2Config(
+        **_HEADS, **_DEBERTA, share_att_key=True, position_biased_input=False, conv_kernel_size=3, conv_act="gelu"
+    ),
+    "deberta-own": lambda: transformers.DebertaV2Config(**_HEADS, **_DEBERTA, share_att_key=False, type_vocab_size=2),
+    "deberta-absolute": lambda: transformers.DebertaV2Config(**_HEADS),
     "electra-wide": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=24),
     "mpnet": lambda: transformers.MPNetConfig(**_ROBERTA),
     "modernbert": lambda: transformers.ModernBertConfig(**_HEADS, **_IDS, **_MODERN),
@@ -111,6 +120,16 @@ HEADS = {  # every usual head of every row
         "AlbertForQuestionAnswering",
     ),
     "albert-groups": ("AlbertModel", "AlbertForMaskedLM", "AlbertForSequenceClassification"),
+    "deberta-v2": (
+        "DebertaV2Model",
+        "DebertaV2ForMaskedLM",
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2ForTokenClassification",
+        "DebertaV2ForQuestionAnswering",
+    ),
+    "deberta-v3": ("DebertaV2ForSequenceClassification",),
+    "deberta-own": ("DebertaV2ForMaskedLM",),
+    "deberta-absolute": ("DebertaV2ForSequenceClassification",),
     "mpnet": (
         "MPNetModel",
         "MPNetForMaskedLM",

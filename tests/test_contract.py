@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import CASES, CLASSIFIERS, FLOAT32, LANGUAGE_MODELS, TINY, build, outputs, random_keep, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -187,10 +188,10 @@ def test_the_error_for_a_kind_that_a_family_cannot_cut_says_why(family, kind):
 
 
 def test_models_outside_the_table_are_refused():
-    from transformers import XLNetConfig, XLNetModel
-
     with pytest.raises(UnsupportedModel, match="no family describes model_type 'xlnet'.*bert.*llama"):
-        find_sites(XLNetModel(XLNetConfig(n_layer=1, d_model=8, n_head=2, d_inner=8, vocab_size=10)))
+        find_sites(
+            transformers.XLNetModel(transformers.XLNetConfig(n_layer=1, d_model=8, n_head=2, d_inner=8, vocab_size=10))
+        )
     model = build("bert", "BertModel")
     model.extra = torch.nn.Linear(24, 2)
     with pytest.raises(UnsupportedModel, match="'extra.weight'"):
@@ -200,6 +201,15 @@ def test_models_outside_the_table_are_refused():
     mlp.gate, mlp.gate_proj = mlp.gate_proj, None
     with pytest.raises(UnsupportedModel, match="gate_proj"):
         find_sites(model)
+    for change, reason in (
+        (dict(norm_rel_ebd="none"), "encoder.LayerNorm"),  # positions read without a norm
+        (dict(conv_kernel_size=3, conv_groups=2), "found 2 groups"),
+        (dict(legacy=False), "lm_predictions"),  # multiplies with the embeddings itself
+        (dict(embedding_size=16), "word_embeddings"),  # widened by a matrix
+    ):
+        config = transformers.DebertaV2Config(**TINY["deberta-v3"]().to_dict() | change)
+        with pytest.raises(UnsupportedModel, match=reason):
+            find_sites(transformers.DebertaV2ForMaskedLM(config))
 
 
 def test_the_readme_lists_every_row_with_its_kinds():
