@@ -10,6 +10,7 @@ from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.losses import Batch
 from ibprune.rebuild import full_path
 from ibprune.sites import block_lists, block_paths, find_family
+from ibprune.task_heads import complete
 
 POOLINGS = ("mean", "cls", "last", "random")
 TOKEN = "token"  # the pooling at columns that the caller chose
@@ -111,7 +112,7 @@ def collect(
             start += size
             caught.clear()
             if "input_ids" in batch:
-                model(**batch)
+                model(**complete(model, batch))
             else:
                 model(batch["inputs"])
             for name in layers:

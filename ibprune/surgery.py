@@ -264,7 +264,7 @@ def _scale_norm_(norm: nn.Module, mu: torch.Tensor, offset: float) -> None:
 def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
     """Removes blocks that hold no parameter any more (both sub-layers gone, norms included)."""
     dropped = []
-    for parent in block_lists(model, family):
+    for parent in block_lists(model, family) if not family.decoder_blocks else ():  # two depths: they stay, as stubs
         blocks = list(model.get_submodule(full_path(model, parent)))
         stay = [bool(list(block.parameters())) for block in blocks]
         if all(stay) or not any(stay):
