@@ -16,6 +16,7 @@ from ibprune.mi.entropies import attention_entropy
 from ibprune.mi.samples import FEW, BadSamples
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family
+from ibprune.task_heads import complete
 
 MOST_READ = 256  # inputs that are read: on SST-2 no head's mean over them errs by more than 0.012 (one se)
 ENTROPY = "entropy_norm"
@@ -105,11 +106,17 @@ def attention_group(model: nn.Module) -> Group | None:
 
 
 def attention_modules(model: nn.Module) -> dict[str, str]:
-    """Paths of the attentions of a transformers model by dense block; blocks removed whole are absent."""
-    inside = find_family(model.config.model_type).attention
+    """Paths of the attentions of a transformers model by dense block; blocks removed whole are absent.
+
+    Of an encoder-decoder, the encoder's: the decoder's attentions look at other texts.
+    """
+    family = find_family(model.config.model_type)
+    inside, start = family.attention, family.blocks.partition("*")[0]
     found: dict[str, str] = {}
     for block, (path, side) in block_layers(model).items():
-        if side == "out" and f"{path}.{inside}" not in found.values():  # a removed block shows the one before it
+        if (
+            side == "out" and block.startswith(start) and f"{path}.{inside}" not in found.values()
+        ):  # a removed block shows the one before it
             found[block] = f"{path}.{inside}"
     return found
 
@@ -132,7 +139,7 @@ def read_heads(
     """The measures of every head: {block of the dense model: {measure: (n, heads)}}, float64.
 
     One attention is held at a time: each is reduced as soon as it is computed. Blocks without an attention are
-    absent; None where an attention gives no probabilities.
+    absent; None where an attention gives no probabilities. A block that runs several times shows its last run.
 
     Args:
         batches: With "input_ids", and "attention_mask" where there is padding.
@@ -151,18 +158,17 @@ def read_heads(
     found: dict[str, dict[str, list[np.ndarray]]] = {block: {} for block in modules}
     silent: list[str] = []
     batch: Batch = {}
+    caught: dict[str, dict[str, torch.Tensor]] = {}  # of the present batch
 
     def reduce(block: str):
         def hook(module: nn.Module, args: tuple, output) -> None:
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            weights = output[-1] if isinstance(output, tuple) and len(output) > 1 else None
             if weights is None:
                 silent.extend([block] * any(True for _ in module.parameters()))  # a stub of a removed one has none
                 return
             ids = batch["input_ids"]
             mask = batch.get("attention_mask", torch.ones_like(ids))
-            measures = attention_measures(weights, mask, ids, causal=causal, special=special, keywords=keywords)
-            for name, values in measures.items():
-                found[block].setdefault(name, []).append(values.cpu().numpy())
+            caught[block] = attention_measures(weights, mask, ids, causal=causal, special=special, keywords=keywords)
 
         return hook
 
@@ -171,7 +177,11 @@ def read_heads(
         try:
             for given in batches:
                 batch = {key: value.to(device) for key, value in given.items() if key != "labels"}
-                model(**batch)
+                caught.clear()
+                model(**complete(model, batch))
+                for block, measures in caught.items():
+                    for name, values in measures.items():
+                        found[block].setdefault(name, []).append(values.cpu().numpy())
         finally:
             for handle in handles:
                 handle.remove()
@@ -198,16 +208,16 @@ def kept_units(plan: PruningPlan, model: nn.Module) -> dict[str, tuple[int, tupl
     group, family = attention_group(model), find_family(model.config.model_type)
     if group is None:
         return {}
-    inside = family.attention
+    inside, start = family.attention, family.blocks.partition("*")[0]
     whole = [
         other.name for other in family.groups if any(cut.axis == "whole" and cut.path == inside for cut in other.cuts)
     ]
     found = {}
     for block in block_layers(model):
-        if f"{block}.{group.name}" in plan.keep:
+        site = f"{block}.{group.name}" if group.per_block else group.name
+        if site in plan.keep and block.startswith(start):
             gone = any(plan.keep.get(f"{block}.{name}") == () for name in whole)
-            kept = () if gone else plan.keep[f"{block}.{group.name}"]
-            found[block] = plan.n_units[f"{block}.{group.name}"], kept
+            found[block] = plan.n_units[site], () if gone else plan.keep[site]
     return found
 
 

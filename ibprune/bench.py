@@ -7,6 +7,7 @@ from torch import nn
 
 from ibprune.console import Quiet
 from ibprune.losses import Batch, forward
+from ibprune.task_heads import with_end
 
 
 def measure_latency(
@@ -14,7 +15,7 @@ def measure_latency(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of a forward pass of two transformers on the same token ids: {"median", "iqr"} each."""
     ids = torch.randint(dense.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    return time_forward(dense, pruned, {"input_ids": ids}, rounds=rounds, console=console)
+    return time_forward(dense, pruned, {"input_ids": with_end(dense, ids)}, rounds=rounds, console=console)
 
 
 @torch.inference_mode()

@@ -1,15 +1,18 @@
 """What a model costs as an exact formula of how many units each site keeps."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from ibprune.groups import Cut, Site, axis_dims, axis_width, get_tensor
+from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_path
 from ibprune.sites import block_paths, find_family
+from ibprune.task_heads import complete, reads_end, with_end
 
 COSTS = ("params", "macs")
 SCOPES = ("model", "blocks")
@@ -148,18 +151,18 @@ def _hidden(projection: str, size: int, n_units: dict[str, int], dims: Owners) -
 
 
 def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> CostModel:
-    """Multiply-accumulates of one forward pass over one sequence of `length` tokens.
+    """Multiply-accumulates of one forward pass over one sequence of `length` tokens, read and, by a decoder, written.
 
-    Linear layers are counted on the rows they really see (found by one forward pass on the meta
-    device); an attention adds 2 * length^2 * width for its two products, as eager attention does.
-    One MAC is two FLOPs.
+    Linear layers and convolutions are counted on the rows they really see, and an attention's products
+    of queries, keys and values at their real sizes: both are found by one forward pass without weights,
+    with eager attention. One MAC is two FLOPs.
     """
     dims, whole = _owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
     n_units = {name: site.n_units for name, site in sites.items()}
     rank = _rank_site(sites)
     terms = []
-    row_counts = linear_rows(model, length)
+    row_counts, products = _dry_run(model, length)
     for path, rows in row_counts.items():
         module = model.get_submodule(path)
         weight = module.weight
@@ -178,16 +181,17 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             width, hidden = _hidden(names[id(projection)], projection.shape[0], n_units, dims)
             terms.append(Term(rows * weight.shape[0] * width, hidden, False, rank, dense=True))
     family = find_family(model.config.model_type)
-    for path in (full_path(model, f"{block}.{family.context}") for block in block_paths(model, family)):
-        if path in row_counts:  # not where the attention was removed
-            # both products of an attention multiply, per token, every other token by every context feature
+    for attention, path in _attentions(model, family):
+        made = products.get(attention, 0)
+        if made:  # not where the attention was removed
+            # what an attention multiplies is shared equally by the features that it hands on
             module = model.get_submodule(path)
             ((name, dim),) = axis_dims(module, "in")
             features = axis_width(model, Cut(path, "in"))
             owned = {(name, 0): dims.get((names[id(get_tensor(module, name))], dim), [])}
             for coefficient, cutters in _products(name, torch.Size([features]), n_units, owned):
                 factors = (*cutters, *whole.get(path, ()))
-                terms.append(Term(2 * length * row_counts[path] * coefficient, factors, True))
+                terms.append(Term(made // features * coefficient, factors, True))
     return CostModel("macs", tuple(terms), n_units, length)
 
 
@@ -234,27 +238,73 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     return counts
 
 
-def linear_rows(model: nn.Module, length: int) -> dict[str, int]:
-    """How many rows each linear layer multiplies for one sequence of `length` tokens, by module path."""
-    skeleton = _meta_copy(model)
+class _Products(TorchDispatchMode):
+    """Counts the multiply-accumulates of batched matrix products, by the attention that makes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.inside: list[str] = []  # the attention that runs; "" in a layer inside it
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default and self.inside and self.inside[-1]:
+            path = self.inside[-1]
+            self.counts[path] = self.counts.get(path, 0) + args[0].numel() * args[1].shape[-1]
+        return func(*args, **(kwargs or {}))
+
+    def watch(self, module: nn.Module, path: str) -> None:
+        def leave(module: nn.Module, args: tuple, output: object) -> None:
+            self.inside.pop()
+
+        module.register_forward_pre_hook(lambda *_: self.inside.append(path))
+        module.register_forward_hook(leave)
+
+
+def _attentions(model: nn.Module, family: Family) -> list[tuple[str, str]]:
+    """Paths of every attention and of the layer that reads its result, where both are there."""
+    modules = dict(model.named_modules())
+    inside = [(family.attention, family.context), (family.cross_attention, family.cross_context)]
+    pairs = [
+        [full_path(model, f"{block}.{p}") for p in pair] for block in block_paths(model, family) for pair in inside
+    ]
+    return [(attention, context) for attention, context in pairs if attention in modules and context in modules]
+
+
+def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What one sequence of `length` tokens takes: rows by path of the layer, products by path of the attention.
+
+    It runs on the meta device, but for heads that look for a token in the ids, whose values meta tensors lack: then on
+    the CPU, with weights that all are one zero.
+    """
+    device = "cpu" if reads_end(model) else "meta"
+    skeleton = _skeleton(model, device)
+    family = find_family(model.config.model_type)
     rows: dict[str, int] = {}
+    products = _Products()
 
     def count(path: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            rows[path] = rows.get(path, 0) + output.numel() // output.shape[-1]
+            features = output.shape[1] if isinstance(module, nn.Conv1d) else output.shape[-1]
+            rows[path] = rows.get(path, 0) + output.numel() // features
 
         return hook
 
     inside = [p for p, m in skeleton.named_modules() if isinstance(m, (FactorizedEmbedding, FactorizedUnembedding))]
     for path, module in skeleton.named_modules():
         factored = isinstance(module, (FactorizedEmbedding, FactorizedUnembedding))
-        if factored or (isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[0] not in inside):
+        layer = isinstance(module, (nn.Linear, Conv1D, nn.Conv1d))
+        if factored or (layer and path.rpartition(".")[0] not in inside):
             module.register_forward_hook(count(path))
+        if layer:
+            products.watch(module, "")
+    for path, _ in _attentions(model, family):
+        products.watch(skeleton.get_submodule(path), path)
+    skeleton.set_attn_implementation("eager")  # whose products are seen
+    ids = complete(model, {"input_ids": with_end(model, torch.zeros(1, length, dtype=torch.long, device=device))})
     skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
-    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        skeleton(input_ids=ids)  # no attention mask: its values would be read
-    return rows
+    with torch.no_grad(), products:
+        skeleton(**ids)  # no attention mask: its values would be read
+    return rows, products.counts
 
 
 def count_params(model: nn.Module) -> int:
@@ -262,12 +312,14 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vib_masks"))
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def _skeleton(model: nn.Module, device: str) -> nn.Module:
     """The same structure without storage and without hooks."""
-    import copy
 
-    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    def hollow(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+
+    memo = {id(p): nn.Parameter(hollow(p), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): hollow(b) for b in model.buffers()}
     skeleton = copy.deepcopy(model, memo).eval()
     for module in skeleton.modules():
         module._forward_hooks.clear()
@@ -276,7 +328,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _rank_site(sites: dict[str, Site]) -> str:
-    return next((site.name for site in sites.values() if site.kind == "embedding_rank"), "")
+    return next((site.name for site in sites.values() if site.mask_at.side == "rank"), "")
 
 
 def _in_blocks(sites: dict[str, Site], path: str) -> bool:

@@ -23,9 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.plans import PruningPlan
-from ibprune.sites import block_paths, find_family, find_sites
+from ibprune.sites import find_family, find_sites
 from ibprune.surgery import SPEC
-from ibprune.task_heads import auto_class
+from ibprune.task_heads import auto_class, complete, with_end
 
 CODE = "modeling_ibprune.py"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -86,7 +86,8 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     config = copy.deepcopy(model.config)
     delattr(config, SPEC)
     for name, key in family.config_keys.items():
-        counts = {site.n_units for site in sites.values() if site.group.name == name}
+        start, _, last = name.rpartition(".")
+        counts = {s.n_units for s in sites.values() if s.name.startswith(start) and s.name.rpartition(".")[2] == last}
         if not counts:
             continue  # the model has no such units
         if len(counts) != 1:
@@ -94,7 +95,6 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
         setattr(config, key, min(counts))
-    config.num_hidden_layers = len(block_paths(model, family))
     try:
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
@@ -104,14 +104,15 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     return config if _form(model) == _form(plain) else None
 
 
-def _form(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
-    """Shapes of all parameters, and the modules' real numbers: a scale derived from a width is no parameter."""
+def _form(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+    """Shapes of all parameters, and the numbers that scale: one derived from a width is no parameter."""
+    scales = find_family(model.config.model_type).scales
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     numbers = {
         f"{path}.{key}": value
         for path, module in model.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, float)
+        if isinstance(value, float) or key in scales
     }
     return shapes, numbers
 
@@ -171,7 +172,7 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
     (folder / CODE).write_text("\n".join(lines).rstrip() + "\n")
     raw["architectures"] = [f"Pruned{name}"]
     raw["auto_map"] = {auto_class(name, model_type): f"{module}.Pruned{name}"}
-    if _whole_base(model):
+    if _whole_base(model) and auto_class(base, model_type) == "AutoModel":
         raw["auto_map"]["AutoModel"] = f"{module}.Pruned{base}"
     if own_type:
         raw["model_type"] = f"ibprune_{model_type}"
@@ -202,7 +203,7 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     ids = torch.randint(vocab, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return complete(model, {"input_ids": with_end(model, ids), "attention_mask": mask})
 
 
 @torch.no_grad()

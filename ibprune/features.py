@@ -9,7 +9,8 @@ from torch import nn
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.losses import Batch
 from ibprune.rebuild import full_path
-from ibprune.sites import block_paths, find_family
+from ibprune.sites import block_lists, block_paths, find_family
+from ibprune.task_heads import complete
 
 POOLINGS = ("mean", "cls", "last", "random")
 TOKEN = "token"  # the pooling at columns that the caller chose
@@ -25,18 +26,20 @@ def block_layers(model: nn.Module) -> dict[str, tuple[str, str]]:
     """The residual stream before the first block and after each: {name: (module path, "in" or "out")}.
 
     Names count the blocks of the dense model. A block that was removed whole passes its input on, so
-    that its layer is the output of the block before it.
+    that its layer is the output of the block before it. A block that runs several times (ALBERT) is read
+    before its first run and after its last.
     """
     family = find_family(model.config.model_type)
-    parent = family.blocks.removesuffix(".*")
     present = [full_path(model, path) for path in block_paths(model, family)]
     dropped = set((getattr(model.config, "ibprune", None) or {}).get("dropped_blocks", ()))
     where = present[0], "in"
     layers = {EMBEDDINGS: where}
-    for i in range(len(present) + len(dropped)):
-        if f"{parent}.{i}" not in dropped:
-            where = present.pop(0), "out"
-        layers[f"{parent}.{i}"] = where
+    for parent in block_lists(model, family):
+        gone = {path for path in dropped if path.rpartition(".")[0] == parent}
+        for i in range(len(model.get_submodule(full_path(model, parent))) + len(gone)):
+            if f"{parent}.{i}" not in gone:
+                where = present.pop(0), "out"
+            layers[f"{parent}.{i}"] = where
     return layers
 
 
@@ -109,7 +112,7 @@ def collect(
             start += size
             caught.clear()
             if "input_ids" in batch:
-                model(**batch)
+                model(**complete(model, batch))
             else:
                 model(batch["inputs"])
             for name in layers:
@@ -136,7 +139,7 @@ def collect(
 
 def _catch_input(caught: dict[str, torch.Tensor], name: str):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        caught[name] = args[0] if args else kwargs["hidden_states"]
+        caught.setdefault(name, args[0] if args else kwargs["hidden_states"])  # of the first run of a shared block
 
     return hook
 

@@ -27,7 +27,7 @@ from ibprune.hub import hub_reachable
 from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family
-from ibprune.task_heads import auto_class
+from ibprune.task_heads import auto_class, is_headless
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,12 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
         return "causal_lm"
     if auto == "AutoModelForMaskedLM":
         return "masked_lm"
-    if model.base_model is model:
+    if model.config.is_encoder_decoder:
+        raise BadData(
+            f"{name} reads one text and writes another, and ibprune cannot train such pairs yet. Of an encoder-decoder "
+            "it trains a sequence classifier, and T5EncoderModel; `ibprune plan` takes every head."
+        )
+    if is_headless(model):
         return "encoder"
     raise BadData(f"{name} has a task head that ibprune cannot train yet: use a base, classification or LM model.")
 

@@ -24,7 +24,7 @@ class Cut:
             holds itself (a layer scale), or "whole": the module goes and a stub takes its place.
         stub: For "whole": a key of `ibprune.rebuild.STUBS`.
         optional: The module may be absent (a task head, a pooler).
-        needs, without: Backbone modules that must exist, or must not, for this cut to apply.
+        needs, without: Modules (paths as `path`) that must exist, or must not, for this cut to apply.
         offset, width: Unit j owns the features offset + j * width … offset + (j + 1) * width - 1, so that
             several sites may share an axis (concatenation). Width 0: the units share the whole axis equally.
         chunk, chunks: The units share only this one of so many equal parts of the axis (fused projections,
@@ -76,8 +76,9 @@ class Group:
         per_block: One site in every block, or one for the whole model.
         unit: Attribute path (relative to the block) with the width of one unit on the first cut.
         min_units: The least that must stay.
-        sizes: Integer attributes (paths relative to the block) that the family's forward reads and that
+        sizes: Integer attributes (paths as those of cuts) that the family's forward reads and that
             count in proportion to the units.
+        stack: The pattern of the blocks that have it, where an encoder's and a decoder's differ.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Group:
     unit: str = ""
     min_units: int = 1
     sizes: tuple[str, ...] = ()
+    stack: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,21 @@ class Family:
 
     Attributes:
         model_types: The `config.model_type` values it covers.
-        blocks: Path pattern of the blocks in the backbone, ending in ".*".
+        blocks: Path pattern of the blocks in the backbone, ending in ".*". A block may run several times.
+        decoder_blocks: The same for the decoder of an encoder-decoder, whose encoder `blocks` are.
         groups: The prunable kinds.
         embedding: The token embedding in the backbone.
         output: The output layer that may be tied to it ("/…": in the whole model).
         attention: Path from the block to the module that computes attention probabilities.
         context: Path from the block to the linear layer that reads the attention's result.
-        config_keys: Config key that holds the number of units per group name in a uniform model.
+        cross_attention, cross_context: The same in a decoder's blocks for the attention to the encoder.
+        config_keys: Config key that holds the number of units of a uniform model, by the last part of the sites'
+            names ("ffn"), or of those that begin alike ("decoder.ffn").
         per_layer: Config keys that list one value per block.
         free: Modules ("/…" in the whole model, "*" for every layer) whose parameters no unit owns.
         causal: Whether a token sees only those before it.
         norm_offset: What the norms add to their weight before they multiply by it (Gemma: 1).
+        scales: Names of integer attributes that a forward turns into a scale: they stay as they are.
         reserved_positions: Positions of `max_position_embeddings` that no token can take.
         uncut: Kinds that cannot be cut exactly in this family, with the reason ("heads" for KV groups too).
     """
@@ -119,12 +125,21 @@ class Family:
     attention: str
     context: str
     config_keys: dict[str, str]
+    decoder_blocks: str = ""
+    cross_attention: str = ""
+    cross_context: str = ""
     per_layer: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     causal: bool = False
     norm_offset: float = 0.0
+    scales: tuple[str, ...] = ()
     reserved_positions: int = 0
     uncut: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def factorizes(self) -> bool:
+        """Whether units are directions of an embedding that is factorised first."""
+        return any(group.mask_at.side == "rank" for group in self.groups)
 
     def max_tokens(self, config: object) -> int | None:
         """The longest sequence that a config of the family can place, None where nothing bounds it."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ibprune.errors import BadData
+from ibprune.task_heads import complete
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder", "custom")
 Batch = dict[str, torch.Tensor]
@@ -58,7 +59,7 @@ def forward(model: nn.Module, batch: Batch):
                 f"{type(outputs).__name__}: wrap it in a module that returns its logits."
             )
         return outputs
-    return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(**complete(model, {key: value for key, value in batch.items() if key != "labels"}))
 
 
 def pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ class VIBMask(nn.Module):
         noise: Scale of the noise while training; 0 makes the mask deterministic.
         flattened: Whether some consumer sees (batch * length) rows: there a probe is repeated to fit, and noise is
             drawn for every row, because nothing says which rows are one sequence.
-        probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it.
+        probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it. A table
+            that all sequences share (relative positions) has other rows than the batch, and takes part in none.
 
     Example:
         >>> mask = VIBMask(4).eval()
@@ -41,8 +42,9 @@ class VIBMask(nn.Module):
         if self.probe is not None:
             if self.flattened and batch > len(self.probe):
                 return self.probe.repeat_interleave(batch // len(self.probe), dim=0)
-            return self.probe
-        if not self.training or self.noise == 0.0:
+            if batch == len(self.probe):
+                return self.probe
+        if self.probe is not None or not self.training or self.noise == 0.0:
             return (self.hard * self.mu).unsqueeze(0)
         eps = torch.randn(batch, len(self.mu), device=self.mu.device)
         return self.hard * (self.mu + self.noise * torch.exp(0.5 * self.log_var) * eps)

@@ -1,5 +1,6 @@
 """The dry run: what can be cut, what a budget reaches and how the result will load, from the config alone."""
 
+import copy
 import os
 
 import torch
@@ -42,7 +43,7 @@ def plan(
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
                           "round_to": round_to})  # fmt: skip
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
-    config = load_config(find_source(recipe.model)) if named else model
+    config = load_config(find_source(recipe.model)) if named else copy.deepcopy(model)
     skeleton = build_meta(config, model_class(config, classify=False))
     everything, sites, costs = prepare_(skeleton, kinds, None)
     cost_model = costs.of(cost)

@@ -73,7 +73,21 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-STUBS = {"zeros": Zeros, "no_attention": NoAttention, "identity": nn.Identity}
+class NoBiasedAttention(nn.Module):
+    """Stands where an attention of T5 was removed: (zeros, the position bias for the next layer, no weights)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args, position_bias: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        return torch.zeros_like(hidden_states), position_bias, None
+
+
+STUBS = {
+    "zeros": Zeros,
+    "no_attention": NoAttention,
+    "no_biased_attention": NoBiasedAttention,
+    "identity": nn.Identity,
+}
 
 
 def full_path(model: nn.Module, path: str) -> str:
@@ -172,6 +186,8 @@ def set_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
 def renumber_layers_(model: nn.Module, old_types: list[str] | None) -> None:
     """Numbers the attentions that remain 0, 1, 2…: the key-value cache takes its length from number 0.
 
+    Attentions at the same place of their blocks share a cache: a decoder's attentions to itself have one, those to the
+    encoder another.
     Where the config gives each layer a type of attention (sliding or full), the cache keeps a store of that
     type under its number: then an attention takes the lowest free number of its own type.
 
@@ -179,16 +195,21 @@ def renumber_layers_(model: nn.Module, old_types: list[str] | None) -> None:
         old_types: `config.layer_types` that the present numbers count in; None where the config has none.
     """
     blocks = {id(block) for child in model.modules() if isinstance(child, nn.ModuleList) for block in child}
-    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and id(m) not in blocks]
-    numbers = sorted({module.layer_idx for module in attentions})
+    places = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "layer_idx") and id(module) not in blocks:
+            place = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            places.setdefault(place, []).append(module)
     new_types = getattr(model.config, "layer_types", None) if old_types else None
-    free = list(range(len(new_types or numbers)))
-    order = {}
-    for old in numbers:
-        order[old] = next(new for new in free if new_types is None or new_types[new] == old_types[old])
-        free.remove(order[old])
-    for module in attentions:
-        module.layer_idx = order[module.layer_idx]
+    for attentions in places.values():
+        numbers = sorted({module.layer_idx for module in attentions})
+        free = list(range(len(new_types or numbers)))
+        order = {}
+        for old in numbers:
+            order[old] = next(new for new in free if new_types is None or new_types[new] == old_types[old])
+            free.remove(order[old])
+        for module in attentions:
+            module.layer_idx = order[module.layer_idx]
 
 
 def pin_rotary_(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     sites: dict[str, Site] = {}
     for block in ("", *block_paths(model, family)):
         for group in family.groups:
-            if group.per_block == bool(block):
+            if group.per_block == bool(block) and block.startswith(group.stack.removesuffix("*")):
                 site = _bind(model, modules, group, block)
                 if site is not None:
                     sites[site.name] = site
@@ -46,23 +46,38 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
+def block_lists(model: nn.Module, family: Family) -> list[str]:
+    """Paths of the module lists that hold the blocks, from the backbone, in order; an encoder's, then a decoder's."""
+    modules = dict(model.named_modules())
+    found = []
+    for pattern in filter(None, (family.blocks, family.decoder_blocks)):
+        outer, *inner = pattern.removesuffix(".*").split(".*.")
+        paths = [outer]
+        for name in inner:
+            paths = [f"{path}.{i}.{name}" for path in paths for i in range(_length(model, path))]
+        found += [path for path in paths if not _missing(model, modules, path)]  # an encoder may be used alone
+    return found
+
+
 def block_paths(model: nn.Module, family: Family) -> list[str]:
     """Paths of the blocks from the backbone, in order."""
-    parent = family.blocks.removesuffix(".*")
-    return [f"{parent}.{i}" for i in range(len(model.get_submodule(full_path(model, parent))))]
+    return [f"{path}.{i}" for path in block_lists(model, family) for i in range(_length(model, path))]
+
+
+def _length(model: nn.Module, path: str) -> int:
+    return len(model.get_submodule(full_path(model, path)))
 
 
 def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: str) -> Site | None:
     """The group at one block, or None where it has nothing to cut."""
     cuts = []
     for cut in group.cuts:
-        if cut.needs and _missing(model, modules, cut.needs):
+        if cut.needs and _path(model, block, cut.needs) not in modules:
             continue
-        if cut.without and not _missing(model, modules, cut.without):
+        if cut.without and _path(model, block, cut.without) in modules:
             continue
         pattern = _path(model, block, cut.path)
-        matches = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
-        found = [path for path in modules if matches(path)] if "*" in pattern else [pattern] * (pattern in modules)
+        found = _matching(modules, pattern)
         if not found and not cut.optional:
             if block and modules.get(full_path(model, block)) is not None and _stubbed(modules, model, group, block):
                 return None
@@ -72,6 +87,8 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
             )
         cuts += [replace(cut, path=path) for path in found]
     cuts = [cut for cut in dict.fromkeys(cuts) if cut.axis == "whole" or axis_dims(modules[cut.path], cut.axis)]
+    for path in {cut.path for cut in cuts if getattr(modules[cut.path], "groups", 1) > 1}:
+        raise UnsupportedModel(f"expected '{path}' to be one convolution, found {modules[path].groups} groups of it.")
     whole = all(cut.axis == "whole" for cut in cuts)
     if not cuts or (whole and _stubbed(modules, model, group, block)):
         return None
@@ -90,14 +107,22 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
                 f"({group.kind}), found {axis_width(model, cut)}."
             )
     cuts = [_placed(cut, axis_width(model, cut), n_units) if cut.chunks > 1 else cut for cut in cuts]
-    sizes = tuple(_path(model, block, path) for path in group.sizes)
-    return Site(name, group, full_path(model, block) if block else "", tuple(cuts), mask_at, n_units, sizes)
+    sizes = []
+    for pattern, _, size in (_path(model, block, path).rpartition(".") for path in group.sizes):
+        sizes += [f"{path}.{size}" for path in _matching(modules, pattern) if hasattr(modules[path], size)]
+    return Site(name, group, full_path(model, block) if block else "", tuple(cuts), mask_at, n_units, tuple(sizes))
 
 
 def _placed(cut: Cut, features: int, n_units: int) -> Cut:
     """A cut of one of several equal chunks of an axis, by offset and width."""
     size = features // cut.chunks
     return replace(cut, offset=cut.chunk * size, width=size // n_units, chunk=0, chunks=1)
+
+
+def _matching(modules: dict[str, nn.Module], pattern: str) -> list[str]:
+    """Paths of the modules of a pattern, in which "*" stands for every layer."""
+    matches = re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
+    return [path for path in modules if matches(path)] if "*" in pattern else [pattern] * (pattern in modules)
 
 
 def _stubbed(modules: dict[str, nn.Module], model: nn.Module, group: Group, block: str) -> bool:

@@ -22,7 +22,7 @@ from ibprune.rebuild import (
     set_parameter,
     set_sizes,
 )
-from ibprune.sites import block_paths, find_family, find_sites
+from ibprune.sites import block_lists, block_paths, find_family, find_sites
 
 SPEC = "ibprune"
 FORMAT = 1
@@ -263,18 +263,20 @@ def _scale_norm_(norm: nn.Module, mu: torch.Tensor, offset: float) -> None:
 
 def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
     """Removes blocks that hold no parameter any more (both sub-layers gone, norms included)."""
-    parent = full_path(model, family.blocks.removesuffix(".*"))
-    blocks = list(model.get_submodule(parent))
-    dropped = [path for path, block in zip(block_paths(model, family), blocks) if not list(block.parameters())]
-    if dropped and len(dropped) < len(blocks):
-        replace_module(model, parent, nn.ModuleList(block for block in blocks if list(block.parameters())))
+    dropped = []
+    for parent in block_lists(model, family) if not family.decoder_blocks else ():  # two depths: they stay, as stubs
+        blocks = list(model.get_submodule(full_path(model, parent)))
         stay = [bool(list(block.parameters())) for block in blocks]
+        if all(stay) or not any(stay):
+            continue
+        kept = nn.ModuleList(block for block, stays in zip(blocks, stay) if stays)
+        replace_module(model, full_path(model, parent), kept)
         for key in (key for key in family.per_layer if getattr(model.config, key, None)):
             values = getattr(model.config, key)
             setattr(model.config, key, [value for value, stays in zip(values, stay) if stays])
         model.config.num_hidden_layers = sum(stay)
-        return dropped
-    return []
+        dropped += [f"{parent}.{i}" for i, stays in enumerate(stay) if not stays]
+    return dropped
 
 
 def _retype_layers_(model: nn.Module, family: Family) -> None:

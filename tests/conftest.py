@@ -17,6 +17,8 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ibprune.task_heads import complete, with_end
+
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # two workers share the cores
 
@@ -32,6 +34,17 @@ _IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
 _MODERN = dict(local_attention=4, cls_token_id=2, sep_token_id=3)
 _QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
+_DEBERTA = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", position_buckets=4)
+_BART = dict(
+    vocab_size=61, d_model=24, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=6,
+    encoder_ffn_dim=20, decoder_ffn_dim=18, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    decoder_start_token_id=3, forced_eos_token_id=None,
+)  # fmt: skip
+_T5 = dict(
+    vocab_size=61, d_model=24, d_kv=5, d_ff=20, num_layers=3, num_decoder_layers=2, num_heads=4, eos_token_id=3,
+    relative_attention_num_buckets=8, relative_attention_max_distance=6, decoder_start_token_id=0,
+    initializer_factor=0.1,  # T5 starts with outputs far larger than the others'
+)  # fmt: skip
 TINY = {
     "bert": lambda: transformers.BertConfig(**_HEADS),
     "roberta": lambda: transformers.RobertaConfig(**_ROBERTA),
@@ -41,6 +54,18 @@ TINY = {
         vocab_size=61, dim=24, n_layers=3, n_heads=4, hidden_dim=20, max_position_embeddings=64
     ),
     "electra": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=16),
+    "albert": lambda: transformers.AlbertConfig(**_HEADS, embedding_size=16),
+    "albert-groups": lambda: transformers.AlbertConfig(
+        **_HEADS, embedding_size=16, num_hidden_groups=2, inner_group_num=2
+    ),
+    "deberta-v3": lambda: transformers.DebertaV2Config(
+        **_HEADS, **_DEBERTA, share_att_key=True, position_biased_input=False
+    ),
+    "deberta-v2": lambda: transformers.DebertaV2Config(
+        **_HEADS, **_DEBERTA, share_att_key=True, position_biased_input=False, conv_kernel_size=3, conv_act="gelu"
+    ),
+    "deberta-own": lambda: transformers.DebertaV2Config(**_HEADS, **_DEBERTA, share_att_key=False, type_vocab_size=2),
+    "deberta-absolute": lambda: transformers.DebertaV2Config(**_HEADS),
     "electra-wide": lambda: transformers.ElectraConfig(**_HEADS, embedding_size=24),
     "mpnet": lambda: transformers.MPNetConfig(**_ROBERTA),
     "modernbert": lambda: transformers.ModernBertConfig(**_HEADS, **_IDS, **_MODERN),
@@ -59,6 +84,10 @@ TINY = {
         vocab_size=61, n_embd=24, n_layer=3, n_head=4, n_inner=20, n_positions=64, **_IDS
     ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_HEADS, **_IDS),
+    "bart": lambda: transformers.BartConfig(**_BART),
+    "bart-scaled": lambda: transformers.BartConfig(**_BART, scale_embedding=True),
+    "t5": lambda: transformers.T5Config(**_T5),
+    "t5-gated": lambda: transformers.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "opt": lambda: transformers.OPTConfig(
         vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=20, word_embed_proj_dim=24,
         max_position_embeddings=64, **_IDS,
@@ -98,6 +127,25 @@ HEADS = {  # every usual head of every row
         "ElectraForQuestionAnswering",
     ),
     "electra-wide": ("ElectraForMaskedLM",),
+    "albert": (
+        "AlbertModel",
+        "AlbertForMaskedLM",
+        "AlbertForPreTraining",
+        "AlbertForSequenceClassification",
+        "AlbertForTokenClassification",
+        "AlbertForQuestionAnswering",
+    ),
+    "albert-groups": ("AlbertModel", "AlbertForMaskedLM", "AlbertForSequenceClassification"),
+    "deberta-v2": (
+        "DebertaV2Model",
+        "DebertaV2ForMaskedLM",
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2ForTokenClassification",
+        "DebertaV2ForQuestionAnswering",
+    ),
+    "deberta-v3": ("DebertaV2ForSequenceClassification",),
+    "deberta-own": ("DebertaV2ForMaskedLM",),
+    "deberta-absolute": ("DebertaV2ForSequenceClassification",),
     "mpnet": (
         "MPNetModel",
         "MPNetForMaskedLM",
@@ -136,6 +184,22 @@ HEADS = {  # every usual head of every row
         "GPT2ForTokenClassification",
         "GPT2ForQuestionAnswering",
     ),
+    "bart-scaled": ("BartForConditionalGeneration",),
+    "bart": (
+        "BartModel",
+        "BartForConditionalGeneration",
+        "BartForSequenceClassification",
+        "BartForQuestionAnswering",
+    ),
+    "t5-gated": ("T5ForConditionalGeneration",),
+    "t5": (
+        "T5Model",
+        "T5EncoderModel",
+        "T5ForConditionalGeneration",
+        "T5ForSequenceClassification",
+        "T5ForTokenClassification",
+        "T5ForQuestionAnswering",
+    ),
     "gpt_neox": (
         "GPTNeoXModel",
         "GPTNeoXForCausalLM",
@@ -146,11 +210,12 @@ HEADS = {  # every usual head of every row
 }
 # transformers computes these decoders' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
-FLOAT32 |= {"gpt_neox", "opt", "llama-tied"}
+FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "t5", "t5-gated"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
+WRITERS = ("LM", "LMHeadModel", "ForConditionalGeneration")
 # One case of each model type: a classifier, and a language model, where there is one.
 CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}
-LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "LM" in case[1][-12:])}
+LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: case[1].endswith(WRITERS))}
 
 
 def pytest_collection_modifyitems(items):
@@ -185,13 +250,27 @@ def build(family: str, head: str, *, dtype=torch.float64, seed: int = 0):
     return model
 
 
+def written(model, *, beams: int, cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an encoder-decoder writes after a few given tokens, and the logits of every step."""
+    found = model.generate(
+        token_ids(), decoder_input_ids=token_ids(length=9).flip(1), max_new_tokens=8, do_sample=False, num_beams=beams,
+        use_cache=cache, eos_token_id=None,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return found.sequences, torch.stack(found.logits)
+
+
 def token_ids(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+def inputs_of(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return complete(model, {"input_ids": with_end(model, ids)})
+
+
 @torch.no_grad()
 def outputs(model, ids=None) -> torch.Tensor:
-    return model(input_ids=token_ids() if ids is None else ids)[0]
+    return model(**inputs_of(model, token_ids() if ids is None else ids))[0]
 
 
 def random_keep(sites, seed: int) -> dict[str, tuple[int, ...]]:
@@ -233,6 +312,10 @@ def folders(tmp_path_factory, tokenizer) -> dict[str, str]:
         ("bert", "BertForSequenceClassification"),
         ("bert", "BertForMaskedLM"),
         ("llama-tied", "LlamaForCausalLM"),
+        ("bart", "BartForSequenceClassification"),
+        ("bart", "BartForConditionalGeneration"),
+        ("t5", "T5EncoderModel"),
+        ("t5", "T5ForSequenceClassification"),
     ):
         folder = root / head
         build(family, head, dtype=torch.float32).save_pretrained(folder)

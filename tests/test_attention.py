@@ -106,7 +106,10 @@ def test_shapes_that_do_not_belong_together():
         attention_measures(torch.ones(1, 2, 5, 5), torch.ones(2, 5), torch.ones(2, 5), causal=False)
 
 
-@pytest.mark.parametrize("family,head", [("bert", "BertForSequenceClassification"), ("llama-tied", "LlamaForCausalLM")])
+@pytest.mark.parametrize(
+    "family,head",
+    [("bert", "BertForSequenceClassification"), ("llama-tied", "LlamaForCausalLM"), ("t5", "T5EncoderModel")],
+)
 def test_reading_agrees_with_the_attentions_of_transformers(family, head):
     model = build(family, head)
     model.set_attn_implementation("sdpa")
@@ -119,10 +122,31 @@ def test_reading_agrees_with_the_attentions_of_transformers(family, head):
     with eager_attention(model):
         given = model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
     for (block, measures), attention in zip(found.items(), given, strict=True):
-        expected = attention_measures(attention, mask, ids, causal=family != "bert", special=(int(ids[0, 0]),))
+        expected = attention_measures(attention, mask, ids, causal=family == "llama-tied", special=(int(ids[0, 0]),))
         assert block in attention_modules(model)
         for name, values in measures.items():
             assert np.allclose(values, expected[name].detach().numpy(), equal_nan=True, atol=1e-9), (block, name)
+
+
+def test_a_block_that_runs_several_times_is_read_at_its_last_run():
+    model = build("albert", "AlbertModel")
+    (block,) = (found := read_heads(model, [{"input_ids": token_ids()}, {"input_ids": token_ids()}]))
+    with eager_attention(model):
+        last = model(input_ids=token_ids(), output_attentions=True).attentions[-1]
+    expected = attention_measures(last, torch.ones_like(token_ids()), token_ids(), causal=False)
+    for name in ("entropy_norm", "current"):
+        values = expected[name].detach().numpy()
+        assert np.allclose(found[block][name], np.concatenate([values, values]), atol=1e-9), name
+
+
+@pytest.mark.parametrize("family,head", [("bart", "BartModel"), ("t5", "T5ForConditionalGeneration")])
+def test_of_an_encoder_decoder_the_encoder_s_heads_are_read(family, head):
+    model = build(family, head)
+    site = "encoder.heads" if family == "t5" else "encoder.layers.1.heads"  # T5's are cut in all blocks alike
+    kept = kept_units(plan_for(model, {site: (0, 3)}), model)
+    found = read_heads(model, [{"input_ids": token_ids()}])
+    assert list(found) == list(kept) == [path for path in attention_modules(model) if path.startswith("encoder")]
+    assert list(kept.values())[1] == (4, (0, 3)) and all(v["current"].shape == (2, 4) for v in found.values())
 
 
 def test_the_implementation_is_restored_after_an_error_too():

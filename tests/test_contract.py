@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, CLASSIFIERS, FLOAT32, LANGUAGE_MODELS, TINY, build, outputs, random_keep, token_ids
+import transformers
+from conftest import (
+    CASES,
+    CLASSIFIERS,
+    FLOAT32,
+    LANGUAGE_MODELS,
+    TINY,
+    build,
+    inputs_of,
+    outputs,
+    random_keep,
+    token_ids,
+    written,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibprune.costs import count_params, macs_model, params_model
@@ -14,6 +27,7 @@ from ibprune.cutting import choose_kinds
 from ibprune.errors import BadRecipe, UnsupportedModel
 from ibprune.families import FAMILIES
 from ibprune.inject import inject_, remove_
+from ibprune.planning import plan
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_, factorize_, merge_
@@ -28,7 +42,7 @@ def tolerance(family: str) -> float:
 
 def factorized(model):
     """Factorises the embedding where the family can."""
-    if any(group.kind == "embedding_rank" for group in find_family(model.config.model_type).groups):
+    if find_family(model.config.model_type).factorizes:
         factorize_(model)
     return model
 
@@ -92,7 +106,7 @@ def test_masked_equals_compacted_at_the_predicted_cost(family, head, seed):
     assert params(plan.kept()) == count_params(model)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(input_ids=token_ids()[:1])
+        model(**inputs_of(model, token_ids()[:1]))
     assert macs(plan.kept()) == counter.get_total_flops() // 2
 
 
@@ -116,7 +130,7 @@ def test_every_mask_gets_a_gradient_and_only_masks_do(model_type):
     sites = find_sites(model)
     masks = inject_(model, sites).train()
     torch.manual_seed(0)
-    model(input_ids=token_ids())[0].square().sum().backward()
+    model(**inputs_of(model, token_ids()))[0].square().sum().backward()
     for name, mask in masks.items():
         assert mask.mu.grad is not None and mask.mu.grad.abs().sum() > 0, name
         assert mask.log_var.grad.abs().sum() > 0, name
@@ -147,7 +161,7 @@ def test_eager_equals_sdpa_and_bfloat16_runs(model_type):
     )
     eager = outputs(model)
     if type(model)._supports_sdpa:
-        model.config._attn_implementation = "sdpa"
+        model.set_attn_implementation("sdpa")
     assert torch.allclose(outputs(model), eager, atol=1e-5)
     assert torch.isfinite(outputs(model.bfloat16())).all()
 
@@ -176,7 +190,26 @@ def test_generation_with_and_without_cache_agrees_after_losing_the_first_attenti
     assert len(made[0][0]) == 19
 
 
-@pytest.mark.parametrize("family,kind", [("mpnet", "heads"), ("olmo2", "hidden"), ("phi3", "heads")])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["bart", "bart-scaled", "t5", "t5-gated"])
+def test_an_encoder_decoder_writes_alike_with_and_without_cache_after_losing_attentions(family, beams):
+    def keep_of(sites):  # the first attentions of the decoder that can go
+        keep = random_keep(sites, 4) | {name: (0,) for name, site in sites.items() if site.kind == "layers"}
+        first = [name for name in keep if name.startswith("decoder") and name.endswith("attention_sublayer")][:2]
+        assert len({name.rpartition(".0.")[2] for name in first}) == 2 or family.startswith("t5")
+        return keep | dict.fromkeys(first, ())
+
+    (head,) = (h for f, h in CASES if f == family and h.endswith("Generation"))
+    model = compacted(build(family, head, dtype=torch.float32), keep_of)
+    (ids, logits), (same, other) = (written(model, beams=beams, cache=cache) for cache in (True, False))
+    assert torch.equal(ids, same) and torch.allclose(logits, other, atol=1e-5 * logits.abs().max())
+    assert len(logits) == 8 and (logits[0] - logits[-1]).abs().max() > 1e-3 * logits.abs().max()
+
+
+@pytest.mark.parametrize(
+    "family,kind",
+    [("mpnet", "heads"), ("olmo2", "hidden"), ("phi3", "heads"), ("albert", "layers"), ("t5", "embedding_rank")],
+)
 def test_the_error_for_a_kind_that_a_family_cannot_cut_says_why(family, kind):
     model = build(*LANGUAGE_MODELS[family])
     uncut = dict(find_family(family).uncut)
@@ -184,11 +217,30 @@ def test_the_error_for_a_kind_that_a_family_cannot_cut_says_why(family, kind):
         choose_kinds(model, (kind,))
 
 
-def test_models_outside_the_table_are_refused():
-    from transformers import XLNetConfig, XLNetModel
+@pytest.mark.parametrize(
+    "family,head",
+    [
+        ("albert", "AlbertForMaskedLM"),
+        ("deberta-v3", "DebertaV2ForSequenceClassification"),
+        ("bart", "BartForSequenceClassification"),
+        ("t5", "T5ForConditionalGeneration"),
+    ],
+)
+def test_plans_are_made_from_the_config_alone_and_leave_it_as_it_is(family, head):
+    config = TINY[family]()
+    config.architectures = [head]
+    before = config.to_dict()
+    found = plan(config, 0.5, round_to=1)
+    assert config.to_dict() == before
+    assert found["dense"]["params"] == count_params(build(family, head))
+    assert found["budget"]["achieved"] <= found["budget"]["limit"] and found["tier"] == "remote_code"
 
+
+def test_models_outside_the_table_are_refused():
     with pytest.raises(UnsupportedModel, match="no family describes model_type 'xlnet'.*bert.*llama"):
-        find_sites(XLNetModel(XLNetConfig(n_layer=1, d_model=8, n_head=2, d_inner=8, vocab_size=10)))
+        find_sites(
+            transformers.XLNetModel(transformers.XLNetConfig(n_layer=1, d_model=8, n_head=2, d_inner=8, vocab_size=10))
+        )
     model = build("bert", "BertModel")
     model.extra = torch.nn.Linear(24, 2)
     with pytest.raises(UnsupportedModel, match="'extra.weight'"):
@@ -198,6 +250,15 @@ def test_models_outside_the_table_are_refused():
     mlp.gate, mlp.gate_proj = mlp.gate_proj, None
     with pytest.raises(UnsupportedModel, match="gate_proj"):
         find_sites(model)
+    for change, reason in (
+        (dict(norm_rel_ebd="none"), "encoder.LayerNorm"),  # positions read without a norm
+        (dict(conv_kernel_size=3, conv_groups=2), "found 2 groups"),
+        (dict(legacy=False), "lm_predictions"),  # multiplies with the embeddings itself
+        (dict(embedding_size=16), "word_embeddings"),  # widened by a matrix
+    ):
+        config = transformers.DebertaV2Config(**TINY["deberta-v3"]().to_dict() | change)
+        with pytest.raises(UnsupportedModel, match=reason):
+            find_sites(transformers.DebertaV2ForMaskedLM(config))
 
 
 def test_the_readme_lists_every_row_with_its_kinds():

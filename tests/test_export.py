@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import LANGUAGE_MODELS, build, outputs, random_keep, token_ids
+from conftest import CASES, LANGUAGE_MODELS, build, outputs, random_keep, token_ids, written
 from safetensors.torch import load_file, save_file
 
 import ibprune
@@ -21,9 +21,12 @@ from ibprune.task_heads import auto_class
 
 
 def pruned(family, head, keep_of, factorize=True):
-    model = build(family, head, dtype=torch.float32)
-    model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
-    if factorize and any(group.kind == "embedding_rank" for group in find_family(model.config.model_type).groups):
+    return cut(build(family, head, dtype=torch.float32), keep_of, factorize)
+
+
+def cut(model, keep_of, factorize=True):
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    if factorize and find_family(model.config.model_type).factorizes:
         factorize_(model)
     sites = find_sites(model)
     plan = PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep_of(sites))
@@ -71,7 +74,7 @@ def test_uneven_plans_of_every_family_reload_with_and_without_the_folder_s_code(
         assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "distilbert", "gemma2", "qwen2"])
+@pytest.mark.parametrize("model_type", ["gpt2", "distilbert", "gemma2", "qwen2", "albert"])
 def test_plans_that_plain_transformers_can_build_load_there(model_type, tmp_path, tokenizer):
     family, head = LANGUAGE_MODELS[model_type]
     model, plan = pruned(family, head, lambda sites: uniform(sites, ffn=8), factorize=False)
@@ -80,10 +83,56 @@ def test_plans_that_plain_transformers_can_build_load_there(model_type, tmp_path
     assert torch.allclose(outputs(plain), outputs(model), atol=1e-5)
 
 
-def test_a_scale_that_follows_the_width_is_not_lost():
-    """Gemma scales its embeddings by sqrt(width): plain transformers would take the pruned width's."""
-    model, _ = pruned("gemma2", "Gemma2ForCausalLM", lambda sites: uniform(sites, hidden=12), factorize=False)
+@pytest.mark.parametrize(
+    "family,head",
+    [
+        ("gemma2", "Gemma2ForCausalLM"),  # scales its embeddings by sqrt(width)
+        ("bart-scaled", "BartForConditionalGeneration"),
+        ("t5", "T5ForConditionalGeneration"),  # divides by it before the output
+    ],
+)
+def test_a_scale_that_follows_the_width_is_not_lost(family, head):
+    """Plain transformers would take the pruned width's."""
+    model, _ = pruned(family, head, lambda sites: uniform(sites, hidden=12), factorize=False)
     assert tier_of(model) == "remote_code"
+    if family != "gemma2":
+        kept = lambda sites: uniform(sites, heads=3, ffn=8)  # noqa: E731
+        assert tier_of(pruned(family, head, kept, factorize=False)[0]) == (
+            "vanilla" if family == "t5" else "remote_code"
+        )
+
+
+@pytest.mark.parametrize("family", ["bart", "bart-scaled", "t5", "t5-gated"])
+def test_a_pruned_encoder_decoder_writes_alike_after_reloading(family, tmp_path, tokenizer):
+    (head,) = (h for f, h in CASES if f == family and h.endswith("Generation"))
+    model, plan = pruned(family, head, lambda sites: random_keep(sites, 5))
+    tier = write_model(model, tokenizer, plan, tmp_path)
+    found = verify(model, tmp_path, tier)
+    assert tier == "remote_code" and found["max_abs_diff"] <= 1e-5 and found["ways"] == ["ibprune", "transformers"]
+    assert list(json.loads((tmp_path / "config.json").read_text())["auto_map"])[-1] == "AutoModelForSeq2SeqLM"
+    loaded = ibprune.load(tmp_path)
+    for beams in (1, 3):
+        ids, logits = written(model, beams=beams, cache=True)
+        for cache in (True, False):
+            same, other = written(loaded, beams=beams, cache=cache)
+            assert torch.equal(same, ids) and torch.allclose(other, logits, atol=1e-5 * logits.abs().max())
+
+
+def test_an_output_that_a_checkpoint_holds_apart_from_the_embedding_stays_apart(tmp_path, tokenizer):
+    """Flan-T5: its config says that they are tied, its weights that they are not."""
+    model = build("t5-gated", "T5ForConditionalGeneration", dtype=torch.float32)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model, plan = cut(model, lambda sites: random_keep(sites, 5))
+    assert model.config.scale_decoder_outputs is False
+    tier = write_model(model, tokenizer, plan, tmp_path)
+    assert verify(model, tmp_path, tier)["max_abs_diff"] <= 1e-5
+    assert ibprune.load(tmp_path).config.scale_decoder_outputs is False
+
+
+@pytest.mark.parametrize("head", ["T5EncoderModel", "T5ForSequenceClassification"])
+def test_other_heads_of_t5_load_every_way(head, tmp_path, tokenizer):
+    model, plan = pruned("t5", head, lambda sites: random_keep(sites, 5))
+    assert verify(model, tmp_path, write_model(model, tokenizer, plan, tmp_path))["max_abs_diff"] <= 1e-5
 
 
 def test_a_uniform_llama_loads_with_plain_transformers(tmp_path, tokenizer):

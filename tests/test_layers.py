@@ -16,6 +16,7 @@ LAYERS = (
     ("groups", "metrics"),
     ("families.parts",),
     ("families.encoders", "families.distilbert", "families.modernbert", "families.mpnet"),
+    ("families.albert", "families.deberta", "families.bart", "families.t5"),
     ("families.decoders", "families.gpt"),
     ("families",),
     ("sites", "masks", "tracing"),

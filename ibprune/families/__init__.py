@@ -1,11 +1,15 @@
 """The table: one row per architecture."""
 
+from ibprune.families.albert import ALBERT
+from ibprune.families.bart import BART
+from ibprune.families.deberta import DEBERTA_V2
 from ibprune.families.decoders import GEMMA, GEMMA2, LLAMA, OLMO2, PHI3
 from ibprune.families.distilbert import DISTILBERT
 from ibprune.families.encoders import BERT, ELECTRA, ROBERTA
 from ibprune.families.gpt import GPT2, GPT_NEOX, OPT
 from ibprune.families.modernbert import MODERNBERT
 from ibprune.families.mpnet import MPNET
+from ibprune.families.t5 import T5
 
-_ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
-FAMILIES = (*_ENCODERS, LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
+_ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT, ALBERT, DEBERTA_V2)
+FAMILIES = (*_ENCODERS, LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT, BART, T5)
