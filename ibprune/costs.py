@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ibprune.examples import example_inputs, image_shape
 from ibprune.groups import Cut, Site, axis_dims, axis_width, get_tensor
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_path
 from ibprune.sites import block_paths, find_family
@@ -35,7 +36,7 @@ class CostModel:
     """Sum over tensors (params) or products (MACs) of size x kept fractions; exact, one formula.
 
     Attributes:
-        cost: "params", or "macs" of one sequence of `length` tokens.
+        cost: "params", or "macs" of one sequence of `length` tokens, of one image where the model reads images.
     """
 
     cost: str
@@ -148,11 +149,12 @@ def _hidden(projection: str, size: int, n_units: dict[str, int], dims: Owners) -
 
 
 def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> CostModel:
-    """Multiply-accumulates of one forward pass over one sequence of `length` tokens.
+    """Multiply-accumulates of one forward pass over one sequence of `length` tokens, or over one image.
 
-    Linear layers are counted on the rows they really see (found by one forward pass on the meta
-    device); an attention adds 2 * length^2 * width for its two products, as eager attention does.
-    One MAC is two FLOPs.
+    Linear layers and convolutions are counted on the rows they really see (found by one forward pass on
+    the meta device); an attention adds, for its two products, 2 * rows * width times the length of the
+    sequences that its rows come in, as eager attention does. One MAC is two FLOPs. Where the model reads
+    images, their size decides, and the result's `length` is the most rows that a layer sees.
     """
     dims, whole = _owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -160,7 +162,7 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
     rank = _rank_site(sites)
     terms = []
     row_counts = linear_rows(model, length)
-    for path, rows in row_counts.items():
+    for path, (rows, _) in row_counts.items():
         module = model.get_submodule(path)
         weight = module.weight
         tensors = [weight]
@@ -181,13 +183,15 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
     for path in (full_path(model, f"{block}.{family.context}") for block in block_paths(model, family)):
         if path in row_counts:  # not where the attention was removed
             # both products of an attention multiply, per token, every other token by every context feature
-            module = model.get_submodule(path)
+            module, (rows, others) = model.get_submodule(path), row_counts[path]
             ((name, dim),) = axis_dims(module, "in")
             features = axis_width(model, Cut(path, "in"))
             owned = {(name, 0): dims.get((names[id(get_tensor(module, name))], dim), [])}
             for coefficient, cutters in _products(name, torch.Size([features]), n_units, owned):
                 factors = (*cutters, *whole.get(path, ()))
-                terms.append(Term(2 * length * row_counts[path] * coefficient, factors, True))
+                terms.append(Term(2 * others * rows * coefficient, factors, True))
+    if image_shape(model) is not None:
+        length = max(rows for rows, _ in row_counts.values())
     return CostModel("macs", tuple(terms), n_units, length)
 
 
@@ -234,26 +238,32 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     return counts
 
 
-def linear_rows(model: nn.Module, length: int) -> dict[str, int]:
-    """How many rows each linear layer multiplies for one sequence of `length` tokens, by module path."""
+def linear_rows(model: nn.Module, length: int) -> dict[str, tuple[int, int]]:
+    """How many rows each linear layer or convolution multiplies for one sequence of `length` tokens, or one image.
+
+    By module path, with the length of the sequences that the rows come in.
+    """
     skeleton = _meta_copy(model)
-    rows: dict[str, int] = {}
+    rows: dict[str, tuple[int, int]] = {}
 
     def count(path: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            rows[path] = rows.get(path, 0) + output.numel() // output.shape[-1]
+            features = output.shape[1 if isinstance(module, nn.modules.conv._ConvNd) else -1]
+            before, _ = rows.get(path, (0, 0))
+            rows[path] = before + output.numel() // features, output.shape[-2]
 
         return hook
 
     inside = [p for p, m in skeleton.named_modules() if isinstance(m, (FactorizedEmbedding, FactorizedUnembedding))]
     for path, module in skeleton.named_modules():
         factored = isinstance(module, (FactorizedEmbedding, FactorizedUnembedding))
-        if factored or (isinstance(module, (nn.Linear, Conv1D)) and path.rpartition(".")[0] not in inside):
+        layer = isinstance(module, (nn.Linear, Conv1D, nn.modules.conv._ConvNd))
+        if factored or (layer and path.rpartition(".")[0] not in inside):
             module.register_forward_hook(count(path))
     skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
-    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    inputs = {key: value.to("meta") for key, value in example_inputs(skeleton, batch=1, length=length).items()}
     with torch.no_grad():
-        skeleton(input_ids=ids)  # no attention mask: its values would be read
+        skeleton(**inputs)  # no attention mask: its values would be read
     return rows
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
+from ibprune.examples import example_inputs
 from ibprune.plans import PruningPlan
 from ibprune.sites import block_paths, find_family, find_sites
 from ibprune.surgery import SPEC
@@ -197,19 +198,19 @@ def _whole_base(model: PreTrainedModel) -> bool:
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Token ids on which loaded copies are compared, with padding in the second row."""
-    vocab = model.config.vocab_size
-    ids = torch.randint(vocab, (2, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    """Inputs on which loaded copies are compared; token ids with padding in the second row."""
+    inputs = example_inputs(model, batch=2, length=12)
+    if "input_ids" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, 8:] = 0
+    return inputs
 
 
 @torch.no_grad()
 def probe_outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What is compared: logits, or the last hidden state, on real tokens; float32."""
     output = model.eval()(**inputs)[0].float()
-    if output.ndim == 3:
+    if output.ndim == 3 and "attention_mask" in inputs:
         output = output * inputs["attention_mask"].unsqueeze(-1)
     return output
 

@@ -72,12 +72,12 @@ def collect(
     """Features of every layer, pooled to one vector per input, float32, {pooling: {name: (n, d)}}.
 
     Args:
-        batches: Batches in a fixed order; a batch without "input_ids" is passed as the only positional
-            input ("inputs").
+        batches: Batches in a fixed order; "inputs", where a batch has them, are the only positional input.
         layers: From `find_layers`.
-        poolings: For token features (batch, length, d): "mean" over real tokens, the first ("cls"), the
-            last real one, or a "random" real one, the same for every model by the seed, or the "token" in
-            the column that `columns` names. Feature maps (batch, channels, ...) are averaged over their positions.
+        poolings: For token features (batch, length, d), those of a batch with an attention mask or of a
+            transformers model: "mean" over real tokens, the first ("cls"), the last real one, or a "random"
+            real one, the same for every model by the seed, or the "token" in the column that `columns` names.
+            Feature maps (batch, channels, ...) are averaged over their positions.
         columns: Of the padded batch, (n,), one per input.
 
     Raises:
@@ -108,15 +108,18 @@ def collect(
             chosen = None if columns is None else columns[start : start + size]
             start += size
             caught.clear()
-            if "input_ids" in batch:
-                model(**batch)
-            else:
+            if "inputs" in batch:
                 model(batch["inputs"])
+            else:
+                model(**batch)
             for name in layers:
                 if name not in caught:
                     raise BadData(f"the layer '{name}' was never computed for these inputs.")
+                mask = batch.get("attention_mask")
+                if mask is None and hasattr(model, "config") and caught[name].ndim == 3:
+                    mask = torch.ones(caught[name].shape[:2], dtype=torch.long, device=device)
                 for pooling in poolings:
-                    pooled = _pool(caught[name].float(), batch.get("attention_mask"), pooling, draws, chosen)
+                    pooled = _pool(caught[name].float(), mask, pooling, draws, chosen)
                     if len(pooled) != size:
                         raise BadData(f"expected {size} vectors from the layer '{name}', found {len(pooled)}.")
                     found[pooling][name].append(pooled.cpu().numpy())

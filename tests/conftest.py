@@ -32,6 +32,8 @@ _IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
 _MODERN = dict(local_attention=4, cls_token_id=2, sep_token_id=3)
 _QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
+_IMAGE = dict(image_size=8, patch_size=4)
+_VIT = _IMAGE | {key: _HEADS[key] for key in _HEADS if key not in ("vocab_size", "max_position_embeddings")}
 TINY = {
     "bert": lambda: transformers.BertConfig(**_HEADS),
     "roberta": lambda: transformers.RobertaConfig(**_ROBERTA),
@@ -63,6 +65,8 @@ TINY = {
         vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=20, word_embed_proj_dim=24,
         max_position_embeddings=64, **_IDS,
     ),
+    "vit": lambda: transformers.ViTConfig(**_VIT),
+    "deit": lambda: transformers.DeiTConfig(**_VIT),
 }  # fmt: skip
 HEADS = {  # every usual head of every row
     "bert": (
@@ -143,12 +147,14 @@ HEADS = {  # every usual head of every row
         "GPTNeoXForQuestionAnswering",
     ),
     "opt": ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"),
+    "vit": ("ViTModel", "ViTForImageClassification"),
+    "deit": ("DeiTModel", "DeiTForImageClassificationWithTeacher", "DeiTForImageClassification"),
 }
-# transformers computes these decoders' norms, or their softmax, in float32 whatever the model's dtype.
+# transformers computes these models' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
-FLOAT32 |= {"gpt_neox", "opt", "llama-tied"}
+FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "vit", "deit"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
-# One case of each model type: a classifier, and a language model, where there is one.
+# One case of each model type: a classifier, and a language model, where there is one; else the last head.
 CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}
 LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "LM" in case[1][-12:])}
 
@@ -189,9 +195,15 @@ def token_ids(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+def inputs_of(model) -> dict[str, torch.Tensor]:
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(model.dtype)}
+    return {"input_ids": token_ids()}
+
+
 @torch.no_grad()
-def outputs(model, ids=None) -> torch.Tensor:
-    return model(input_ids=token_ids() if ids is None else ids)[0]
+def outputs(model) -> torch.Tensor:
+    return model(**inputs_of(model))[0]
 
 
 def random_keep(sites, seed: int) -> dict[str, tuple[int, ...]]:

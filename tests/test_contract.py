@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, CLASSIFIERS, FLOAT32, LANGUAGE_MODELS, TINY, build, outputs, random_keep, token_ids
+from conftest import (
+    CASES,
+    CLASSIFIERS,
+    FLOAT32,
+    LANGUAGE_MODELS,
+    TINY,
+    build,
+    inputs_of,
+    outputs,
+    random_keep,
+    token_ids,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibprune.costs import count_params, macs_model, params_model
@@ -92,7 +103,7 @@ def test_masked_equals_compacted_at_the_predicted_cost(family, head, seed):
     assert params(plan.kept()) == count_params(model)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(input_ids=token_ids()[:1])
+        model(**{key: value[:1] for key, value in inputs_of(model).items()})
     assert macs(plan.kept()) == counter.get_total_flops() // 2
 
 
@@ -116,7 +127,7 @@ def test_every_mask_gets_a_gradient_and_only_masks_do(model_type):
     sites = find_sites(model)
     masks = inject_(model, sites).train()
     torch.manual_seed(0)
-    model(input_ids=token_ids())[0].square().sum().backward()
+    model(**inputs_of(model))[0].square().sum().backward()
     for name, mask in masks.items():
         assert mask.mu.grad is not None and mask.mu.grad.abs().sum() > 0, name
         assert mask.log_var.grad.abs().sum() > 0, name

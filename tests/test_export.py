@@ -43,6 +43,7 @@ def uniform(sites, **counts):
         ("llama", "LlamaForSequenceClassification"),
         ("gpt2", "GPT2LMHeadModel"),
         ("gemma2", "Gemma2ForCausalLM"),
+        ("vit", "ViTForImageClassification"),
     ],
 )
 def test_uneven_plans_reload_in_a_fresh_process_every_way(family, head, tmp_path, tokenizer):

@@ -6,6 +6,8 @@ from ibprune.families.encoders import BERT, ELECTRA, ROBERTA
 from ibprune.families.gpt import GPT2, GPT_NEOX, OPT
 from ibprune.families.modernbert import MODERNBERT
 from ibprune.families.mpnet import MPNET
+from ibprune.families.vision import VIT
 
 _ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
-FAMILIES = (*_ENCODERS, LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
+_DECODERS = (LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
+FAMILIES = (*_ENCODERS, *_DECODERS, VIT)
