@@ -275,6 +275,9 @@ def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
             values = getattr(model.config, key)
             setattr(model.config, key, [value for value, stays in zip(values, stay) if stays])
         model.config.num_hidden_layers = sum(stay)
+        if hasattr(model.config, "stage_names"):  # of a possible backbone: the embeddings and every block
+            model.config.stage_names = model.config.stage_names[: sum(stay) + 1]
+            model.config.set_output_features_output_indices(None, None)  # the last one
         return dropped
     return []
 

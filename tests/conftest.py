@@ -34,6 +34,7 @@ _QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_windo
 _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
 _IMAGE = dict(image_size=8, patch_size=4)
 _VIT = _IMAGE | {key: _HEADS[key] for key in _HEADS if key not in ("vocab_size", "max_position_embeddings")}
+_DINO = {key: _VIT[key] for key in _VIT if key != "intermediate_size"} | dict(mlp_ratio=1)
 TINY = {
     "bert": lambda: transformers.BertConfig(**_HEADS),
     "roberta": lambda: transformers.RobertaConfig(**_ROBERTA),
@@ -67,6 +68,9 @@ TINY = {
     ),
     "vit": lambda: transformers.ViTConfig(**_VIT),
     "deit": lambda: transformers.DeiTConfig(**_VIT),
+    "dinov2": lambda: transformers.Dinov2Config(**_DINO),
+    "dinov2-swiglu": lambda: transformers.Dinov2Config(**_DINO, use_swiglu_ffn=True),
+    "dinov2_with_registers": lambda: transformers.Dinov2WithRegistersConfig(**_DINO, num_register_tokens=2),
 }  # fmt: skip
 HEADS = {  # every usual head of every row
     "bert": (
@@ -149,6 +153,9 @@ HEADS = {  # every usual head of every row
     "opt": ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"),
     "vit": ("ViTModel", "ViTForImageClassification"),
     "deit": ("DeiTModel", "DeiTForImageClassificationWithTeacher", "DeiTForImageClassification"),
+    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification"),
+    "dinov2-swiglu": ("Dinov2ForImageClassification",),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
 }
 # transformers computes these models' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}

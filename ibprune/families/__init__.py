@@ -6,8 +6,8 @@ from ibprune.families.encoders import BERT, ELECTRA, ROBERTA
 from ibprune.families.gpt import GPT2, GPT_NEOX, OPT
 from ibprune.families.modernbert import MODERNBERT
 from ibprune.families.mpnet import MPNET
-from ibprune.families.vision import VIT
+from ibprune.families.vision import DINOV2, VIT
 
 _ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT)
 _DECODERS = (LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
-FAMILIES = (*_ENCODERS, *_DECODERS, VIT)
+FAMILIES = (*_ENCODERS, *_DECODERS, VIT, DINOV2)

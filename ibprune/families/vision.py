@@ -1,4 +1,4 @@
-"""Rows of ViT and DeiT."""
+"""Rows of vision transformers: ViT and DeiT, DINOv2."""
 
 from ibprune.families.parts import ffn, sublayer, width
 from ibprune.groups import Cut, Family, Group, MaskAt
@@ -80,6 +80,77 @@ VIT = Family(
             "pooler",
             cuts=(Cut("pooler.dense", "out", optional=True),),
             mask_at=MaskAt("out", "pooler.dense"),
+        ),
+    ),
+)
+
+# Behind each sub-layer stands a scale per feature, which goes with it.
+_DINOV2_BLOCKS = (
+    _HEADS,
+    sublayer(
+        "attention_sublayer",
+        cuts=(
+            Cut("attention", "whole", stub="no_attention"),
+            Cut("norm1", "whole", stub="identity"),
+            Cut("layer_scale1", "whole", stub="identity"),
+        ),
+        mask_at=MaskAt("own", "layer_scale1"),
+    ),
+    ffn(
+        cuts=(Cut("mlp.fc1", "out", optional=True), Cut("mlp.fc2", "in", optional=True)),
+        mask_at=MaskAt("in", "mlp.fc2"),
+    ),
+    ffn(  # of the models with use_swiglu_ffn
+        cuts=(
+            Cut("mlp.gate_proj", "out", optional=True),
+            Cut("mlp.up_proj", "out", optional=True),
+            Cut("mlp.down_proj", "in", optional=True),
+        ),
+        mask_at=MaskAt("in", "mlp.down_proj"),
+    ),
+    sublayer(
+        "ffn_sublayer",
+        cuts=(
+            Cut("mlp", "whole", stub="zeros"),
+            Cut("norm2", "whole", stub="identity"),
+            Cut("layer_scale2", "whole", stub="identity"),
+        ),
+        mask_at=MaskAt("own", "layer_scale2"),
+    ),
+)
+
+DINOV2 = Family(
+    model_types=("dinov2", "dinov2_with_registers"),
+    blocks="encoder.layer.*",
+    attention="attention",
+    context="attention.o_proj",
+    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads"},
+    uncut=_UNCUT,
+    groups=(
+        *_DINOV2_BLOCKS,
+        width(
+            "hidden",
+            cuts=(
+                Cut("layernorm", "out"),
+                *_EMBEDDINGS_RESIDUAL,
+                Cut("encoder.layer.*.norm1", "out", optional=True),
+                Cut("encoder.layer.*.attention.q_proj", "in", optional=True),
+                Cut("encoder.layer.*.attention.k_proj", "in", optional=True),
+                Cut("encoder.layer.*.attention.v_proj", "in", optional=True),
+                Cut("encoder.layer.*.attention.o_proj", "out", optional=True),
+                Cut("encoder.layer.*.layer_scale1", "own", optional=True),
+                Cut("encoder.layer.*.norm2", "out", optional=True),
+                Cut("encoder.layer.*.mlp.fc1", "in", optional=True),
+                Cut("encoder.layer.*.mlp.fc2", "out", optional=True),
+                Cut("encoder.layer.*.mlp.gate_proj", "in", optional=True),
+                Cut("encoder.layer.*.mlp.up_proj", "in", optional=True),
+                Cut("encoder.layer.*.mlp.down_proj", "out", optional=True),
+                Cut("encoder.layer.*.layer_scale2", "own", optional=True),
+                # It reads the first token beside the mean of the patches.
+                Cut("/classifier", "in", optional=True, chunk=0, chunks=2),
+                Cut("/classifier", "in", optional=True, chunk=1, chunks=2),
+            ),
+            mask_at=MaskAt("norms"),
         ),
     ),
 )
