@@ -25,6 +25,7 @@ from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_, factorize_
+from ibprune.task_heads import auto_class
 from ibprune.trainer import TrainSettings
 from ibprune.vib import learn_masks
 
@@ -69,7 +70,8 @@ def prepare_(
     model: PreTrainedModel, kinds: tuple[str, ...], counts: torch.Tensor | None
 ) -> tuple[dict[str, Site], dict[str, Site], Costs]:
     """Factorises the embedding if its rank is to be cut; returns all sites, those to cut, and the costs."""
-    headless_encoder = model.base_model is model
+    auto = auto_class(type(model).__name__, model.config.model_type)
+    headless_encoder = model.base_model is model and auto == "AutoModel"  # CLIP's classifier holds no other model
     kinds = choose_kinds(model, kinds, headless_encoder=headless_encoder)
     if "embedding_rank" in kinds:
         factorize_(model, counts)

@@ -171,8 +171,9 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
         lines += [f"class Pruned{cls}(Pruned, {cls}):", f"    {body}", "", ""]
     (folder / CODE).write_text("\n".join(lines).rstrip() + "\n")
     raw["architectures"] = [f"Pruned{name}"]
-    raw["auto_map"] = {auto_class(name, model_type): f"{module}.Pruned{name}"}
-    if _whole_base(model):
+    auto = auto_class(name, model_type)
+    raw["auto_map"] = {auto: f"{module}.Pruned{name}"}
+    if auto != "AutoModel" and base != name and _whole_base(model):
         raw["auto_map"]["AutoModel"] = f"{module}.Pruned{base}"
     if own_type:
         raw["model_type"] = f"ibprune_{model_type}"
@@ -224,7 +225,10 @@ def verify(model: PreTrainedModel, folder: Path, tier: str) -> dict:
     """
     inputs = {key: value.to(model.device) for key, value in probe_inputs(model).items()}
     expected = probe_outputs(model, inputs)
-    auto = auto_class(type(model).__name__, model.config.model_type)
+    name = type(model).__name__
+    auto = auto_class(name, model.config.model_type)
+    if tier == "vanilla" and auto == "AutoModel" and model.base_model is not model:
+        auto = name  # a head that no Auto class builds
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
         save_file({**{k: v.cpu() for k, v in inputs.items()}, "expected": expected.cpu().contiguous()}, probe)

@@ -71,6 +71,8 @@ TINY = {
     "dinov2": lambda: transformers.Dinov2Config(**_DINO),
     "dinov2-swiglu": lambda: transformers.Dinov2Config(**_DINO, use_swiglu_ffn=True),
     "dinov2_with_registers": lambda: transformers.Dinov2WithRegistersConfig(**_DINO, num_register_tokens=2),
+    "clip_vision_model": lambda: transformers.CLIPVisionConfig(**_VIT, projection_dim=10),
+    "clip": lambda: transformers.CLIPConfig(vision_config=_VIT),
 }  # fmt: skip
 HEADS = {  # every usual head of every row
     "bert": (
@@ -155,11 +157,13 @@ HEADS = {  # every usual head of every row
     "deit": ("DeiTModel", "DeiTForImageClassificationWithTeacher", "DeiTForImageClassification"),
     "dinov2": ("Dinov2Model", "Dinov2ForImageClassification"),
     "dinov2-swiglu": ("Dinov2ForImageClassification",),
+    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    "clip": ("CLIPForImageClassification",),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
 }
 # transformers computes these models' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
-FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "vit", "deit"}
+FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "vit", "deit", "clip", "clip_vision_model"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
 # One case of each model type: a classifier, and a language model, where there is one; else the last head.
 CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}

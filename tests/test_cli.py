@@ -201,6 +201,13 @@ def test_a_vision_model_is_planned_from_its_config_and_not_fed_with_texts(storie
     assert not output.exists()
 
 
+def test_the_width_is_cut_by_default_where_there_is_a_head():
+    for family, head, cut in (("clip", "CLIPForImageClassification", True), ("clip_vision_model", None, False)):
+        config = TINY[family]()
+        config.architectures = [head] if head else None
+        assert ibprune.plan(config, 0.5)["groups"]["hidden"]["cut"] == cut
+
+
 def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():
     code = "import sys, ibprune; ibprune.__version__; from ibprune import cli; cli._prune_parser().format_help(); "
     code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich') if m in sys.modules])"

@@ -287,6 +287,14 @@ def test_auto_model_is_offered_only_where_it_finds_all_its_weights(tmp_path, tok
         assert ("AutoModel" in json.loads((tmp_path / head / "config.json").read_text())["auto_map"]) == offered
 
 
+@pytest.mark.parametrize("units,expected", [({"ffn": 8}, "vanilla"), ({"heads": 2}, "remote_code")])
+def test_a_head_that_no_auto_class_builds_loads_every_way(units, expected, tmp_path):
+    model, plan = pruned("clip_vision_model", "CLIPVisionModelWithProjection", lambda sites: uniform(sites, **units))
+    tier = write_model(model, None, plan, tmp_path)
+    assert tier == expected
+    assert verify(model, tmp_path, tier)["max_abs_diff"] <= 1e-5
+
+
 def test_outputs_that_cannot_be_are_refused_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,6 @@
-"""Rows of vision transformers: ViT and DeiT, DINOv2."""
+"""Rows of vision transformers: ViT and DeiT, DINOv2, CLIP."""
+
+from dataclasses import replace
 
 from ibprune.families.parts import ffn, sublayer, width
 from ibprune.groups import Cut, Family, Group, MaskAt
@@ -151,6 +153,86 @@ DINOV2 = Family(
                 Cut("/classifier", "in", optional=True, chunk=1, chunks=2),
             ),
             mask_at=MaskAt("norms"),
+        ),
+    ),
+)
+
+_CLIP_BLOCKS = (
+    Group(
+        "heads",
+        kind="heads",
+        unit="self_attn.head_dim",
+        cuts=(
+            Cut("self_attn.out_proj", "in"),
+            Cut("self_attn.q_proj", "out"),
+            Cut("self_attn.k_proj", "out"),
+            Cut("self_attn.v_proj", "out"),
+        ),
+        mask_at=MaskAt("in", "self_attn.out_proj"),
+    ),
+    sublayer(
+        "attention_sublayer",
+        cuts=(Cut("self_attn", "whole", stub="no_attention"), Cut("layer_norm1", "whole", stub="identity")),
+        mask_at=MaskAt("out", "self_attn.out_proj"),
+    ),
+    _FFN,
+    sublayer(
+        "ffn_sublayer",
+        cuts=(Cut("mlp", "whole", stub="zeros"), Cut("layer_norm2", "whole", stub="identity")),
+        mask_at=MaskAt("out", "mlp.fc2"),
+    ),
+)
+
+_CLIP_RESIDUAL = (
+    Cut("pre_layrnorm", "out"),
+    Cut("post_layernorm", "out"),
+    Cut("embeddings", "own"),
+    Cut("embeddings.patch_embedding", "out"),
+    Cut("embeddings.position_embedding", "out"),
+    Cut("encoder.layers.*.layer_norm1", "out", optional=True),
+    Cut("encoder.layers.*.self_attn.q_proj", "in", optional=True),
+    Cut("encoder.layers.*.self_attn.k_proj", "in", optional=True),
+    Cut("encoder.layers.*.self_attn.v_proj", "in", optional=True),
+    Cut("encoder.layers.*.self_attn.out_proj", "out", optional=True),
+    Cut("encoder.layers.*.layer_norm2", "out", optional=True),
+    Cut("encoder.layers.*.mlp.fc1", "in", optional=True),
+    Cut("encoder.layers.*.mlp.fc2", "out", optional=True),
+)
+
+CLIP_VISION = Family(
+    model_types=("clip_vision_model",),
+    blocks="encoder.layers.*",
+    attention="self_attn",
+    context="self_attn.out_proj",
+    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    uncut=_UNCUT,
+    groups=(
+        *_CLIP_BLOCKS,
+        width(
+            "hidden",
+            cuts=(*_CLIP_RESIDUAL, Cut("/visual_projection", "in", optional=True)),
+            mask_at=MaskAt("norms"),
+        ),
+    ),
+)
+
+# A classifier on the vision tower, in the config of both towers: nothing of it is a key of that config.
+CLIP = Family(
+    model_types=("clip",),
+    blocks="vision_model.encoder.layers.*",
+    attention="self_attn",
+    context="self_attn.out_proj",
+    config_keys={},
+    uncut=_UNCUT,
+    groups=(
+        *_CLIP_BLOCKS,
+        width(
+            "hidden",
+            cuts=(
+                *(replace(cut, path=f"vision_model.{cut.path}") for cut in _CLIP_RESIDUAL),
+                Cut("classifier", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms", "classifier"),  # it reads the residual stream itself
         ),
     ),
 )
