@@ -73,7 +73,14 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-STUBS = {"zeros": Zeros, "no_attention": NoAttention, "identity": nn.Identity}
+class NoBias(nn.Module):
+    """Stands where the position bias of a removed attention was."""
+
+    def forward(self, *args, **kwargs) -> float:
+        return 0.0
+
+
+STUBS = {"zeros": Zeros, "no_attention": NoAttention, "no_bias": NoBias, "identity": nn.Identity}
 
 
 def full_path(model: nn.Module, path: str) -> str:

@@ -35,6 +35,9 @@ _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=Tr
 _IMAGE = dict(image_size=8, patch_size=4)
 _VIT = _IMAGE | {key: _HEADS[key] for key in _HEADS if key not in ("vocab_size", "max_position_embeddings")}
 _DINO = {key: _VIT[key] for key in _VIT if key != "intermediate_size"} | dict(mlp_ratio=1)
+_SHARED_BIAS = dict(
+    use_shared_relative_position_bias=True, use_absolute_position_embeddings=True, use_mean_pooling=False
+)
 TINY = {
     "bert": lambda: transformers.BertConfig(**_HEADS),
     "roberta": lambda: transformers.RobertaConfig(**_ROBERTA),
@@ -71,6 +74,8 @@ TINY = {
     "dinov2": lambda: transformers.Dinov2Config(**_DINO),
     "dinov2-swiglu": lambda: transformers.Dinov2Config(**_DINO, use_swiglu_ffn=True),
     "dinov2_with_registers": lambda: transformers.Dinov2WithRegistersConfig(**_DINO, num_register_tokens=2),
+    "beit-shared": lambda: transformers.BeitConfig(**_VIT, **_SHARED_BIAS),
+    "beit": lambda: transformers.BeitConfig(**_VIT, use_relative_position_bias=True),
     "clip_vision_model": lambda: transformers.CLIPVisionConfig(**_VIT, projection_dim=10),
     "clip": lambda: transformers.CLIPConfig(vision_config=_VIT),
 }  # fmt: skip
@@ -157,13 +162,15 @@ HEADS = {  # every usual head of every row
     "deit": ("DeiTModel", "DeiTForImageClassificationWithTeacher", "DeiTForImageClassification"),
     "dinov2": ("Dinov2Model", "Dinov2ForImageClassification"),
     "dinov2-swiglu": ("Dinov2ForImageClassification",),
+    "beit-shared": ("BeitForImageClassification",),
+    "beit": ("BeitModel", "BeitForImageClassification"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "clip": ("CLIPForImageClassification",),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
 }
 # transformers computes these models' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
-FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "vit", "deit", "clip", "clip_vision_model"}
+FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "vit", "deit", "clip", "clip_vision_model", "beit", "beit-shared"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
 # One case of each model type: a classifier, and a language model, where there is one; else the last head.
 CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}

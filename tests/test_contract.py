@@ -187,6 +187,27 @@ def test_generation_with_and_without_cache_agrees_after_losing_the_first_attenti
     assert len(made[0][0]) == 19
 
 
+@pytest.mark.parametrize(
+    "family,head,options",
+    [
+        ("vit", "ViTForImageClassification", {"interpolate_pos_encoding": True}),
+        ("clip_vision_model", "CLIPVisionModelWithProjection", {"interpolate_pos_encoding": True}),
+        ("dinov2", "Dinov2ForImageClassification", {}),
+        ("beit", "BeitForImageClassification", {}),
+    ],
+)
+def test_images_of_another_size_find_their_positions_after_pruning(family, head, options):
+    model = build(family, head)
+    image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sites = find_sites(model)
+    keep = random_keep(sites, 2) | {name: (0,) for name, site in sites.items() if site.kind == "layers"}
+    with torch.no_grad():
+        inject_(model, sites).set_keep(keep)
+        masked = model(pixel_values=image, **options)[0]
+        compact_(model, PruningPlan(model.config.model_type, {n: s.n_units for n, s in sites.items()}, keep))
+        assert (model(pixel_values=image, **options)[0] - masked).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("family,kind", [("mpnet", "heads"), ("olmo2", "hidden"), ("phi3", "heads")])
 def test_the_error_for_a_kind_that_a_family_cannot_cut_says_why(family, kind):
     model = build(*LANGUAGE_MODELS[family])

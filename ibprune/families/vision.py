@@ -1,4 +1,4 @@
-"""Rows of vision transformers: ViT and DeiT, DINOv2, CLIP."""
+"""Rows of vision transformers: ViT and DeiT, DINOv2, CLIP, BEiT."""
 
 from dataclasses import replace
 
@@ -233,6 +233,44 @@ CLIP = Family(
                 Cut("classifier", "in", optional=True),
             ),
             mask_at=MaskAt("norms", "classifier"),  # it reads the residual stream itself
+        ),
+    ),
+)
+
+# The scales behind a removed sub-layer, held by the block itself, stay without effect.
+_BEIT_HEADS = (*_HEADS.cuts, Cut("relative_position_bias", "own", optional=True))
+
+BEIT = Family(
+    model_types=("beit",),
+    blocks="layers.*",
+    attention="attention",
+    context="attention.o_proj",
+    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    free=("shared_position_bias",),
+    uncut=_UNCUT,
+    groups=(
+        # One table of positions for all blocks, with a column per head, would tie their heads together.
+        replace(_HEADS, cuts=tuple(replace(cut, without="shared_position_bias") for cut in _BEIT_HEADS)),
+        replace(
+            _ATTENTION_SUBLAYER,
+            cuts=(
+                *_ATTENTION_SUBLAYER.cuts,
+                Cut("relative_position_bias", "whole", stub="no_bias", optional=True),
+            ),
+        ),
+        _FFN,
+        _FFN_SUBLAYER,
+        width(
+            "hidden",
+            cuts=(
+                *_EMBEDDINGS_RESIDUAL,
+                *_BLOCKS_RESIDUAL,
+                Cut("layers.*", "own", optional=True),
+                Cut("layernorm", "out", optional=True),
+                Cut("pooler.layernorm", "out", optional=True),
+                Cut("/classifier", "in", optional=True),
+            ),
+            mask_at=MaskAt("norms"),
         ),
     ),
 )
