@@ -28,15 +28,17 @@ def block_layers(model: nn.Module) -> dict[str, tuple[str, str]]:
     that its layer is the output of the block before it.
     """
     family = find_family(model.config.model_type)
-    parent = family.blocks.removesuffix(".*")
-    present = [full_path(model, path) for path in block_paths(model, family)]
+    names = block_paths(model, family)
+    present = [full_path(model, path) for path in names]
     dropped = set((getattr(model.config, "ibprune", None) or {}).get("dropped_blocks", ()))
+    if dropped:
+        names = [family.blocks.replace("*", str(i)) for i in range(len(present) + len(dropped))]
     where = present[0], "in"
     layers = {EMBEDDINGS: where}
-    for i in range(len(present) + len(dropped)):
-        if f"{parent}.{i}" not in dropped:
+    for name in names:
+        if name not in dropped:
             where = present.pop(0), "out"
-        layers[f"{parent}.{i}"] = where
+        layers[name] = where
     return layers
 
 

@@ -98,7 +98,7 @@ class Family:
 
     Attributes:
         model_types: The `config.model_type` values it covers.
-        blocks: Path pattern of the blocks in the backbone, ending in ".*".
+        blocks: Path pattern of the blocks in the backbone, ending in ".*"; blocks within stages have two.
         groups: The prunable kinds.
         attention: Path from the block to the module that computes attention probabilities.
         context: Path from the block to the linear layer that reads the attention's result.

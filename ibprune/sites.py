@@ -48,8 +48,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 def block_paths(model: nn.Module, family: Family) -> list[str]:
     """Paths of the blocks from the backbone, in order."""
-    parent = family.blocks.removesuffix(".*")
-    return [f"{parent}.{i}" for i in range(len(model.get_submodule(full_path(model, parent))))]
+    paths = [""]
+    for part in family.blocks.split(".*")[:-1]:
+        parents = [path + part for path in paths]
+        paths = [f"{path}.{i}" for path in parents for i in range(len(model.get_submodule(full_path(model, path))))]
+    return paths
 
 
 def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: str) -> Site | None:

@@ -264,7 +264,9 @@ def _scale_norm_(norm: nn.Module, mu: torch.Tensor, offset: float) -> None:
 
 
 def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
-    """Removes blocks that hold no parameter any more (both sub-layers gone, norms included)."""
+    """Removes blocks that hold no parameter any more (both sub-layers gone, norms included); in stages they stay."""
+    if family.blocks.count("*") > 1:
+        return []
     parent = full_path(model, family.blocks.removesuffix(".*"))
     blocks = list(model.get_submodule(parent))
     dropped = [path for path, block in zip(block_paths(model, family), blocks) if not list(block.parameters())]

@@ -78,6 +78,9 @@ TINY = {
     "beit": lambda: transformers.BeitConfig(**_VIT, use_relative_position_bias=True),
     "clip_vision_model": lambda: transformers.CLIPVisionConfig(**_VIT, projection_dim=10),
     "clip": lambda: transformers.CLIPConfig(vision_config=_VIT),
+    "swin": lambda: transformers.SwinConfig(
+        image_size=8, patch_size=1, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=3, mlp_ratio=1.5
+    ),
 }  # fmt: skip
 HEADS = {  # every usual head of every row
     "bert": (
@@ -166,11 +169,12 @@ HEADS = {  # every usual head of every row
     "beit": ("BeitModel", "BeitForImageClassification"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "clip": ("CLIPForImageClassification",),
+    "swin": ("SwinModel", "SwinForImageClassification"),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
 }
 # transformers computes these models' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
-FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "vit", "deit", "clip", "clip_vision_model", "beit", "beit-shared"}
+FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "vit", "deit", "clip", "clip_vision_model", "beit", "beit-shared", "swin"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
 # One case of each model type: a classifier, and a language model, where there is one; else the last head.
 CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}

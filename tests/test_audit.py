@@ -126,8 +126,11 @@ def test_constant_and_nan_layers():
         audit(Side("a", dense), Side("b", dead), inputs(), settings=FAST)
 
 
-def test_tokens_of_a_vision_model_are_pooled_as_tokens():
-    model = build("vit", "ViTModel", dtype=torch.float32)
+@pytest.mark.parametrize(
+    "family,head,last", [("vit", "ViTModel", "layers.2"), ("swin", "SwinModel", "encoder.layers.1.blocks.0")]
+)
+def test_tokens_of_a_vision_model_are_pooled_as_tokens(family, head, last):
+    model = build(family, head, dtype=torch.float32)
     pixels = inputs_of(model)["pixel_values"]
     poolings = ("mean", "cls")
     found = [
@@ -136,8 +139,8 @@ def test_tokens_of_a_vision_model_are_pooled_as_tokens():
     with torch.no_grad():
         stream = model(pixels, output_hidden_states=True).hidden_states[-1]
     for features in found:
-        assert np.allclose(features["mean"]["layers.2"], stream.mean(1), atol=1e-6)
-        assert np.allclose(features["cls"]["layers.2"], stream[:, 0], atol=1e-6)
+        assert np.allclose(features["mean"][last], stream.mean(1), atol=1e-6)
+        assert np.allclose(features["cls"][last], stream[:, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "random"])

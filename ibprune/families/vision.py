@@ -1,4 +1,4 @@
-"""Rows of vision transformers: ViT and DeiT, DINOv2, CLIP, BEiT."""
+"""Rows of vision transformers: ViT and DeiT, DINOv2, CLIP, BEiT, Swin."""
 
 from dataclasses import replace
 
@@ -272,5 +272,39 @@ BEIT = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
+    ),
+)
+
+# The attention of a window sees one of the image's windows as a row of the batch.
+SWIN = Family(
+    model_types=("swin",),
+    blocks="encoder.layers.*.blocks.*",
+    attention="attention",
+    context="attention.o_proj",
+    config_keys={},
+    free=(
+        "embeddings",
+        "embeddings.patch_embeddings.projection",
+        "embeddings.norm",
+        "encoder.layers.*.blocks.*.layernorm_before",
+        "encoder.layers.*.blocks.*.layernorm_after",
+        "encoder.layers.*.downsample.norm",
+        "encoder.layers.*.downsample.reduction",
+        "layernorm",
+        "/classifier",
+    ),
+    uncut=(
+        *_UNCUT,
+        ("hidden", "every stage has a width of its own, and the norm between two sees four positions of it at once"),
+    ),
+    groups=(
+        replace(
+            _HEADS,
+            cuts=(*_HEADS.cuts, Cut("attention.relative_position_bias", "own")),
+            mask_at=replace(_HEADS.mask_at, flattened=True),
+        ),
+        replace(_ATTENTION_SUBLAYER, mask_at=replace(_ATTENTION_SUBLAYER.mask_at, flattened=True)),
+        _FFN,
+        _FFN_SUBLAYER,
     ),
 )
