@@ -23,8 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.examples import example_inputs
+from ibprune.groups import axis_width
 from ibprune.plans import PruningPlan
-from ibprune.sites import block_paths, find_family, find_sites
+from ibprune.sites import find_family, find_sites
 from ibprune.surgery import SPEC
 from ibprune.task_heads import auto_class
 
@@ -95,7 +96,11 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
         setattr(config, key, min(counts))
-    config.num_hidden_layers = len(block_paths(model, family))
+        if name == "heads":
+            site = next(site for site in sites.values() if site.group.name == name)
+            width = axis_width(model, site.cuts[0]) // site.n_units
+            if width * site.n_units != getattr(model.config, family.config_keys["hidden"]):
+                config.head_dim = width  # ViT and its kin take it; elsewhere the shapes below differ
     try:
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):

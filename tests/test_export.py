@@ -97,6 +97,15 @@ def test_a_uniform_llama_loads_with_plain_transformers(tmp_path, tokenizer):
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]) == (4, 2, 8)
 
 
+@pytest.mark.parametrize("family,head", [("vit", "ViTModel"), ("dinov2", "Dinov2ForImageClassification")])
+def test_fewer_heads_need_no_code_where_the_family_takes_their_width(family, head, tmp_path):
+    model, plan = pruned(family, head, lambda sites: uniform(sites, heads=2))
+    assert write_model(model, None, plan, tmp_path) == "vanilla"
+    assert verify(model, tmp_path, "vanilla")["max_abs_diff"] <= 1e-5
+    model, _ = pruned("vit", "ViTModel", lambda sites: uniform(sites, heads=3, hidden=12, ffn=8))
+    assert tier_of(model) == "vanilla"
+
+
 def test_dropped_layers_are_vanilla_in_a_pre_norm_family():
     def keep(sites):
         return uniform(sites) | {n: () for n in sites if n.startswith("layers.1.") and n.endswith("_sublayer")}
