@@ -6,16 +6,16 @@ import torch
 from torch import nn
 
 from ibprune.console import Quiet
+from ibprune.examples import example_inputs
 from ibprune.losses import Batch, forward
-from ibprune.task_heads import with_end
 
 
 def measure_latency(
     dense: nn.Module, pruned: nn.Module, *, batch: int, length: int, rounds: int = 15, console: Quiet
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of a forward pass of two transformers on the same token ids: {"median", "iqr"} each."""
-    ids = torch.randint(dense.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    return time_forward(dense, pruned, {"input_ids": with_end(dense, ids)}, rounds=rounds, console=console)
+    """Milliseconds of a forward pass of two transformers on the same made-up inputs: {"median", "iqr"} each."""
+    inputs = example_inputs(dense, batch=batch, length=length)
+    return time_forward(dense, pruned, inputs, rounds=rounds, console=console)
 
 
 @torch.inference_mode()

@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from ibprune.examples import example_inputs, image_shape
 from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_path
 from ibprune.sites import block_paths, find_family
-from ibprune.task_heads import complete, reads_end, with_end
+from ibprune.task_heads import reads_end
 
 COSTS = ("params", "macs")
 SCOPES = ("model", "blocks")
@@ -38,7 +39,7 @@ class CostModel:
     """Sum over tensors (params) or products (MACs) of size x kept fractions; exact, one formula.
 
     Attributes:
-        cost: "params", or "macs" of one sequence of `length` tokens.
+        cost: "params", or "macs" of one sequence of `length` tokens, of one image where the model reads images.
     """
 
     cost: str
@@ -155,7 +156,8 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
 
     Linear layers and convolutions are counted on the rows they really see, and an attention's products
     of queries, keys and values at their real sizes: both are found by one forward pass without weights,
-    with eager attention. One MAC is two FLOPs.
+    with eager attention. One MAC is two FLOPs. Where the model reads images, it is one image of the
+    config's size, and the result's `length` is the most rows that a layer sees.
     """
     dims, whole = _owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -192,6 +194,8 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             for coefficient, cutters in _products(name, torch.Size([features]), n_units, owned):
                 factors = (*cutters, *whole.get(path, ()))
                 terms.append(Term(made // features * coefficient, factors, True))
+    if image_shape(model) is not None:
+        length = max(row_counts.values())
     return CostModel("macs", tuple(terms), n_units, length)
 
 
@@ -271,7 +275,8 @@ def _attentions(model: nn.Module, family: Family) -> list[tuple[str, str]]:
 
 
 def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, int]]:
-    """What one sequence of `length` tokens takes: rows by path of the layer, products by path of the attention.
+    """What one sequence of `length` tokens, or one image, takes: rows by path of the layer, products by that of the
+    attention.
 
     It runs on the meta device, but for heads that look for a token in the ids, whose values meta tensors lack: then on
     the CPU, with weights that all are one zero.
@@ -284,7 +289,7 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
 
     def count(path: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            features = output.shape[1] if isinstance(module, nn.Conv1d) else output.shape[-1]
+            features = output.shape[1 if isinstance(module, nn.modules.conv._ConvNd) else -1]
             rows[path] = rows.get(path, 0) + output.numel() // features
 
         return hook
@@ -292,7 +297,7 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
     inside = [p for p, m in skeleton.named_modules() if isinstance(m, (FactorizedEmbedding, FactorizedUnembedding))]
     for path, module in skeleton.named_modules():
         factored = isinstance(module, (FactorizedEmbedding, FactorizedUnembedding))
-        layer = isinstance(module, (nn.Linear, Conv1D, nn.Conv1d))
+        layer = isinstance(module, (nn.Linear, Conv1D, nn.modules.conv._ConvNd))
         if factored or (layer and path.rpartition(".")[0] not in inside):
             module.register_forward_hook(count(path))
         if layer:
@@ -300,10 +305,10 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
     for path, _ in _attentions(model, family):
         products.watch(skeleton.get_submodule(path), path)
     skeleton.set_attn_implementation("eager")  # whose products are seen
-    ids = complete(model, {"input_ids": with_end(model, torch.zeros(1, length, dtype=torch.long, device=device))})
+    inputs = {key: value.to(device) for key, value in example_inputs(skeleton, batch=1, length=length).items()}
     skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
     with torch.no_grad(), products:
-        skeleton(**ids)  # no attention mask: its values would be read
+        skeleton(**inputs)  # no attention mask: its values would be read
     return rows, products.counts
 
 

@@ -22,10 +22,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
+from ibprune.examples import example_inputs
+from ibprune.groups import axis_width
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import SPEC
-from ibprune.task_heads import auto_class, complete, with_end
+from ibprune.task_heads import auto_class
 
 CODE = "modeling_ibprune.py"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -95,6 +97,11 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
         setattr(config, key, min(counts))
+        if name == "heads":
+            site = next(site for site in sites.values() if site.group.name == name)
+            width = axis_width(model, site.cuts[0]) // site.n_units
+            if width * site.n_units != getattr(model.config, family.config_keys["hidden"]):
+                config.head_dim = width  # ViT and its kin take it; elsewhere the shapes below differ
     try:
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
@@ -171,8 +178,9 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
         lines += [f"class Pruned{cls}(Pruned, {cls}):", f"    {body}", "", ""]
     (folder / CODE).write_text("\n".join(lines).rstrip() + "\n")
     raw["architectures"] = [f"Pruned{name}"]
-    raw["auto_map"] = {auto_class(name, model_type): f"{module}.Pruned{name}"}
-    if _whole_base(model) and auto_class(base, model_type) == "AutoModel":
+    auto = auto_class(name, model_type)
+    raw["auto_map"] = {auto: f"{module}.Pruned{name}"}
+    if base != name and _whole_base(model) and auto_class(base, model_type) == "AutoModel":
         raw["auto_map"]["AutoModel"] = f"{module}.Pruned{base}"
     if own_type:
         raw["model_type"] = f"ibprune_{model_type}"
@@ -198,19 +206,19 @@ def _whole_base(model: PreTrainedModel) -> bool:
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Token ids on which loaded copies are compared, with padding in the second row."""
-    vocab = model.config.vocab_size
-    ids = torch.randint(vocab, (2, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
-    return complete(model, {"input_ids": with_end(model, ids), "attention_mask": mask})
+    """Inputs on which loaded copies are compared; token ids with padding in the second row."""
+    inputs = example_inputs(model, batch=2, length=12)
+    if "input_ids" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, 8:] = 0
+    return inputs
 
 
 @torch.no_grad()
 def probe_outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What is compared: logits, or the last hidden state, on real tokens; float32."""
     output = model.eval()(**inputs)[0].float()
-    if output.ndim == 3:
+    if output.ndim == 3 and "attention_mask" in inputs:
         output = output * inputs["attention_mask"].unsqueeze(-1)
     return output
 
@@ -224,7 +232,10 @@ def verify(model: PreTrainedModel, folder: Path, tier: str) -> dict:
     """
     inputs = {key: value.to(model.device) for key, value in probe_inputs(model).items()}
     expected = probe_outputs(model, inputs)
-    auto = auto_class(type(model).__name__, model.config.model_type)
+    name = type(model).__name__
+    auto = auto_class(name, model.config.model_type)
+    if tier == "vanilla" and auto == "AutoModel" and model.base_model is not model:
+        auto = name  # a head that no Auto class builds
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
         save_file({**{k: v.cpu() for k, v in inputs.items()}, "expected": expected.cpu().contiguous()}, probe)

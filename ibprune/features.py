@@ -9,7 +9,7 @@ from torch import nn
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.losses import Batch
 from ibprune.rebuild import full_path
-from ibprune.sites import block_lists, block_paths, find_family
+from ibprune.sites import block_paths, find_family
 from ibprune.task_heads import complete
 
 POOLINGS = ("mean", "cls", "last", "random")
@@ -30,16 +30,17 @@ def block_layers(model: nn.Module) -> dict[str, tuple[str, str]]:
     before its first run and after its last.
     """
     family = find_family(model.config.model_type)
-    present = [full_path(model, path) for path in block_paths(model, family)]
+    names = block_paths(model, family)
+    present = [full_path(model, path) for path in names]
     dropped = set((getattr(model.config, "ibprune", None) or {}).get("dropped_blocks", ()))
+    if dropped:  # never where blocks are in several lists
+        names = [family.blocks.replace("*", str(i)) for i in range(len(present) + len(dropped))]
     where = present[0], "in"
     layers = {EMBEDDINGS: where}
-    for parent in block_lists(model, family):
-        gone = {path for path in dropped if path.rpartition(".")[0] == parent}
-        for i in range(len(model.get_submodule(full_path(model, parent))) + len(gone)):
-            if f"{parent}.{i}" not in gone:
-                where = present.pop(0), "out"
-            layers[f"{parent}.{i}"] = where
+    for name in names:
+        if name not in dropped:
+            where = present.pop(0), "out"
+        layers[name] = where
     return layers
 
 
@@ -75,12 +76,12 @@ def collect(
     """Features of every layer, pooled to one vector per input, float32, {pooling: {name: (n, d)}}.
 
     Args:
-        batches: Batches in a fixed order; a batch without "input_ids" is passed as the only positional
-            input ("inputs").
+        batches: Batches in a fixed order; "inputs", where a batch has them, are the only positional input.
         layers: From `find_layers`.
-        poolings: For token features (batch, length, d): "mean" over real tokens, the first ("cls"), the
-            last real one, or a "random" real one, the same for every model by the seed, or the "token" in
-            the column that `columns` names. Feature maps (batch, channels, ...) are averaged over their positions.
+        poolings: For token features (batch, length, d), those of a batch with an attention mask or of a
+            transformers model: "mean" over real tokens, the first ("cls"), the last real one, or a "random"
+            real one, the same for every model by the seed, or the "token" in the column that `columns` names.
+            Feature maps (batch, channels, ...) are averaged over their positions.
         columns: Of the padded batch, (n,), one per input.
 
     Raises:
@@ -111,15 +112,18 @@ def collect(
             chosen = None if columns is None else columns[start : start + size]
             start += size
             caught.clear()
-            if "input_ids" in batch:
-                model(**complete(model, batch))
-            else:
+            if "inputs" in batch:
                 model(batch["inputs"])
+            else:
+                model(**complete(model, batch))
             for name in layers:
                 if name not in caught:
                     raise BadData(f"the layer '{name}' was never computed for these inputs.")
+                mask = batch.get("attention_mask")
+                if mask is None and hasattr(model, "config") and caught[name].ndim == 3:
+                    mask = torch.ones(caught[name].shape[:2], dtype=torch.long, device=device)
                 for pooling in poolings:
-                    pooled = _pool(caught[name].float(), batch.get("attention_mask"), pooling, draws, chosen)
+                    pooled = _pool(caught[name].float(), mask, pooling, draws, chosen)
                     if len(pooled) != size:
                         raise BadData(f"expected {size} vectors from the layer '{name}', found {len(pooled)}.")
                     found[pooling][name].append(pooled.cpu().numpy())

@@ -49,13 +49,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class MaskAt:
-    """Where a mask acts: the input ("in") or output ("out") features of a module, "norms" or "rank".
+    """Where a mask acts: the input ("in") or output ("out", "own") features of a module, "norms" or "rank".
 
+    At "out" it folds into what makes the features, at "own" into the scale that the module holds itself.
     At "norms" the mask multiplies the output of every norm among the group's cuts and the norm takes
-    its statistics over the kept features only, so that slicing is exact afterwards; so is the output of
-    the module at `path`, where there is one: a projection that is read without a norm. At "rank" it acts
-    on the directions of a factorised embedding and of the output tied to it. At "consumers" it multiplies
-    what every "in" cut of the site reads, and a LayerNorm on the way takes its statistics as at "norms".
+    its statistics over the kept features only, so that slicing is exact afterwards; so are the features of
+    the module at `path`, where there is one, on the axis of its cut: a projection that is read without a
+    norm ("out"), or a layer that reads without one ("in"). At "rank" it acts on the directions of a
+    factorised embedding and of the output tied to it. At "consumers" it multiplies what every "in" cut of
+    the site reads, and a LayerNorm on the way takes its statistics as at "norms".
     `flattened` says that some of these modules see (batch * length) rows instead of whole sequences.
     """
 
@@ -98,16 +100,17 @@ class Family:
 
     Attributes:
         model_types: The `config.model_type` values it covers.
-        blocks: Path pattern of the blocks in the backbone, ending in ".*". A block may run several times.
+        blocks: Path pattern of the blocks in the backbone, ending in ".*"; blocks within stages have two. A block may
+            run several times.
         decoder_blocks: The same for the decoder of an encoder-decoder, whose encoder `blocks` are.
         groups: The prunable kinds.
-        embedding: The token embedding in the backbone.
-        output: The output layer that may be tied to it ("/…": in the whole model).
         attention: Path from the block to the module that computes attention probabilities.
         context: Path from the block to the linear layer that reads the attention's result.
         cross_attention, cross_context: The same in a decoder's blocks for the attention to the encoder.
         config_keys: Config key that holds the number of units of a uniform model, by the last part of the sites'
             names ("ffn"), or of those that begin alike ("decoder.ffn").
+        embedding: The token embedding in the backbone, "" where it reads no tokens.
+        output: The output layer that may be tied to it ("/…": in the whole model).
         per_layer: Config keys that list one value per block.
         free: Modules ("/…" in the whole model, "*" for every layer) whose parameters no unit owns.
         causal: Whether a token sees only those before it.
@@ -120,11 +123,11 @@ class Family:
     model_types: tuple[str, ...]
     blocks: str
     groups: tuple[Group, ...]
-    embedding: str
-    output: str
     attention: str
     context: str
     config_keys: dict[str, str]
+    embedding: str = ""
+    output: str = ""
     decoder_blocks: str = ""
     cross_attention: str = ""
     cross_context: str = ""

@@ -212,8 +212,11 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
                 else:
                     norm.register_forward_pre_hook(_NormInputHook(mask))
                     norm.register_forward_hook(_NormOutputHook(mask))
-            for module in unnormed(model, site):
-                module.register_forward_hook(_OutputHook(mask))
+            for module, axis in unnormed(model, site):
+                if axis == "in":
+                    module.register_forward_pre_hook(_InputHook(mask, 1))
+                else:
+                    module.register_forward_hook(_OutputHook(mask))
             continue
         module = model.get_submodule(site.mask_at.path)
         if site.mask_at.side == "rank":
@@ -259,10 +262,9 @@ def norm_paths(model: nn.Module, site: Site) -> list[str]:
     return [cut.path for cut in site.cuts if is_norm(model.get_submodule(cut.path))]
 
 
-def unnormed(model: nn.Module, site: Site) -> list[nn.Module]:
-    """The modules whose outputs a mask at the norms acts on as well: at most one, and only where it is present."""
-    module = dict(model.named_modules()).get(site.mask_at.path) if site.mask_at.path else None
-    return [] if module is None else [module]
+def unnormed(model: nn.Module, site: Site) -> list[tuple[nn.Module, str]]:
+    """What makes ("out") or reads ("in") the features of a mask at the norms without a norm, where it is present."""
+    return [(model.get_submodule(cut.path), cut.axis) for cut in site.cuts if cut.path == site.mask_at.path]
 
 
 def remove_(model: nn.Module) -> None:

@@ -168,9 +168,14 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
         n_labels: Load as a sequence classifier with so many outputs; None loads what the config names.
 
     Raises:
-        IBPruneError: A tensor is missing, of another shape, or holds NaN or infinity.
+        IBPruneError: The model reads no text, or a tensor is missing, of another shape, or holds NaN or infinity.
     """
     config = load_config(source)
+    if not find_family(config.model_type).embedding:
+        raise UnsupportedModel(
+            f"expected a model that reads text, found '{source.name}' ({config.model_type}), which reads none: so far "
+            "`ibprune plan` tells what can be cut, but no data can be given to prune or audit it."
+        )
     extra = {}
     cls = model_class(config, classify=n_labels is not None)
     trained = (config.architectures or [""])[0].endswith("ForSequenceClassification")

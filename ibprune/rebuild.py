@@ -82,10 +82,18 @@ class NoBiasedAttention(nn.Module):
         return torch.zeros_like(hidden_states), position_bias, None
 
 
+class NoBias(nn.Module):
+    """Stands where the position bias of a removed attention was."""
+
+    def forward(self, *args, **kwargs) -> float:
+        return 0.0
+
+
 STUBS = {
     "zeros": Zeros,
     "no_attention": NoAttention,
     "no_biased_attention": NoBiasedAttention,
+    "no_bias": NoBias,
     "identity": nn.Identity,
 }
 

@@ -42,9 +42,11 @@ def factorize_(model: nn.Module, token_counts: torch.Tensor | None = None) -> No
         token_counts: How often each token id occurs in the data, (V,); None weighs all alike.
 
     Raises:
-        UnsupportedModel: The embedding is not a plain `nn.Embedding`.
+        UnsupportedModel: The model reads no tokens, or its embedding is not a plain `nn.Embedding`.
     """
     family = find_family(model.config.model_type)
+    if not family.embedding:
+        raise UnsupportedModel(f"'{model.config.model_type}' reads no tokens: it has no embedding to factorise.")
     path, output = full_path(model, family.embedding), family.output.removeprefix("/")
     embedding = model.get_submodule(path)
     if type(embedding) is not nn.Embedding:
@@ -74,7 +76,7 @@ def merge_(model: nn.Module) -> None:
     """Multiplies the factors of an embedding back into one matrix; the opposite of `factorize_`."""
     family = find_family(model.config.model_type)
     path, output = full_path(model, family.embedding), family.output.removeprefix("/")
-    factors = model.get_submodule(path)
+    factors = dict(model.named_modules()).get(path)
     if not isinstance(factors, FactorizedEmbedding):
         return
     weight = (factors.weight.detach().double() @ factors.projection.weight.detach().double().T).to(factors.weight.dtype)
@@ -228,8 +230,8 @@ def _fold_(model: nn.Module, sites: dict[str, Site], *, norm_offset: float = 0.0
         if site.mask_at.side == "norms":
             for path in norm_paths(model, site):
                 _scale_norm_(model.get_submodule(path), mu, norm_offset)
-            for module in unnormed(model, site):
-                _scale_features_(module, "out", mu)
+            for module, axis in unnormed(model, site):
+                _scale_features_(module, axis, mu)
             continue
         if site.mask_at.side == "consumers":
             for cut in site.consumers():
@@ -262,9 +264,12 @@ def _scale_norm_(norm: nn.Module, mu: torch.Tensor, offset: float) -> None:
 
 
 def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
-    """Removes blocks that hold no parameter any more (both sub-layers gone, norms included)."""
+    """Removes blocks that hold no parameter any more (both sub-layers gone, norms included).
+
+    In stages, and where encoder and decoder have a depth each, they stay, as stubs.
+    """
     dropped = []
-    for parent in block_lists(model, family) if not family.decoder_blocks else ():  # two depths: they stay, as stubs
+    for parent in block_lists(model, family) if not family.decoder_blocks and family.blocks.count("*") == 1 else ():
         blocks = list(model.get_submodule(full_path(model, parent)))
         stay = [bool(list(block.parameters())) for block in blocks]
         if all(stay) or not any(stay):
@@ -275,6 +280,9 @@ def _drop_empty_blocks_(model: nn.Module, family: Family) -> list[str]:
             values = getattr(model.config, key)
             setattr(model.config, key, [value for value, stays in zip(values, stay) if stays])
         model.config.num_hidden_layers = sum(stay)
+        if hasattr(model.config, "stage_names"):  # of a possible backbone: the embeddings and every block
+            model.config.stage_names = model.config.stage_names[: sum(stay) + 1]
+            model.config.set_output_features_output_indices(None, None)  # the last one
         dropped += [f"{parent}.{i}" for i, stays in enumerate(stay) if not stays]
     return dropped
 
@@ -310,7 +318,7 @@ def _describe_(
     if old["dropped_blocks"] or (old["shapes"] and dropped):
         raise PlanMismatch("expected a model with all its blocks, found one pruned of whole blocks: start from dense.")
     backbone = full_path(model, "")
-    factors = model.get_submodule(full_path(model, family.embedding))
+    factors = dict(model.named_modules()).get(full_path(model, family.embedding))
     embedding = None
     if isinstance(factors, FactorizedEmbedding):
         tied = isinstance(dict(model.named_modules()).get(family.output.removeprefix("/")), FactorizedUnembedding)

@@ -13,6 +13,7 @@ _MAPPINGS = (
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
     ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
     ("AutoModel", "MODEL_MAPPING_NAMES"),
     ("AutoModelForTextEncoding", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"),
@@ -27,7 +28,8 @@ def auto_class(cls_name: str, model_type: str) -> str:
         'AutoModelForCausalLM'
     """
     for auto, mapping in _MAPPINGS:
-        if getattr(modeling_auto, mapping).get(model_type) == cls_name:
+        names = getattr(modeling_auto, mapping).get(model_type)
+        if cls_name in (names if isinstance(names, tuple) else (names,)):
             return auto
     return "AutoModel"
 

@@ -45,6 +45,12 @@ _T5 = dict(
     relative_attention_num_buckets=8, relative_attention_max_distance=6, decoder_start_token_id=0,
     initializer_factor=0.1,  # T5 starts with outputs far larger than the others'
 )  # fmt: skip
+_IMAGE = dict(image_size=8, patch_size=4)
+_VIT = _IMAGE | {key: _HEADS[key] for key in _HEADS if key not in ("vocab_size", "max_position_embeddings")}
+_DINO = {key: _VIT[key] for key in _VIT if key != "intermediate_size"} | dict(mlp_ratio=1)
+_SHARED_BIAS = dict(
+    use_shared_relative_position_bias=True, use_absolute_position_embeddings=True, use_mean_pooling=False
+)
 TINY = {
     "bert": lambda: transformers.BertConfig(**_HEADS),
     "roberta": lambda: transformers.RobertaConfig(**_ROBERTA),
@@ -91,6 +97,18 @@ TINY = {
     "opt": lambda: transformers.OPTConfig(
         vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=20, word_embed_proj_dim=24,
         max_position_embeddings=64, **_IDS,
+    ),
+    "vit": lambda: transformers.ViTConfig(**_VIT),
+    "deit": lambda: transformers.DeiTConfig(**_VIT),
+    "dinov2": lambda: transformers.Dinov2Config(**_DINO),
+    "dinov2-swiglu": lambda: transformers.Dinov2Config(**_DINO, use_swiglu_ffn=True),
+    "dinov2_with_registers": lambda: transformers.Dinov2WithRegistersConfig(**_DINO, num_register_tokens=2),
+    "beit-shared": lambda: transformers.BeitConfig(**_VIT, **_SHARED_BIAS),
+    "beit": lambda: transformers.BeitConfig(**_VIT, use_relative_position_bias=True),
+    "clip_vision_model": lambda: transformers.CLIPVisionConfig(**_VIT, projection_dim=10),
+    "clip": lambda: transformers.CLIPConfig(vision_config=_VIT),
+    "swin": lambda: transformers.SwinConfig(
+        image_size=8, patch_size=1, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=3, mlp_ratio=1.5
     ),
 }  # fmt: skip
 HEADS = {  # every usual head of every row
@@ -207,13 +225,24 @@ HEADS = {  # every usual head of every row
         "GPTNeoXForQuestionAnswering",
     ),
     "opt": ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"),
+    "vit": ("ViTModel", "ViTForImageClassification"),
+    "deit": ("DeiTModel", "DeiTForImageClassificationWithTeacher", "DeiTForImageClassification"),
+    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification"),
+    "dinov2-swiglu": ("Dinov2ForImageClassification",),
+    "beit-shared": ("BeitForImageClassification",),
+    "beit": ("BeitModel", "BeitForImageClassification"),
+    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    "clip": ("CLIPForImageClassification",),
+    "swin": ("SwinModel", "SwinForImageClassification"),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
 }
-# transformers computes these decoders' norms, or their softmax, in float32 whatever the model's dtype.
+# transformers computes these models' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
 FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "t5", "t5-gated"}
+FLOAT32 |= {"vit", "deit", "clip", "clip_vision_model", "beit", "beit-shared", "swin"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
 WRITERS = ("LM", "LMHeadModel", "ForConditionalGeneration")
-# One case of each model type: a classifier, and a language model, where there is one.
+# One case of each model type: a classifier, and a language model, where there is one; else the last head.
 CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}
 LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: case[1].endswith(WRITERS))}
 
@@ -264,13 +293,15 @@ def token_ids(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def inputs_of(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return complete(model, {"input_ids": with_end(model, ids)})
+def inputs_of(model, ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(model.dtype)}
+    return complete(model, {"input_ids": with_end(model, token_ids() if ids is None else ids)})
 
 
 @torch.no_grad()
-def outputs(model, ids=None) -> torch.Tensor:
-    return model(**inputs_of(model, token_ids() if ids is None else ids))[0]
+def outputs(model, ids: torch.Tensor | None = None) -> torch.Tensor:
+    return model(**inputs_of(model, ids))[0]
 
 
 def random_keep(sites, seed: int) -> dict[str, tuple[int, ...]]:

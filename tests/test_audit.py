@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, build, random_keep
+from conftest import WORDS, build, inputs_of, random_keep
 from torch import nn
 
 import ibprune
@@ -124,6 +124,23 @@ def test_constant_and_nan_layers():
         dead.encoder.layer[1].output.LayerNorm.bias[0] = float("nan")
     with pytest.raises(BadData, match="encoder.layer.1.*NaN"):
         audit(Side("a", dense), Side("b", dead), inputs(), settings=FAST)
+
+
+@pytest.mark.parametrize(
+    "family,head,last", [("vit", "ViTModel", "layers.2"), ("swin", "SwinModel", "encoder.layers.1.blocks.0")]
+)
+def test_tokens_of_a_vision_model_are_pooled_as_tokens(family, head, last):
+    model = build(family, head, dtype=torch.float32)
+    pixels = inputs_of(model)["pixel_values"]
+    poolings = ("mean", "cls")
+    found = [
+        collect(model, [{key: pixels}], find_layers(model), poolings=poolings) for key in ("pixel_values", "inputs")
+    ]
+    with torch.no_grad():
+        stream = model(pixels, output_hidden_states=True).hidden_states[-1]
+    for features in found:
+        assert np.allclose(features["mean"][last], stream.mean(1), atol=1e-6)
+        assert np.allclose(features["cls"][last], stream[:, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "random"])

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, build
 from safetensors.torch import load_file, save_file
 
 import ibprune
@@ -186,6 +187,25 @@ def test_plan_from_the_config_alone(tmp_path, capsys):
     TINY["llama"]().save_pretrained(tmp_path)
     assert cli.main(["plan", "--model", str(tmp_path), "--kinds", "heads"]) == 0
     assert "kv_groups" in capsys.readouterr().out
+
+
+def test_a_vision_model_is_planned_from_its_config_and_not_fed_with_texts(stories, tmp_path, capsys):
+    build("vit", "ViTForImageClassification", dtype=torch.float32).save_pretrained(tmp_path / "vit")
+    assert cli.main(["plan", "--model", str(tmp_path / "vit"), "--budget", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["macs_length"] == 5 and set(found["groups"]) == {"hidden", "heads", "layers", "ffn"}
+    output = tmp_path / "out"
+    common = ["--data", stories, "--quiet"]
+    assert "reads none" in refused(capsys, "--model", tmp_path / "vit", "--budget", "0.5", *common, "--output", output)
+    assert "reads none" in refused(capsys, "audit", tmp_path / "vit", tmp_path / "vit", *common)
+    assert not output.exists()
+
+
+def test_the_width_is_cut_by_default_where_there_is_a_head():
+    for family, head, cut in (("clip", "CLIPForImageClassification", True), ("clip_vision_model", None, False)):
+        config = TINY[family]()
+        config.architectures = [head] if head else None
+        assert ibprune.plan(config, 0.5)["groups"]["hidden"]["cut"] == cut
 
 
 def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():

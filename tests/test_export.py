@@ -46,6 +46,7 @@ def uniform(sites, **counts):
         ("llama", "LlamaForSequenceClassification"),
         ("gpt2", "GPT2LMHeadModel"),
         ("gemma2", "Gemma2ForCausalLM"),
+        ("vit", "ViTForImageClassification"),
     ],
 )
 def test_uneven_plans_reload_in_a_fresh_process_every_way(family, head, tmp_path, tokenizer):
@@ -143,6 +144,15 @@ def test_a_uniform_llama_loads_with_plain_transformers(tmp_path, tokenizer):
     config = json.loads((tmp_path / "config.json").read_text())
     assert "auto_map" not in config and "ibprune" not in config
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]) == (4, 2, 8)
+
+
+@pytest.mark.parametrize("family,head", [("vit", "ViTModel"), ("dinov2", "Dinov2ForImageClassification")])
+def test_fewer_heads_need_no_code_where_the_family_takes_their_width(family, head, tmp_path):
+    model, plan = pruned(family, head, lambda sites: uniform(sites, heads=2))
+    assert write_model(model, None, plan, tmp_path) == "vanilla"
+    assert verify(model, tmp_path, "vanilla")["max_abs_diff"] <= 1e-5
+    model, _ = pruned("vit", "ViTModel", lambda sites: uniform(sites, heads=3, hidden=12, ffn=8))
+    assert tier_of(model) == "vanilla"
 
 
 def test_dropped_layers_are_vanilla_in_a_pre_norm_family():
@@ -333,6 +343,14 @@ def test_auto_model_is_offered_only_where_it_finds_all_its_weights(tmp_path, tok
         (tmp_path / head).mkdir()
         write_model(model, tokenizer, plan, tmp_path / head)
         assert ("AutoModel" in json.loads((tmp_path / head / "config.json").read_text())["auto_map"]) == offered
+
+
+@pytest.mark.parametrize("units,expected", [({"ffn": 8}, "vanilla"), ({"heads": 2}, "remote_code")])
+def test_a_head_that_no_auto_class_builds_loads_every_way(units, expected, tmp_path):
+    model, plan = pruned("clip_vision_model", "CLIPVisionModelWithProjection", lambda sites: uniform(sites, **units))
+    tier = write_model(model, None, plan, tmp_path)
+    assert tier == expected
+    assert verify(model, tmp_path, tier)["max_abs_diff"] <= 1e-5
 
 
 def test_outputs_that_cannot_be_are_refused_before_the_run(tmp_path, monkeypatch):

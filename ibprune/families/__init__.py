@@ -10,6 +10,9 @@ from ibprune.families.gpt import GPT2, GPT_NEOX, OPT
 from ibprune.families.modernbert import MODERNBERT
 from ibprune.families.mpnet import MPNET
 from ibprune.families.t5 import T5
+from ibprune.families.vision import BEIT, CLIP, CLIP_VISION, DINOV2, SWIN, VIT
 
 _ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT, ALBERT, DEBERTA_V2)
-FAMILIES = (*_ENCODERS, LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT, BART, T5)
+_DECODERS = (LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
+_VISION = (VIT, DINOV2, BEIT, CLIP_VISION, CLIP, SWIN)
+FAMILIES = (*_ENCODERS, *_DECODERS, BART, T5, *_VISION)
