@@ -13,7 +13,8 @@ def measure_latency(
     dense: nn.Module, pruned: nn.Module, *, batch: int, length: int, rounds: int = 15, console: Quiet
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of a forward pass of two transformers on the same token ids: {"median", "iqr"} each."""
-    ids = torch.randint(dense.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    most = min(dense.config.vocab_size, pruned.config.vocab_size)
+    ids = torch.randint(most, (batch, length), generator=torch.Generator().manual_seed(0))
     return time_forward(dense, pruned, {"input_ids": ids}, rounds=rounds, console=console)
 
 

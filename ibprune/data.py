@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ibprune.console import Quiet
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
+from ibprune.losses import DENSE
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),
@@ -291,15 +292,27 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
 
 
 class Collate:
-    """Tokenises rows into one padded batch; tokenising here keeps large data sets off the disk."""
+    """Tokenises rows into one padded batch; tokenising here keeps large data sets off the disk.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: TextData, max_length: int):
+    With a `dense_tokenizer` the batch also holds what the dense model reads of the same texts (`losses.DENSE`).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: TextData,
+        max_length: int,
+        dense_tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         self.tokenizer, self.data, self.max_length = tokenizer, data, max_length
+        self.dense_tokenizer = dense_tokenizer
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         texts = [[row[column] for row in rows] for column in self.data.text_columns]
-        batch = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        batch = dict(batch)
+        form = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        batch = dict(self.tokenizer(*texts, **form))
+        if self.dense_tokenizer is not None:
+            batch |= {DENSE + key: value for key, value in self.dense_tokenizer(*texts, **form).items()}
         if self.data.label_column:
             dtype = torch.long if self.data.labels else torch.float32
             batch["labels"] = torch.tensor([row[self.data.label_column] for row in rows], dtype=dtype)

@@ -12,6 +12,7 @@ from ibprune.errors import BadData
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder", "custom")
 Batch = dict[str, torch.Tensor]
+DENSE = "dense_"  # begins the keys of what the dense model reads, where its tokens are not the pruned model's
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,12 @@ def forward(model: nn.Module, batch: Batch):
                 f"{type(outputs).__name__}: wrap it in a module that returns its logits."
             )
         return outputs
-    return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(**{key: value for key, value in batch.items() if key != "labels" and not key.startswith(DENSE)})
+
+
+def dense_batch(batch: Batch) -> Batch:
+    """The same texts as the dense model reads them."""
+    return {key.removeprefix(DENSE): value for key, value in batch.items() if key.startswith(DENSE)} or batch
 
 
 def pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -101,6 +107,7 @@ def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.
     Classifiers and language models: T^2 KL(teacher || student) of the logits. Regression: squared
     difference. Encoders: cosine distance of tokens and of pooled embeddings, the KL between their
     similarities to the other sequences of the batch, and the squared difference of the pooler output.
+    Tokens are left out where the two models read different ones.
     """
     match objective.name:
         case "classification":
@@ -124,16 +131,16 @@ def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tor
 
 
 def _encoder_distance(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
-    mask = batch["attention_mask"]
+    mask, their_mask = batch["attention_mask"], dense_batch(batch)["attention_mask"]
     ours, theirs = student.last_hidden_state.float(), teacher.last_hidden_state.float()
     own = theirs if objective.dims is None else theirs[..., list(objective.dims)]
     # A masked student has all features, the cut ones 0: there dims is None and their absence counts.
-    real = mask.float()
-    tokens = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1)
-    our_mean, their_mean = pooled(ours, mask), pooled(theirs, mask)
-    whole = 1 - F.cosine_similarity(our_mean, pooled(own, mask), dim=-1)
-    relation = _relation(our_mean, their_mean)
-    loss = tokens + whole + relation
+    our_mean, their_mean = pooled(ours, mask), pooled(theirs, their_mask)
+    loss = 1 - F.cosine_similarity(our_mean, pooled(own, their_mask), dim=-1)
+    if their_mask is mask:  # both read the same tokens
+        real = mask.float()
+        loss = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1) + loss
+    loss = loss + _relation(our_mean, their_mean)
     if getattr(student, "pooler_output", None) is not None:
         target = teacher.pooler_output.float()
         target = target if objective.pooler_dims is None else target[..., list(objective.pooler_dims)]
