@@ -50,7 +50,7 @@ def rank_rows(tokenizer: PreTrainedTokenizerBase, counts: torch.Tensor, *, named
 
     Raises:
         UnsupportedModel: A tokenizer that cannot be rewritten.
-        BadData: The tokenizer has a needed token beyond the last row.
+        BadData: The tokenizer, or the config, has a token beyond the last row.
 
     Example:
         >>> rank_rows(tokenizer, torch.ones(30522)).n_needed  # doctest: +SKIP
@@ -58,29 +58,29 @@ def rank_rows(tokenizer: PreTrainedTokenizerBase, counts: torch.Tensor, *, named
     """
     state = _read(tokenizer)
     pieces = _pieces(state)
-    usage = torch.full((len(counts),), -1.0, dtype=torch.float64)
-    lengths = torch.zeros(len(counts), dtype=torch.long)
-    used = {piece: float(counts[row]) for piece, row in pieces.items() if row < len(counts)}
-    if state["model"]["type"] == "BPE":
-        parts = _merge_parts(state["model"])
-        for piece in sorted(parts, key=len, reverse=True):  # a part is shorter than what it makes
-            for part in parts[piece] if piece in used else ():
-                used[part] = used.get(part, 0.0) + used[piece]
-    for piece, count in used.items():
-        usage[pieces[piece]] = count
-        lengths[pieces[piece]] = len(piece)
     needed = {token["id"] for token in state["added_tokens"]} | set(named) | _alphabet(state["model"], pieces)
-    beyond = sorted(row for row in needed if row >= len(counts))
+    beyond = sorted(row for row in {*needed, *pieces.values()} if row >= len(counts))
     if beyond:
         raise BadData(
             f"expected a row of the embedding for every token, found {len(counts):,} rows and the token {beyond[0]}, "
-            "which the tokenizer or the config names: they do not belong together."
+            "which the tokenizer makes or the config names: they do not belong together."
         )
+    used = {p: torch.inf if row in needed else float(counts[row]) for p, row in pieces.items()}
+    if state["model"]["type"] == "BPE":
+        parts = _merge_parts(state["model"])
+        for piece in sorted(parts, key=len, reverse=True):  # a part is shorter than what it makes
+            for part in parts[piece]:
+                used[part] += used[piece]
+    usage = torch.full((len(counts),), -1.0, dtype=torch.float64)
+    lengths = torch.zeros(len(counts), dtype=torch.long)
+    for piece, count in used.items():
+        usage[pieces[piece]] = count
+        lengths[pieces[piece]] = len(piece)
     usage[list(needed)] = torch.inf
     order = sorted(range(len(counts)), key=lambda row: (-usage[row].item(), lengths[row].item(), row))
     scores = torch.empty(len(counts), dtype=torch.float64)
     scores[order] = torch.arange(len(counts), 0, -1, dtype=torch.float64)
-    return RankedRows(scores, len(needed))
+    return RankedRows(scores, int(usage.isinf().sum()))
 
 
 def keep_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[int]) -> PreTrainedTokenizerBase:
@@ -94,7 +94,7 @@ def keep_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[int]) -> PreTra
 
     Raises:
         UnsupportedModel: A tokenizer that cannot be rewritten.
-        PlanMismatch: An added token, the unknown token, or a part of a token that stays, is not among the rows.
+        PlanMismatch: An added token or the unknown token is not among the rows.
     """
     state = _read(tokenizer)
     new_id = {row: i for i, row in enumerate(rows)}

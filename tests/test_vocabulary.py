@@ -141,6 +141,11 @@ def test_a_token_of_bpe_counts_for_its_parts():
         for token, i in small.get_vocab().items():
             if len(token) > 1 and token not in small.all_special_tokens:
                 assert small(small.decode([i]), add_special_tokens=False)["input_ids"] == [i]
+    named = rank_rows(tokenizer, 0 * counts, named=(tokenizer.convert_tokens_to_ids(longest),))
+    small = keep_rows(tokenizer, sorted(named.scores.argsort(descending=True)[: named.n_needed].tolist()))
+    assert small.convert_ids_to_tokens(small(longest.replace("Ġ", " "), add_special_tokens=False).input_ids) == [
+        longest
+    ]
 
 
 def test_tokenizers_that_cannot_be_rewritten_are_refused(tokenizer):
