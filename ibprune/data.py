@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ibprune.console import Quiet
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
-from ibprune.losses import DENSE
+from ibprune.losses import DENSE, WORDS
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),
@@ -294,7 +294,8 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
 class Collate:
     """Tokenises rows into one padded batch; tokenising here keeps large data sets off the disk.
 
-    With a `dense_tokenizer` the batch also holds what the dense model reads of the same texts (`losses.DENSE`).
+    With a `dense_tokenizer` the batch also holds what the dense model reads of the same texts (`losses.DENSE`) and,
+    where there are no labels, to which word each token belongs (-1: to none): both tokenizers find the same words.
     """
 
     def __init__(
@@ -309,14 +310,20 @@ class Collate:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         texts = [[row[column] for row in rows] for column in self.data.text_columns]
-        form = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        batch = dict(self.tokenizer(*texts, **form))
+        batch = self._encode(self.tokenizer, texts)
         if self.dense_tokenizer is not None:
-            batch |= {DENSE + key: value for key, value in self.dense_tokenizer(*texts, **form).items()}
+            batch |= {DENSE + key: value for key, value in self._encode(self.dense_tokenizer, texts).items()}
         if self.data.label_column:
             dtype = torch.long if self.data.labels else torch.float32
             batch["labels"] = torch.tensor([row[self.data.label_column] for row in rows], dtype=dtype)
         return batch
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> dict[str, torch.Tensor]:
+        found = tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        if self.dense_tokenizer is None or self.data.label_column:
+            return dict(found)
+        words = [[-1 if word is None else word for word in found.word_ids(i)] for i in range(len(texts[0]))]
+        return dict(found) | {WORDS: torch.tensor(words)}
 
 
 def windows(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

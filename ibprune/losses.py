@@ -12,6 +12,7 @@ from ibprune.errors import BadData
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder", "custom")
 Batch = dict[str, torch.Tensor]
+WORDS = "words"  # the key of the word that each token belongs to, -1 for none
 DENSE = "dense_"  # begins the keys of what the dense model reads, where its tokens are not the pruned model's
 
 
@@ -59,7 +60,8 @@ def forward(model: nn.Module, batch: Batch):
                 f"{type(outputs).__name__}: wrap it in a module that returns its logits."
             )
         return outputs
-    return model(**{key: value for key, value in batch.items() if key != "labels" and not key.startswith(DENSE)})
+    own = {key: value for key, value in batch.items() if not key.startswith(DENSE)}
+    return model(**{key: value for key, value in own.items() if key not in ("labels", WORDS)})
 
 
 def dense_batch(batch: Batch) -> Batch:
@@ -107,7 +109,7 @@ def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.
     Classifiers and language models: T^2 KL(teacher || student) of the logits. Regression: squared
     difference. Encoders: cosine distance of tokens and of pooled embeddings, the KL between their
     similarities to the other sequences of the batch, and the squared difference of the pooler output.
-    Tokens are left out where the two models read different ones.
+    Where the two models read different tokens, words take the place of tokens.
     """
     match objective.name:
         case "classification":
@@ -137,15 +139,26 @@ def _encoder_distance(objective: Objective, student, teacher, batch: Batch) -> t
     # A masked student has all features, the cut ones 0: there dims is None and their absence counts.
     our_mean, their_mean = pooled(ours, mask), pooled(theirs, their_mask)
     loss = 1 - F.cosine_similarity(our_mean, pooled(own, their_mask), dim=-1)
-    if their_mask is mask:  # both read the same tokens
-        real = mask.float()
-        loss = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1) + loss
-    loss = loss + _relation(our_mean, their_mean)
+    real = mask.float()
+    if their_mask is not mask:  # other tokens of the same words
+        words, their_words = batch[WORDS], dense_batch(batch)[WORDS]
+        n_words = int(torch.maximum(words.max(), their_words.max())) + 1
+        (ours, real), (own, there) = (_word_means(*side, n_words) for side in ((ours, words), (own, their_words)))
+        real = real * there
+    tokens = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1).clamp_min(1)
+    loss = tokens + loss + _relation(our_mean, their_mean)
     if getattr(student, "pooler_output", None) is not None:
         target = teacher.pooler_output.float()
         target = target if objective.pooler_dims is None else target[..., list(objective.pooler_dims)]
         loss = loss + 0.1 * (student.pooler_output.float() - target).square().mean(-1)
     return loss
+
+
+def _word_means(hidden: torch.Tensor, words: torch.Tensor, n_words: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over each word's tokens, (batch, n_words, d), and whether it has any, (batch, n_words)."""
+    member = F.one_hot(words + 1, n_words + 1)[..., 1:].transpose(1, 2).to(hidden.dtype)  # (batch, n_words, length)
+    count = member.sum(-1)
+    return member @ hidden / count.clamp_min(1).unsqueeze(-1), (count > 0).to(hidden.dtype)
 
 
 def _relation(ours: torch.Tensor, theirs: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:

@@ -16,9 +16,11 @@ import ibprune
 from ibprune import cli
 from ibprune.costs import count_params, macs_model, params_model
 from ibprune.cutting import choose_kinds
+from ibprune.data import Collate, TextData
 from ibprune.errors import BadData, PlanMismatch, UnsupportedModel
 from ibprune.export import tier_of, verify, write_model
 from ibprune.inject import inject_
+from ibprune.losses import Objective, _word_means, dense_batch, distill_loss, forward
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_, cut_vocab_, factorize_, named_rows
@@ -333,6 +335,31 @@ def test_a_run_that_cuts_the_vocabulary(head, kinds, shares, keep, spelt, tmp_pa
     with torch.no_grad():
         assert torch.allclose(ibprune.load(out)(**batch)[0], result.model(**batch)[0], atol=1e-5)
     assert report["verify"]["tier"] == ("vanilla" if kinds == "vocab" else "remote_code")
+
+
+def test_an_encoder_is_distilled_word_by_word_where_the_tokens_differ(spelt):
+    tokenizer = AutoTokenizer.from_pretrained(spelt["BertModel"])
+    model = ibprune.load(spelt["BertModel"])
+    ranked = rank_rows(tokenizer, torch.zeros(model.config.vocab_size))
+    small = keep_rows(tokenizer, sorted(ranked.scores.argsort(descending=True)[: ranked.n_needed + 9].tolist()))
+    data = TextData("texts", None, None, ("text",))
+    rows = [{"text": text} for text in (*some_texts(0, 3), "ba", "")]
+    batch = Collate(small, data, 64, tokenizer)(rows)
+    theirs = dense_batch(batch)
+    assert batch["input_ids"].shape[1] > theirs["input_ids"].shape[1]
+    assert torch.equal(batch["words"].amax(1), theirs["words"].amax(1)) and theirs["words"].max() > 2
+    objective = Objective("encoder")
+    same = theirs | {f"dense_{key}": value for key, value in theirs.items()}
+    with torch.no_grad():
+        out = forward(model, theirs)
+        assert distill_loss(objective, out, forward(model, dense_batch(same)), same).abs().max() < 1e-5
+        spelt_out = forward(model, batch | {"input_ids": batch["input_ids"] % 5})
+        words = [(theirs["words"][0] == 0), (batch["words"][0] == 0)]
+        means = [o.last_hidden_state[0][w].mean(0) for o, w in zip((out, spelt_out), words)]
+        far = distill_loss(objective, spelt_out, out, batch)
+    assert far.shape == (5,) and torch.isfinite(far).all() and (far > 0.01).all() and sum(words[1]) > sum(words[0])
+    found, there = _word_means(spelt_out.last_hidden_state, batch["words"], 1 + int(batch["words"].max()))
+    assert torch.allclose(found[0, 0], means[1], atol=1e-6) and there[:, 0].tolist() == [1, 1, 1, 1, 0]
 
 
 def test_a_tokenizer_that_makes_other_tokens_fails_the_check(spelt, tmp_path):
