@@ -14,7 +14,8 @@ def measure_latency(
     dense: nn.Module, pruned: nn.Module, *, batch: int, length: int, rounds: int = 15, console: Quiet
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of a forward pass of two transformers on the same made-up inputs: {"median", "iqr"} each."""
-    inputs = example_inputs(dense, batch=batch, length=length)
+    smaller = min(dense, pruned, key=lambda model: getattr(model.config, "vocab_size", 0))  # its token ids are both's
+    inputs = example_inputs(smaller, batch=batch, length=length)
     return time_forward(dense, pruned, inputs, rounds=rounds, console=console)
 
 

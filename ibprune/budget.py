@@ -10,7 +10,7 @@ from ibprune.costs import CostModel
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 
-WIDTH_KINDS = ("ffn", "hidden", "embedding_rank", "channels")
+WIDTH_KINDS = ("ffn", "hidden", "embedding_rank", "vocab", "channels")
 Keep = dict[str, tuple[int, ...]]
 Scores = Mapping[str, torch.Tensor]
 
@@ -24,7 +24,7 @@ class Budget:
         keep: Share of the dense cost that may stay, in (0, 1].
         scope: "model" counts everything, "blocks" leaves embeddings and heads out, as papers do.
         limit: The same in the unit of the cost.
-        round_to: Widths (FFN, hidden, rank, channels) of at least 16 such steps become multiples of it.
+        round_to: Widths (FFN, hidden, rank, vocabulary, channels) of at least 16 such steps become multiples of it.
     """
 
     cost: str
@@ -191,6 +191,7 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
     for name in dormant:
         keep[name] = tuple(sorted(order[name][: _allowed(0, sites[name], budget.round_to, up=True)].tolist()))
     kept = np.array([len(keep[name]) if name in keep else model.n_units[name] for name in table.names])
+    left = {name: order[name][~np.isin(order[name], keep[name])].tolist() for name in sites}
     closed: set[str] = set()
     while True:
         best = None
@@ -203,8 +204,7 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
             if table.total(trial) > budget.limit:
                 closed.add(name)  # costs only grow as units come back
                 continue
-            chosen = set(keep[name])
-            new = [int(unit) for unit in order[name] if unit not in chosen][:step]
+            new = left[name][:step]
             if best is None or rank[name][new[0]] < best[0]:
                 best = rank[name][new[0]], name, trial, new
         if best is None:
@@ -219,6 +219,7 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
             return keep
         _, name, kept, new = best
         keep[name] = tuple(sorted({*keep[name], *new}))
+        left[name] = left[name][len(new) :]
 
 
 def _inner_sites(model: CostModel, sites: dict[str, Site], layer: str) -> list[str]:

@@ -30,7 +30,7 @@ def _common(parser: _Parser) -> None:
     parser.add_argument("--budget", type=float, help="share of the dense cost to keep, in (0, 1]")
     parser.add_argument("--cost", help="what the budget counts: params (default) or macs")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
-    parser.add_argument("--kinds", help="comma list: heads, kv_groups, ffn, layers, hidden, embedding_rank")
+    parser.add_argument("--kinds", help="comma list: heads, kv_groups, ffn, layers, hidden, embedding_rank, vocab")
     parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -76,6 +76,12 @@ def audit(
         raise BadData(
             f"expected two models of one family, found '{before.config.model_type}' and '{after.config.model_type}'."
         )
+    plan = _plan(pruned)
+    if plan is not None and len(plan.keep.get("vocab", ())) < plan.n_units.get("vocab", 0):
+        raise BadData(
+            f"expected two models that read the same tokens, but the vocabulary of '{pruned}' was cut: it cannot be "
+            "audited yet."
+        )
     recipe = Recipe(model=dense, budget=1.0, data=data, task=task, text_columns=text_columns,
                     label_column=label_column, max_length=max_length, seed=seed)  # fmt: skip
     rows = find_data(recipe, console)
@@ -89,7 +95,7 @@ def audit(
         pooling=pooling or default_pooling(before), probe=Probe(probe), tokens=tokens, pair=pair, seed=seed
     )
     found = audit_models(
-        Side(source.name, before), Side(pruned, after), inputs, layers=layers, settings=settings, plan=_plan(pruned),
+        Side(source.name, before), Side(pruned, after), inputs, layers=layers, settings=settings, plan=plan,
         console=console,
     )  # fmt: skip
     if folder is not None:

@@ -141,7 +141,8 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
             if in_rank and not owner.endswith(".projection"):  # while nothing is cut the two factors are one matrix
                 projection = f"{owner}.projection.weight"  # of the embedding, or of a tied output that comes first
                 width, hidden = _hidden(projection, model.get_parameter(projection).shape[0], n_units, dims)
-                terms.append(Term(parameter.shape[0] * width, hidden, False, in_rank, dense=True))
+                rows = tuple(site for site in cutters if site != rank)
+                terms.append(Term(coefficient * width, (*rows, *hidden), False, in_rank, dense=True))
     return CostModel("params", tuple(terms), n_units)
 
 
@@ -179,9 +180,10 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
                 factors = (*cutters, *whole.get(path, ()))
                 terms.append(Term(rows * coefficient, factors, _in_blocks(sites, path), in_rank))
         if isinstance(module, FactorizedUnembedding):
-            projection = module.projection.weight
-            width, hidden = _hidden(names[id(projection)], projection.shape[0], n_units, dims)
-            terms.append(Term(rows * weight.shape[0] * width, hidden, False, rank, dense=True))
+            merged = names[id(module.projection.weight)], names[id(weight)]
+            width, hidden = _hidden(merged[0], module.projection.weight.shape[0], n_units, dims)
+            ((tokens, vocab),) = _products(merged[1], weight.shape[:1], n_units, dims)
+            terms.append(Term(rows * tokens * width, (*vocab, *hidden), False, rank, dense=True))
     family = find_family(model.config.model_type)
     for attention, path in _attentions(model, family):
         made = products.get(attention, 0)

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ibprune.console import Quiet
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
+from ibprune.losses import DENSE, WORDS
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),
@@ -291,19 +292,38 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
 
 
 class Collate:
-    """Tokenises rows into one padded batch; tokenising here keeps large data sets off the disk."""
+    """Tokenises rows into one padded batch; tokenising here keeps large data sets off the disk.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: TextData, max_length: int):
+    With a `dense_tokenizer` the batch also holds what the dense model reads of the same texts (`losses.DENSE`) and,
+    where there are no labels, to which word each token belongs (-1: to none): both tokenizers find the same words.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: TextData,
+        max_length: int,
+        dense_tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         self.tokenizer, self.data, self.max_length = tokenizer, data, max_length
+        self.dense_tokenizer = dense_tokenizer
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         texts = [[row[column] for row in rows] for column in self.data.text_columns]
-        batch = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        batch = dict(batch)
+        batch = self._encode(self.tokenizer, texts)
+        if self.dense_tokenizer is not None:
+            batch |= {DENSE + key: value for key, value in self._encode(self.dense_tokenizer, texts).items()}
         if self.data.label_column:
             dtype = torch.long if self.data.labels else torch.float32
             batch["labels"] = torch.tensor([row[self.data.label_column] for row in rows], dtype=dtype)
         return batch
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> dict[str, torch.Tensor]:
+        found = tokenizer(*texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        if self.dense_tokenizer is None or self.data.label_column:
+            return dict(found)
+        words = [[-1 if word is None else word for word in found.word_ids(i)] for i in range(len(texts[0]))]
+        return dict(found) | {WORDS: torch.tensor(words)}
 
 
 def windows(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ibprune.console import Quiet
 from ibprune.feeding import Feed
-from ibprune.losses import Objective, forward, pooled
+from ibprune.losses import Objective, dense_batch, forward, pooled
 from ibprune.metrics import load_metric
 
 
@@ -70,7 +70,8 @@ def _encoder(model: nn.Module, batches, feed: Feed, objective: Objective, dense:
     cosines = []
     for batch in batches if dense is not None else ():
         mean = pooled(forward(model, batch).last_hidden_state.float(), batch["attention_mask"])
-        theirs = pooled(forward(dense, batch).last_hidden_state.float(), batch["attention_mask"])
+        their_batch = dense_batch(batch)
+        theirs = pooled(forward(dense, their_batch).last_hidden_state.float(), their_batch["attention_mask"])
         theirs = theirs if objective.dims is None else theirs[:, list(objective.dims)]
         cosines.append(F.cosine_similarity(mean, theirs))
     queries, answers = (_embed_halves(model, feed, second) for second in (False, True))

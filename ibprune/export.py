@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -223,12 +223,22 @@ def probe_outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Te
     return output
 
 
-def verify(model: PreTrainedModel, folder: Path, tier: str) -> dict:
+def verify(
+    model: PreTrainedModel,
+    folder: Path,
+    tier: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Sequence[str] = (),
+) -> dict:
     """Loads the folder in a fresh process, in every way it claims, and compares outputs.
+
+    Args:
+        tokenizer, texts: The folder's tokenizer must make of the texts what this one does.
 
     Raises:
         PlanMismatch: A load failed, a tensor was missing, extra, of another shape or re-initialised,
-            or the outputs differ by more than rounding.
+            the outputs differ by more than rounding, or the tokens differ.
     """
     inputs = {key: value.to(model.device) for key, value in probe_inputs(model).items()}
     expected = probe_outputs(model, inputs)
@@ -239,6 +249,11 @@ def verify(model: PreTrainedModel, folder: Path, tier: str) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
         save_file({**{k: v.cpu() for k, v in inputs.items()}, "expected": expected.cpu().contiguous()}, probe)
+        tokens = {
+            "texts": list(texts),
+            "input_ids": tokenizer(list(texts), verbose=False)["input_ids"] if texts else [],
+        }
+        probe.with_suffix(".json").write_text(json.dumps(tokens))
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
         root = str(Path(__file__).parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -28,6 +28,7 @@ from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family
 from ibprune.task_heads import auto_class, is_headless
+from ibprune.vocabulary import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class Feed:
         batches = itertools.islice(loader, max(1, sequences // self.batch_size))
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
+    def retokenised(self, tokenizer: PreTrainedTokenizerBase) -> "Feed":
+        """The same texts as another tokenizer reads them, beside what the dense model does (`losses.dense_batch`)."""
+        dense = self.collate.tokenizer
+        return replace(self, collate=Collate(tokenizer, self.collate.data, self.collate.max_length, dense))
+
     def unshuffled(self) -> Iterator[Batch]:
         return iter(make_loader(self.train_set, self.collate, batch_size=256, seed=None))
 
@@ -141,6 +147,13 @@ def make_feed(
 ) -> tuple[Recipe, Feed]:
     """The feed, and the recipe with the defaults that its objective decides filled in."""
     name = objective_name(model, data)
+    if "vocab" in recipe.kinds:
+        if name in ("causal_lm", "masked_lm"):
+            raise BadRecipe(
+                "'vocab' is cut in classifiers, regressors and encoders without a head: a language model is trained "
+                "and judged token by token, and its tokens would not be the dense model's. Leave it out of --kinds."
+            )
+        check_tokenizer(tokenizer)
     defaults = DEFAULTS[name]
     limit = find_family(model.config.model_type).max_tokens(model.config) or defaults.max_length
     max_length = recipe.max_length or min(defaults.max_length, limit)

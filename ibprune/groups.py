@@ -1,6 +1,6 @@
 """Prunable structure as data: which feature axis of which module belongs to which unit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, SelectedLinear
 
-KINDS = ("heads", "kv_groups", "ffn", "layers", "hidden", "embedding_rank")  # of transformers, by family rows
+KINDS = ("heads", "kv_groups", "ffn", "layers", "hidden", "embedding_rank", "vocab")  # of transformers, by family rows
 MODULE_KINDS = ("channels", "inputs")  # of any module, by tracing
 ATTENTION_KINDS = ("heads", "kv_groups")
 
@@ -20,8 +20,8 @@ class Cut:
     Attributes:
         path: Module path relative to the group's block, or to the backbone for groups of the whole
             model ("*" stands for every layer), or to the whole model when it starts with "/".
-        axis: "in" or "out" features, "rank" of a factorised embedding, "own" for the tensors a module
-            holds itself (a layer scale), or "whole": the module goes and a stub takes its place.
+        axis: "in" or "out" features, "rank" of a factorised embedding, "rows" of an embedding, "own" for the
+            tensors a module holds itself (a layer scale), or "whole": the module goes and a stub takes its place.
         stub: For "whole": a key of `ibprune.rebuild.STUBS`.
         optional: The module may be absent (a task head, a pooler).
         needs, without: Modules (paths as `path`) that must exist, or must not, for this cut to apply.
@@ -49,7 +49,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class MaskAt:
-    """Where a mask acts: the input ("in") or output ("out", "own") features of a module, "norms" or "rank".
+    """Where a mask acts: the "in" or "out" features of a module, its "own" ones, "norms", "rank" or nowhere ("none").
 
     At "out" it folds into what makes the features, at "own" into the scale that the module holds itself.
     At "norms" the mask multiplies the output of every norm among the group's cuts and the norm takes
@@ -57,7 +57,8 @@ class MaskAt:
     the module at `path`, where there is one, on the axis of its cut: a projection that is read without a
     norm ("out"), or a layer that reads without one ("in"). At "rank" it acts on the directions of a
     factorised embedding and of the output tied to it. At "consumers" it multiplies what every "in" cut of
-    the site reads, and a LayerNorm on the way takes its statistics as at "norms".
+    the site reads, and a LayerNorm on the way takes its statistics as at "norms". At "none" there is no mask:
+    which rows of a vocabulary are read is decided by the tokenizer.
     `flattened` says that some of these modules see (batch * length) rows instead of whole sequences.
     """
 
@@ -178,6 +179,10 @@ class Site:
     def min_units(self) -> int:
         return self.group.min_units
 
+    def at_least(self, n_units: int) -> "Site":
+        """The site with another floor: how many units must stay, where only the data tell."""
+        return replace(self, group=replace(self.group, min_units=n_units))
+
     def consumers(self) -> list[Cut]:
         """The cuts that read the site's features."""
         return [cut for cut in self.cuts if cut.axis == "in"]
@@ -198,10 +203,14 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
     match module, axis:
         case FactorizedEmbedding(), "out":
             dims = (("projection.weight", 0),)
+        case ((FactorizedEmbedding() | nn.Embedding()), "rows"):
+            dims = (("weight", 0),)
         case FactorizedUnembedding(), "in":
             dims = (("projection.weight", 0),)
         case FactorizedEmbedding() | FactorizedUnembedding(), "rank":
             dims = (("weight", 1), ("projection.weight", 1))
+        case FactorizedUnembedding(), "out":
+            dims = (("weight", 0), ("bias", 0))
         case SelectedLinear(), "in":
             dims = (("weight", 1), ("index", 0))
         case nn.Linear(), "in":

@@ -181,7 +181,7 @@ def _scale(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:  # (batch, ..., fe
 
 
 def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0) -> MaskSet:
-    """Adds one mask per site. In eval mode the model's output is unchanged.
+    """Adds one mask per site (none for a vocabulary). In eval mode the model's output is unchanged.
 
     The masks live in `model.vib_masks`, so that they move, save, copy and train with the model.
 
@@ -191,6 +191,7 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
     if hasattr(model, MASKS):
         raise PlanMismatch("expected a model without masks, found some: call remove_(model) first.")
     device = next(model.parameters()).device
+    sites = {name: site for name, site in sites.items() if site.mask_at.side != "none"}
     masks = MaskSet(
         {
             name: VIBMask(site.n_units, log_alpha=log_alpha, flattened=site.mask_at.flattened)

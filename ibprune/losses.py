@@ -13,6 +13,8 @@ from ibprune.task_heads import complete
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder", "custom")
 Batch = dict[str, torch.Tensor]
+WORDS = "words"  # the key of the word that each token belongs to, -1 for none
+DENSE = "dense_"  # begins the keys of what the dense model reads, where its tokens are not the pruned model's
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,13 @@ def forward(model: nn.Module, batch: Batch):
                 f"{type(outputs).__name__}: wrap it in a module that returns its logits."
             )
         return outputs
-    return model(**complete(model, {key: value for key, value in batch.items() if key != "labels"}))
+    own = {key: value for key, value in batch.items() if not key.startswith(DENSE)}
+    return model(**complete(model, {key: value for key, value in own.items() if key not in ("labels", WORDS)}))
+
+
+def dense_batch(batch: Batch) -> Batch:
+    """The same texts as the dense model reads them."""
+    return {key.removeprefix(DENSE): value for key, value in batch.items() if key.startswith(DENSE)} or batch
 
 
 def pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -102,6 +110,7 @@ def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.
     Classifiers and language models: T^2 KL(teacher || student) of the logits. Regression: squared
     difference. Encoders: cosine distance of tokens and of pooled embeddings, the KL between their
     similarities to the other sequences of the batch, and the squared difference of the pooler output.
+    Where the two models read different tokens, words take the place of tokens.
     """
     match objective.name:
         case "classification":
@@ -125,21 +134,32 @@ def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tor
 
 
 def _encoder_distance(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
-    mask = batch["attention_mask"]
+    mask, their_mask = batch["attention_mask"], dense_batch(batch)["attention_mask"]
     ours, theirs = student.last_hidden_state.float(), teacher.last_hidden_state.float()
     own = theirs if objective.dims is None else theirs[..., list(objective.dims)]
     # A masked student has all features, the cut ones 0: there dims is None and their absence counts.
+    our_mean, their_mean = pooled(ours, mask), pooled(theirs, their_mask)
+    loss = 1 - F.cosine_similarity(our_mean, pooled(own, their_mask), dim=-1)
     real = mask.float()
-    tokens = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1)
-    our_mean, their_mean = pooled(ours, mask), pooled(theirs, mask)
-    whole = 1 - F.cosine_similarity(our_mean, pooled(own, mask), dim=-1)
-    relation = _relation(our_mean, their_mean)
-    loss = tokens + whole + relation
+    if their_mask is not mask:  # other tokens of the same words
+        words, their_words = batch[WORDS], dense_batch(batch)[WORDS]
+        n_words = int(torch.maximum(words.max(), their_words.max())) + 1
+        (ours, real), (own, there) = (_word_means(*side, n_words) for side in ((ours, words), (own, their_words)))
+        real = real * there
+    tokens = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1).clamp_min(1)
+    loss = tokens + loss + _relation(our_mean, their_mean)
     if getattr(student, "pooler_output", None) is not None:
         target = teacher.pooler_output.float()
         target = target if objective.pooler_dims is None else target[..., list(objective.pooler_dims)]
         loss = loss + 0.1 * (student.pooler_output.float() - target).square().mean(-1)
     return loss
+
+
+def _word_means(hidden: torch.Tensor, words: torch.Tensor, n_words: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over each word's tokens, (batch, n_words, d), and whether it has any, (batch, n_words)."""
+    member = F.one_hot(words + 1, n_words + 1)[..., 1:].transpose(1, 2).to(hidden.dtype)  # (batch, n_words, length)
+    count = member.sum(-1)
+    return member @ hidden / count.clamp_min(1).unsqueeze(-1), (count > 0).to(hidden.dtype)
 
 
 def _relation(ours: torch.Tensor, theirs: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:

@@ -36,6 +36,9 @@ from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, versions
 from ibprune.task_heads import auto_class
 from ibprune.trainer import make_accelerator, train
+from ibprune.vocabulary import compare_tokenizers
+
+TEXTS = 2000  # held-out texts on which tokenizers are compared
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,27 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
                 "belong together."
             ) from error
     with _timed(seconds, "cut"):
-        student, plan, budget, costs = cut(dense, recipe, feed, accelerator, console)
+        student, plan, budget, costs, own_feed = cut(dense, recipe, feed, accelerator, console)
     objective = _on_kept_features(feed.objective, plan)
     with _timed(seconds, "recover"):
         teacher = dense if recipe.distill else None
         steps = train_settings(recipe, recipe.recover_steps)
-        train(student, loss_with(objective, teacher, accelerator), feed.train, steps,
+        train(student, loss_with(objective, teacher, accelerator), own_feed.train, steps,
               accelerator=accelerator, phase="recovering", console=console)  # fmt: skip
     check_finite(student, "the recovered model")
     student = student.to(loaded.dtype).float()  # what is measured is what is stored
     with _timed(seconds, "evaluate"):
-        metrics = evaluate_model(student, feed, objective, dense=dense, console=console, what="evaluating pruned")
+        metrics = evaluate_model(student, own_feed, objective, dense=dense, console=console, what="evaluating pruned")
+    own, texts = loaded, []
+    if own_feed is not feed:  # the vocabulary was cut
+        own = replace(loaded, tokenizer=own_feed.collate.tokenizer)
+        texts = [text for column in data.text_columns for text in data.held_out[:TEXTS][column]]
     with _timed(seconds, "audit"):
-        found = _audit(dense, student, plan, data, loaded, recipe, console) if recipe.audit else None
+        found = None
+        if recipe.audit and texts:
+            console.say("No audit: the two models read different tokens, because the vocabulary was cut.")
+        elif recipe.audit:
+            found = _audit(dense, student, plan, data, loaded, recipe, console)
     with _timed(seconds, "bench"):
         shape = {"batch": min(recipe.batch_size, 16), "length": min(recipe.max_length, 64)}
         latencies = measure_latency(dense, student, **shape, console=console)
@@ -112,6 +123,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         macs_length=costs.macs.length,
         latency_input=shape,
         kept=kept_by_kind(plan),
+        vocabulary=compare_tokenizers(loaded.tokenizer, own.tokenizer, texts) if texts else None,
         world_size=accelerator.num_processes,
         device=str(accelerator.device),
         precision="fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
@@ -120,7 +132,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     )
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
-        _export(student, dense, loaded, plan, recipe, report, found, temporary, folder)
+        _export(student, dense, own, plan, recipe, report, found, texts, temporary, folder)
     return PruneResult(student.eval(), plan, report.to_dict())
 
 
@@ -146,14 +158,19 @@ def _export(
     recipe: Recipe,
     report: Report,
     found: dict | None,
+    texts: list[str],
     folder: Path,
     final: Path,
 ) -> None:
-    """Writes everything into the staged folder and proves that it loads."""
+    """Writes everything into the staged folder and proves that it loads.
+
+    Args:
+        loaded: With the tokenizer of the student; loaded again, it must make the same tokens of the `texts`.
+    """
     student = student.to(loaded.dtype)
     tier = write_model(student, loaded.tokenizer, plan, folder)
     recipe.save(folder / "recipe.yaml")
-    report.verify = verify(student, folder, tier)
+    report.verify = verify(student, folder, tier, tokenizer=loaded.tokenizer, texts=texts)
     student.float()
     report.dense.file_bytes = count_params(dense) * loaded.dtype.itemsize
     report.pruned.file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

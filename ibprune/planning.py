@@ -7,14 +7,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from ibprune.budget import least_cost, make_budget, solve_by_cost, solve_by_shares
-from ibprune.cutting import prepare_
+from ibprune.cutting import choose_kinds, prepare_
 from ibprune.errors import BadRecipe
 from ibprune.export import tier_of
 from ibprune.models import build_meta, find_source, load_config, model_class
 from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
-from ibprune.surgery import compact_
+from ibprune.surgery import compact_, named_rows
 
 
 def plan(
@@ -45,10 +45,14 @@ def plan(
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
     config = load_config(find_source(recipe.model)) if named else copy.deepcopy(model)
     skeleton = build_meta(config, model_class(config, classify=False))
-    everything, sites, costs = prepare_(skeleton, kinds, None)
+    everything, sites, costs = prepare_(skeleton, choose_kinds(skeleton, kinds), None)
+    named = sorted(named_rows(skeleton))  # what else a tokenizer needs, the config does not say
+    sites = {name: site.at_least(len(named)) if name == "vocab" else site for name, site in sites.items()}
     cost_model = costs.of(cost)
     target = make_budget(cost_model, sites, keep=budget, scope=scope, round_to=round_to)
     scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
+    if "vocab" in sites:
+        scores["vocab"][named] += sites["vocab"].n_units
     try:
         keep = solve_by_shares(scores, sites, cost_model, target, equal_pressure(sites))
     except BadRecipe:  # equal widths alone do not reach it: whole sub-layers go too

@@ -45,7 +45,10 @@ class PruningPlan:
         }
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Writes the plan, a line per site: a vocabulary has tens of thousands of rows."""
+        data = self.to_dict()
+        keep = ",\n".join(f"  {json.dumps(name)}: {json.dumps(units)}" for name, units in data.pop("keep").items())
+        Path(path).write_text(json.dumps(data, indent=1).removesuffix("\n}") + f',\n "keep": {{\n{keep}\n }}\n}}\n')
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":

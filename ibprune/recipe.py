@@ -29,7 +29,7 @@ class Recipe(BaseModel):
     label_column: str = Field("", description="column with the label, if not the usual name")
     score: Literal["vib", "fisher", "magnitude", "random"] = Field("vib", description="what ranks the units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
-    kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all the model has")
+    kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all but vocab")
     round_to: int = Field(8, ge=1, description="wide axes become multiples of this")
     output: str = Field("pruned", description="folder to write")
     seed: int = Field(0, ge=0, le=2**31 - 1)

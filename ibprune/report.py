@@ -34,7 +34,11 @@ class Side:
 
 @dataclass
 class Report:
-    """Everything a run found; `report.json` in the output folder."""
+    """Everything a run found; `report.json` in the output folder.
+
+    `vocabulary` says what a cut vocabulary means for held-out texts, dense and pruned: its rows, the tokens of a
+    text, and the share of unknown ones; None where it was not cut.
+    """
 
     dense: Side
     pruned: Side
@@ -51,6 +55,7 @@ class Report:
     device: str
     precision: str
     shares: str
+    vocabulary: dict[str, list[float]] | None = None
     verify: dict = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -87,6 +92,10 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
     add(f"MACs ({report['macs_length']} tokens)", dense["macs"] / 1e6, pruned["macs"] / 1e6, "{:,.1f} M")
     add("  in blocks", dense["macs_blocks"] / 1e6, pruned["macs_blocks"] / 1e6, "{:,.1f} M")
     add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
+    forms = {"rows": ("vocabulary", "{:,}"), "tokens_per_text": ("tokens per held-out text", "{:.2f}")}
+    forms["unknown"] = ("unknown tokens", "{:.3%}")
+    for key, (name, form) in forms.items() if report["vocabulary"] else ():
+        add(name, *report["vocabulary"][key], form)
     shape = report["latency_input"]
     latency = [
         f"{side['latency_ms']['median']:.1f} ± {side['latency_ms']['iqr'] / 2:.1f} ms" for side in (dense, pruned)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ibprune.budget import Budget, Keep, Scores, fractions_kept, solve_by_cost, solve_by_shares
+from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.errors import BadRecipe
@@ -41,7 +41,7 @@ def probe_shares(
         nonlocal best
         try:
             keep = (
-                solve_by_cost(scores, sites, model, budget)
+                _by_cost(scores, sites, model, budget)
                 if pressure is None
                 else solve_by_shares(scores, sites, model, budget, pressure)
             )
@@ -77,3 +77,17 @@ def probe_shares(
             consider(pressure | {kind: start * factor**power})
     list(steps)
     return best[1]
+
+
+def _by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:
+    """Score per cost; a vocabulary stays whole, because how often a token is used is no such score.
+
+    Raises:
+        BadRecipe: The other kinds cannot reach the budget alone.
+    """
+    whole = {name: tuple(range(site.n_units)) for name, site in sites.items() if site.kind == "vocab"}
+    others = {name: site for name, site in sites.items() if name not in whole}
+    least = least_cost(model, others, scope=budget.scope, round_to=budget.round_to)
+    if least > budget.limit:
+        raise BadRecipe(f"cutting all but the vocabulary cannot go below {least:,} {model.cost}: cut it too.")
+    return solve_by_cost(scores, others, model, budget) | whole

@@ -146,8 +146,8 @@ def _attribute(model: nn.Module, path: str) -> int:
 
 def _check_coverage(model: nn.Module, modules: dict[str, nn.Module], family: Family, sites: dict[str, Site]) -> None:
     """Raises when some parameter belongs to no cut: an unknown head must not be left at a stale width."""
-    owned = {cut.path for site in sites.values() for cut in site.cuts if cut.axis != "whole"}
-    tied = {id(p) for path in owned for p in modules[path].parameters()}
+    owned = {(cut.path, cut.axis) for site in sites.values() for cut in site.cuts if cut.axis != "whole"}
+    tied = {id(p) for path, axis in owned for p in modules[path].parameters(recurse=axis != "own")}
     free = [re.compile(re.escape(full_path(model, path)).replace(r"\*", r"\d+")) for path in family.free]
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]

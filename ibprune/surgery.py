@@ -91,12 +91,68 @@ def merge_(model: nn.Module) -> None:
         model._tied_weights_keys = type(model)._tied_weights_keys
 
 
+def cut_vocab_(model: nn.Module, rows: tuple[int, ...]) -> None:
+    """Removes the rows of the vocabulary that are not among `rows`, from the embedding and from the output layer.
+
+    Row i is then the token whose id was `rows[i]`, and the config names its tokens by their new ids. What
+    is left is an ordinary model of a smaller vocabulary: `config.vocab_size` says all of it.
+
+    Args:
+        rows: Sorted ids; `ibprune.vocabulary.keep_rows` makes the tokenizer to them.
+
+    Raises:
+        PlanMismatch: A row that the config names is not among them; nothing is changed then.
+    """
+    site = find_sites(model)["vocab"]
+    new_id = {row: i for i, row in enumerate(rows)}
+    gone = sorted(named_rows(model) - set(rows))
+    if gone:
+        raise PlanMismatch(
+            f"expected the plan to keep the row {gone[0]} of the vocabulary, found it cut: the model's config or its "
+            "positions need it."
+        )
+    _slice_(model, {"vocab": site}, PruningPlan(model.config.model_type, {"vocab": site.n_units}, {"vocab": rows}))
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for key, value in _token_ids(config).items():
+            new = [new_id.get(row, row) for row in value] if isinstance(value, list) else new_id.get(value, value)
+            setattr(config, key, new)
+    for module in model.modules():  # some backbones and heads hold the config's number themselves
+        if vars(module).get("vocab_size") == site.n_units:
+            module.vocab_size = len(rows)
+    embedding = model.get_submodule(site.cuts[0].path)
+    embedding.padding_idx = new_id.get(embedding.padding_idx)
+    model.config.vocab_size = len(rows)
+
+
+def named_rows(model: nn.Module) -> set[int]:
+    """Rows of the embedding that the model needs whatever the text.
+
+    Those are the ids in its configs and the padding's; where positions count from the padding's id, all before it too.
+    """
+    family = find_family(model.config.model_type)
+    embedding = model.get_submodule(full_path(model, family.embedding))
+    rows = set() if embedding.padding_idx is None else {embedding.padding_idx}
+    if family.reserved_positions:
+        rows |= set(range(embedding.padding_idx or 0))
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for value in _token_ids(config).values():
+            rows |= set(value) if isinstance(value, list) else {value}
+    return {row for row in rows if 0 <= row < embedding.num_embeddings}
+
+
+def _token_ids(config: object) -> dict[str, int | list[int]]:
+    """The tokens that a config, or a generation config, names; nothing where there is none."""
+    values = config.to_dict() if config is not None else {}
+    return {key: value for key, value in values.items() if key.endswith("_token_id") and value is not None}
+
+
 def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Removes every unit that the plan does not keep and returns the model.
 
     The result computes what the masked model computes. Masks, where present, are folded into the
     weights first (mu scales the features that its unit owns) and taken out. A factorised embedding
-    that keeps all its directions becomes one matrix again. `model.config` tells the new structure.
+    that keeps all its directions becomes one matrix again. Where the vocabulary is cut, the result reads
+    the new ids (`cut_vocab_`). `model.config` tells the new structure.
 
     Raises:
         PlanMismatch: The plan does not fit the model; nothing is changed then.
@@ -113,6 +169,9 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
             merge_(model)
             raise
     check_plan(plan, model, sites)
+    if len(plan.keep["vocab"]) < sites["vocab"].n_units:
+        cut_vocab_(model, plan.keep["vocab"])
+    sites = {name: site for name, site in sites.items() if site.kind != "vocab"}
     native = {id(module) for module in model.modules() if type(module) in STUBS.values()}
     dense = {key: copy.copy(getattr(model.config, key)) for key in _size_keys(model)}
     before = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}

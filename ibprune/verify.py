@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -13,6 +14,11 @@ from ibprune.loading import check_loaded, load
 
 def main(folder: str, probe: str, auto: str, tier: str) -> dict[str, float]:
     """Largest absolute difference of the outputs to the expected ones, by way of loading."""
+    tokens = json.loads(Path(probe).with_suffix(".json").read_text())
+    if tokens["texts"]:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if tokenizer(tokens["texts"], verbose=False)["input_ids"] != tokens["input_ids"]:
+            raise SystemExit("expected the tokenizer in the folder to make the tokens it was saved with, found others")
     inputs = load_file(probe)
     expected = inputs.pop("expected")
     theirs, info = getattr(transformers, auto).from_pretrained(

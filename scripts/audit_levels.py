@@ -92,7 +92,7 @@ def main() -> None:
         })  # fmt: skip
         accelerator = make_accelerator(recipe.precision, seed=arguments.seed)
         recipe, feed = make_feed(recipe, dense, loaded.tokenizer, data)
-        student, plan, _, _ = cut(dense, recipe, feed, accelerator, console)
+        student, plan, *_ = cut(dense, recipe, feed, accelerator, console)
         plans |= {f"{budget:g}": plan, f"{budget:g} recovered": plan}
         models[f"{budget:g}"] = copy.deepcopy(student)
         train(student, loss_with(feed.objective, dense, accelerator), feed.train,

@@ -157,7 +157,7 @@ def main() -> None:
         if reference is None:
             found, reference = read_layers(dense, inputs, None)
             record["dense"] = found | judge(dense, test)
-        student, _, _, _ = cut(dense, recipe, feed, accelerator, Quiet())
+        student, *_ = cut(dense, recipe, feed, accelerator, Quiet())
         cell = {"budget": budget, "score": score, "seed": seed}
         cell["before"] = read_layers(student, inputs, reference)[0] | judge(student, test)
         train(student, loss_with(feed.objective, dense, accelerator), feed.train,

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ibprune.budget import make_budget, solve_by_shares
 from ibprune.console import Quiet
-from ibprune.cutting import loss_with, prepare_
+from ibprune.cutting import choose_kinds, loss_with, prepare_
 from ibprune.data import Collate, TextData, make_loader
 from ibprune.inject import inject_
 from ibprune.losses import Objective
@@ -39,7 +39,7 @@ def main() -> None:
     collate = Collate(loaded.tokenizer, data, arguments.length)
     dense = loaded.model
     student = copy.deepcopy(dense)
-    _, sites, costs = prepare_(student, (), None)
+    _, sites, costs = prepare_(student, choose_kinds(student, ()), None)
     budget = make_budget(costs.params, sites, keep=0.5, scope="model", round_to=1)
     scores = {name: torch.rand(site.n_units) for name, site in sites.items()}
     target = solve_by_shares(scores, sites, costs.params, budget, equal_pressure(sites))

@@ -305,12 +305,13 @@ def outputs(model, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def random_keep(sites, seed: int) -> dict[str, tuple[int, ...]]:
-    """Different widths at every site; seed 0 keeps the least of everything but the sub-layers."""
+    """Different widths at every site; seed 0 keeps the least of everything but the sub-layers. The vocabulary stays."""
     rng = random.Random(seed)
     keep = {}
     for name, site in sites.items():
         least = 1 if site.kind == "layers" else site.min_units
         count = least if seed == 0 else rng.randint(site.min_units, site.n_units)
+        count = site.n_units if site.kind == "vocab" else count
         keep[name] = tuple(sorted(rng.sample(range(site.n_units), count)))
     return keep
 

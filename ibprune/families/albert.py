@@ -1,6 +1,6 @@
 """The row of ALBERT, whose blocks share their weights between layers."""
 
-from ibprune.families.parts import ffn, width
+from ibprune.families.parts import ffn, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _BLOCKS = "encoder.albert_layer_groups.*.albert_layers.*"
@@ -82,5 +82,6 @@ ALBERT = Family(
             mask_at=MaskAt("norms"),
             per_block=False,
         ),
+        vocab("embeddings.word_embeddings", "/predictions.decoder", bias="/predictions"),
     ),
 )

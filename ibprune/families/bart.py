@@ -59,7 +59,10 @@ BART = Family(
         "encoder.ffn": "encoder_ffn_dim",
         "decoder.ffn": "decoder_ffn_dim",
     },
-    uncut=(("embedding_rank", "encoder, decoder and output each hold the embedding, which may be scaled"),),
+    uncut=(
+        ("embedding_rank", "encoder, decoder and output each hold the embedding, which may be scaled"),
+        ("vocab", "encoder, decoder and output each hold the embedding"),
+    ),
     groups=(
         _heads("heads", "self_attn"),
         _heads("cross.heads", "encoder_attn", _DECODER),

@@ -1,7 +1,7 @@
 """The row of DeBERTa-v2 and v3, whose attention adds products with relative positions."""
 
 from ibprune.families.encoders import BERT
-from ibprune.families.parts import embedding_rank, width
+from ibprune.families.parts import embedding_rank, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _LAYERS = "encoder.layer.*"
@@ -76,5 +76,6 @@ DEBERTA_V2 = Family(
             mask_at=MaskAt("out", "/pooler.dense"),  # before the activation
         ),
         embedding_rank("embeddings.word_embeddings", "/cls.predictions.decoder"),
+        vocab("embeddings.word_embeddings", "/cls.predictions.decoder", bias="/cls.predictions"),
     ),
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, width
+from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _CONFIG_KEYS = {"hidden": "hidden_size", "kv_groups": "num_key_value_heads", "ffn": "intermediate_size"}
@@ -68,6 +68,7 @@ _HIDDEN = width(
 )
 
 _EMBEDDING_RANK = embedding_rank("embed_tokens", "/lm_head")
+_VOCAB = vocab("embed_tokens", "/lm_head")
 
 LLAMA = Family(
     causal=True,
@@ -81,7 +82,7 @@ LLAMA = Family(
     config_keys=_CONFIG_KEYS,
     per_layer=("layer_types", "no_rope_layers"),
     free=("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"),
-    groups=(_KV_GROUPS, _ATTENTION_SUBLAYER, _FFN, _FFN_SUBLAYER, _HIDDEN, _EMBEDDING_RANK),
+    groups=(_KV_GROUPS, _ATTENTION_SUBLAYER, _FFN, _FFN_SUBLAYER, _HIDDEN, _EMBEDDING_RANK, _VOCAB),
 )
 
 # OLMo2 and Gemma 2: a norm acts on what a sub-layer adds to the residual stream. The mask of the sub-layer
@@ -115,8 +116,7 @@ OLMO2 = Family(
     attention="self_attn",
     context="self_attn.o_proj",
     config_keys=_CONFIG_KEYS,
-    free=("embed_tokens", "norm", "layers.*.post_attention_layernorm", "layers.*.post_feedforward_layernorm")
-    + ("/lm_head", "/score"),
+    free=("norm", "layers.*.post_attention_layernorm", "layers.*.post_feedforward_layernorm", "/score"),
     uncut=(("hidden", "attention and FFN read the residual stream itself, without a norm that could be masked"),),
     groups=(
         # The norms of queries and keys act on all heads at once: they take their statistics over the kept ones.
@@ -125,6 +125,7 @@ OLMO2 = Family(
         _FFN,
         _NORMED_FFN,
         _EMBEDDING_RANK,
+        _VOCAB,
     ),
 )
 
@@ -142,7 +143,7 @@ GEMMA = Family(
     per_layer=("layer_types",),
     norm_offset=1.0,
     uncut=(("embedding_rank", _SCALED),),
-    groups=(_KV_GROUPS, _ATTENTION_SUBLAYER, _FFN, _FFN_SUBLAYER, _HIDDEN),
+    groups=(_KV_GROUPS, _ATTENTION_SUBLAYER, _FFN, _FFN_SUBLAYER, _HIDDEN, _VOCAB),
 )
 
 GEMMA2 = Family(
@@ -172,6 +173,7 @@ GEMMA2 = Family(
                 Cut("layers.*.post_feedforward_layernorm", "out", optional=True),
             ),
         ),
+        _VOCAB,
     ),
 )
 
@@ -205,5 +207,6 @@ PHI3 = Family(
             ),
         ),
         _EMBEDDING_RANK,
+        _VOCAB,
     ),
 )

@@ -1,6 +1,6 @@
 """The row of DistilBERT."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, width
+from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 DISTILBERT = Family(
@@ -11,7 +11,6 @@ DISTILBERT = Family(
     attention="attention",
     context="attention.out_lin",
     config_keys={"hidden": "dim", "heads": "n_heads", "ffn": "hidden_dim"},
-    free=("/vocab_projector",),  # a vocabulary bias
     groups=(
         Group(
             "heads",
@@ -74,5 +73,6 @@ DISTILBERT = Family(
             mask_at=MaskAt("out", "/pre_classifier"),  # before the ReLU
         ),
         embedding_rank("embeddings.word_embeddings", "/vocab_projector"),
+        vocab("embeddings.word_embeddings", "/vocab_projector"),
     ),
 )

@@ -1,6 +1,6 @@
 """Rows of BERT and the encoders that share its blocks: RoBERTa and ELECTRA."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, width
+from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _CONFIG_KEYS = {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"}
@@ -64,7 +64,6 @@ BERT = Family(
     attention="attention.self",
     context="attention.output.dense",
     config_keys=_CONFIG_KEYS,
-    free=("/cls.predictions", "/cls.predictions.decoder"),  # vocabulary biases
     groups=(
         *_BLOCKS,
         width(
@@ -93,6 +92,7 @@ BERT = Family(
             mask_at=MaskAt("out", "pooler.dense"),  # before the tanh, and tanh(0) = 0
         ),
         embedding_rank("embeddings.word_embeddings", "/cls.predictions.decoder"),
+        vocab("embeddings.word_embeddings", "/cls.predictions.decoder", bias="/cls.predictions"),
     ),
 )
 
@@ -105,7 +105,6 @@ ROBERTA = Family(
     context="attention.output.dense",
     config_keys=_CONFIG_KEYS,
     reserved_positions=2,  # positions count from the padding's index + 1
-    free=("/lm_head", "/lm_head.decoder"),  # vocabulary biases
     groups=(
         *_BLOCKS,
         width(
@@ -135,6 +134,7 @@ ROBERTA = Family(
             mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
         ),
         embedding_rank("embeddings.word_embeddings", "/lm_head.decoder"),
+        vocab("embeddings.word_embeddings", "/lm_head.decoder", bias="/lm_head"),
     ),
 )
 
@@ -157,7 +157,6 @@ ELECTRA = Family(
     attention="attention.self",
     context="attention.output.dense",
     config_keys=_CONFIG_KEYS | {"embedding": "embedding_size"},
-    free=("/generator_lm_head",),  # a vocabulary bias
     groups=(
         *_BLOCKS,
         width(
@@ -202,5 +201,6 @@ ELECTRA = Family(
             mask_at=MaskAt("in", "/discriminator_predictions.dense_prediction"),
         ),
         embedding_rank("embeddings.word_embeddings", "/generator_lm_head"),
+        vocab("embeddings.word_embeddings", "/generator_lm_head"),
     ),
 )

@@ -1,6 +1,6 @@
 """Rows of GPT-2, GPT-NeoX and OPT: decoders with LayerNorms."""
 
-from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, width
+from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 GPT2 = Family(
@@ -57,6 +57,7 @@ GPT2 = Family(
             mask_at=MaskAt("norms"),
         ),
         embedding_rank("wte", "/lm_head"),
+        vocab("wte", "/lm_head"),
     ),
 )
 
@@ -108,6 +109,7 @@ GPT_NEOX = Family(
             mask_at=MaskAt("norms"),
         ),
         embedding_rank("embed_in", "/lm_head"),
+        vocab("embed_in", "/lm_head"),
     ),
 )
 
@@ -172,5 +174,6 @@ OPT = Family(
             mask_at=MaskAt("norms", flattened=True),
         ),
         embedding_rank("decoder.embed_tokens", "/lm_head"),
+        vocab("decoder.embed_tokens", "/lm_head"),
     ),
 )

@@ -1,6 +1,6 @@
 """The row of ModernBERT."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, width
+from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 MODERNBERT = Family(
@@ -12,7 +12,6 @@ MODERNBERT = Family(
     context="attn.Wo",
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
     per_layer=("layer_types",),
-    free=("/decoder",),  # a vocabulary bias
     groups=(
         Group(
             "heads",
@@ -75,5 +74,6 @@ MODERNBERT = Family(
             mask_at=MaskAt("norms"),
         ),
         embedding_rank("embeddings.tok_embeddings", "/decoder"),
+        vocab("embeddings.tok_embeddings", "/decoder"),
     ),
 )

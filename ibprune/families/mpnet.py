@@ -1,6 +1,6 @@
 """The row of MPNet."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, width
+from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
 from ibprune.groups import Cut, Family, MaskAt
 
 MPNET = Family(
@@ -12,7 +12,7 @@ MPNET = Family(
     context="attention.attn.o",
     config_keys={"hidden": "hidden_size", "ffn": "intermediate_size"},
     reserved_positions=2,  # positions count from the padding's index + 1
-    free=("/lm_head", "/lm_head.decoder", "encoder.relative_attention_bias"),
+    free=("encoder.relative_attention_bias",),
     uncut=(("heads", "one table of relative positions, with a column per head, serves all layers"),),
     groups=(
         # Post-norm: the LayerNorm after a removed sub-layer stays.
@@ -67,5 +67,6 @@ MPNET = Family(
             mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
         ),
         embedding_rank("embeddings.word_embeddings", "/lm_head.decoder"),
+        vocab("embeddings.word_embeddings", "/lm_head.decoder", bias="/lm_head"),
     ),
 )

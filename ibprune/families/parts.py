@@ -30,3 +30,11 @@ def embedding_rank(embedding: str, output: str) -> Group:
     """The directions of a factorised embedding and of the output tied to it."""
     cuts = (Cut(embedding, "rank"), Cut(output, "rank", optional=True))
     return Group("embedding_rank", kind="embedding_rank", cuts=cuts, mask_at=MaskAt("rank", embedding), per_block=False)
+
+
+def vocab(embedding: str, output: str, *, bias: str = "") -> Group:
+    """The rows of the token embedding and of the output layer, tied or not; `bias` holds a bias of its own."""
+    cuts = [Cut(embedding, "rows"), Cut(output, "out", optional=True)]
+    if bias:
+        cuts.append(Cut(bias, "own", optional=True))
+    return Group("vocab", kind="vocab", cuts=tuple(cuts), mask_at=MaskAt("none"), per_block=False)

@@ -80,7 +80,7 @@ T5 = Family(
     cross_context=f"{_CROSS}.o",
     config_keys={"hidden": "d_model", "heads": "num_heads", "ffn": "d_ff"},
     scales=("model_dim",),  # before a tied output the states are divided by its root
-    uncut=(("embedding_rank", "encoder, decoder and output each hold the embedding"),),
+    uncut=tuple((kind, "encoder, decoder and output each hold the embedding") for kind in ("embedding_rank", "vocab")),
     groups=(
         _heads("encoder.heads", f"{_ENCODER}.{_SELF}", Cut(f"encoder.block.0.{_BIAS}", "out")),
         _heads("decoder.heads", f"{_DECODER}.{_SELF}", Cut(f"decoder.block.0.{_BIAS}", "out", optional=True)),

@@ -46,7 +46,7 @@ _BLOCKS_RESIDUAL = (
     Cut("layers.*.mlp.fc2", "out", optional=True),
 )
 
-_UNCUT = (("embedding_rank", "it reads patches, not tokens of a vocabulary"),)
+_UNCUT = tuple((kind, "it reads patches, not tokens of a vocabulary") for kind in ("embedding_rank", "vocab"))
 
 VIT = Family(
     model_types=("vit", "deit"),
