@@ -58,7 +58,8 @@ class MaskAt:
     norm ("out"), or a layer that reads without one ("in"). At "rank" it acts on the directions of a
     factorised embedding and of the output tied to it. At "consumers" it multiplies what every "in" cut of
     the site reads, and a LayerNorm on the way takes its statistics as at "norms".
-    `flattened` says that some of these modules see (batch * length) rows instead of whole sequences.
+    `flattened` says that some of these modules see (batch * length) rows, or windows of an image, instead
+    of whole sequences.
     """
 
     side: str
