@@ -59,7 +59,8 @@ class MaskAt:
     factorised embedding and of the output tied to it. At "consumers" it multiplies what every "in" cut of
     the site reads, and a LayerNorm on the way takes its statistics as at "norms". At "none" there is no mask:
     which rows of a vocabulary are read is decided by the tokenizer.
-    `flattened` says that some of these modules see (batch * length) rows instead of whole sequences.
+    `flattened` says that some of these modules see (batch * length) rows, or windows of an image, instead
+    of whole sequences.
     """
 
     side: str
