@@ -24,7 +24,8 @@ class Cut:
             tensors a module holds itself (a layer scale), or "whole": the module goes and a stub takes its place.
         stub: For "whole": a key of `ibprune.rebuild.STUBS`.
         optional: The module may be absent (a task head, a pooler).
-        needs, without: Modules (paths as `path`) that must exist, or must not, for this cut to apply.
+        needs, without: Modules (paths as `path`, or from the backbone) that must exist, or must not, for this cut to
+            apply.
         offset, width: Unit j owns the features offset + j * width … offset + (j + 1) * width - 1, so that
             several sites may share an axis (concatenation). Width 0: the units share the whole axis equally.
         chunk, chunks: The units share only this one of so many equal parts of the axis (fused projections,

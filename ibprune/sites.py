@@ -72,9 +72,9 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
     """The group at one block, or None where it has nothing to cut."""
     cuts = []
     for cut in group.cuts:
-        if cut.needs and _path(model, block, cut.needs) not in modules:
+        if cut.needs and not _is_there(model, modules, block, cut.needs):
             continue
-        if cut.without and _path(model, block, cut.without) in modules:
+        if cut.without and _is_there(model, modules, block, cut.without):
             continue
         pattern = _path(model, block, cut.path)
         found = _matching(modules, pattern)
@@ -133,6 +133,10 @@ def _stubbed(modules: dict[str, nn.Module], model: nn.Module, group: Group, bloc
 
 def _path(model: nn.Module, block: str, path: str) -> str:
     return full_path(model, path if path.startswith("/") or not block else f"{block}.{path}")
+
+
+def _is_there(model: nn.Module, modules: dict[str, nn.Module], block: str, path: str) -> bool:
+    return _path(model, block, path) in modules or full_path(model, path) in modules
 
 
 def _missing(model: nn.Module, modules: dict[str, nn.Module], path: str) -> bool:

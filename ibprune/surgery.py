@@ -169,7 +169,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
             merge_(model)
             raise
     check_plan(plan, model, sites)
-    if len(plan.keep["vocab"]) < sites["vocab"].n_units:
+    if "vocab" in sites and len(plan.keep["vocab"]) < sites["vocab"].n_units:
         cut_vocab_(model, plan.keep["vocab"])
     sites = {name: site for name, site in sites.items() if site.kind != "vocab"}
     native = {id(module) for module in model.modules() if type(module) in STUBS.values()}
