@@ -22,6 +22,7 @@ LAYERS = (
     ("plans", "inject", "costs"),
     ("surgery", "budget"),
     ("losses", "recipe", "data", "report", "channels"),
+    ("images",),
     ("scores", "shares", "models", "feeding", "model_card", "labels", "bench"),
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots"),
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
