@@ -410,7 +410,8 @@ def make_loader(dataset: Dataset, collate, *, batch_size: int, seed: int | None)
             column = "input_ids" if "input_ids" in dataset.column_names else collate.data.text_columns[0]
             lengths = [len(value) for value in dataset[column]]
             sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+    last = isinstance(sampler, RandomSampler) and len(dataset) >= batch_size  # a batch of one has no variance
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate, drop_last=last)
 
 
 def token_counts(loader: DataLoader, vocab_size: int, *, batches: int) -> torch.Tensor:

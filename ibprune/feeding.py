@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune.console import Quiet
 from ibprune.data import (
@@ -24,6 +25,7 @@ from ibprune.data import (
 )
 from ibprune.errors import BadData, BadRecipe
 from ibprune.hub import hub_reachable
+from ibprune.images import CollatePictures, ImageData, load_images, make_processor, resize_
 from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family
@@ -46,6 +48,7 @@ DEFAULTS = {
     "causal_lm": Defaults(5e-4, 256),
     "masked_lm": Defaults(1e-4, 128),
     "encoder": Defaults(3e-4, 64, mask_steps=80, recover_steps=400),
+    "images": Defaults(1e-3, 0),
 }
 
 
@@ -60,27 +63,33 @@ class Feed:
         objective: What the model is trained and judged by.
         metrics: Metric names, for labelled data.
         train_set, held_out_set: Rows the collator understands.
-        collate: Rows to a padded batch.
+        collate: Rows to a padded batch, or to a batch of pixels.
         batch_size, seed: Of the run.
+        preprocessor: The tokenizer or image processor, which goes with the model.
+        normalised_by: For pictures, where their mean and deviation come from.
     """
 
     objective: Objective
     metrics: tuple[str, ...]
     train_set: Dataset
     held_out_set: Dataset
-    collate: Collate | CollateIds | CollateMasked
+    collate: Collate | CollateIds | CollateMasked | CollatePictures
     batch_size: int
     seed: int
+    preprocessor: PreTrainedTokenizerBase | BaseImageProcessor
+    normalised_by: str = ""
 
     def train(self, epoch_seed: int) -> DataLoader:
         """Shuffled training batches, a function of the seed."""
         return make_loader(self.train_set, self.collate, batch_size=self.batch_size, seed=epoch_seed)
 
     def held_out(self) -> DataLoader:
-        """Held-out batches in order; hidden tokens of a masked LM are the same at every call."""
+        """Held-out batches in order; hidden tokens of a masked LM are the same at every call, pictures as they are."""
         collate = self.collate
         if isinstance(collate, CollateMasked):
             collate = CollateMasked(collate.tokenizer, self.seed)
+        elif isinstance(collate, CollatePictures):
+            collate = collate.judging()
         return make_loader(self.held_out_set, collate, batch_size=self.batch_size, seed=None)
 
     def calibration(self, sequences: int, device: torch.device) -> list[Batch]:
@@ -89,12 +98,49 @@ class Feed:
         batches = itertools.islice(loader, max(1, sequences // self.batch_size))
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
+    def example(self, n: int = 2) -> Batch:
+        """The first held-out inputs, without their labels."""
+        batch = next(iter(self.held_out()))
+        return {key: value[:n] for key, value in batch.items() if key != "labels"}
+
+    def probe(self) -> Batch | None:
+        """Inputs on which copies of the model are compared; None for texts, where any token ids will do."""
+        return self.example() if isinstance(self.collate, CollatePictures) else None
+
+    def pictures(self) -> dict | None:
+        """What the model reads of a picture and how it was normalised, for the report; None for texts."""
+        if not isinstance(self.collate, CollatePictures):
+            return None
+        return {
+            "shape": list(self.example()["pixel_values"].shape[1:]),
+            "mean": list(self.preprocessor.image_mean),
+            "std": list(self.preprocessor.image_std),
+            "normalised_by": self.normalised_by,
+            "augment": list(self.collate.augment),
+        }
+
     def unshuffled(self) -> Iterator[Batch]:
         return iter(make_loader(self.train_set, self.collate, batch_size=256, seed=None))
 
 
+def find_pictures(recipe: Recipe) -> ImageData:
+    """The pictures a recipe names.
+
+    Raises:
+        BadRecipe: It names none, or something that only texts have.
+    """
+    if not recipe.data or recipe.data == PROSE:
+        raise BadRecipe("expected pictures for a CNN: name a folder, an npz file or a Hub data set with --data.")
+    for key in ("task", "text_columns", "max_length"):
+        if getattr(recipe, key):
+            raise BadRecipe(f"--{key.replace('_', '-')}: the model reads pictures, not text: leave it out.")
+    return load_images(recipe.data, label_column=recipe.label_column, seed=recipe.seed)
+
+
 def find_data(recipe: Recipe, console: Quiet) -> TextData:
-    """The data a recipe names; prose of this machine when it names none."""
+    """The texts a recipe names; prose of this machine when it names none."""
+    if recipe.image_size:
+        raise BadRecipe("--image-size: the model reads text, not pictures: leave it out.")
     if recipe.task and recipe.data:
         raise BadRecipe("expected --task or --data, found both: --task is a GLUE task from the Hub.")
     if recipe.data == PROSE:
@@ -141,10 +187,7 @@ def make_feed(
     max_length = recipe.max_length or min(defaults.max_length, limit)
     if max_length > limit:
         raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
-    open_steps = {
-        key: getattr(defaults, key) for key in ("mask_steps", "recover_steps") if getattr(recipe, key) is None
-    }
-    recipe = recipe.model_copy(update={"lr": recipe.lr or defaults.lr, "max_length": max_length, **open_steps})
+    recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), defaults)
     train_set, held_out_set = data.train, data.held_out
     if name in ("causal_lm", "masked_lm"):
         column = data.text_columns[0]
@@ -161,8 +204,38 @@ def make_feed(
         collate = Collate(tokenizer, data, max_length)
     if len(train_set) == 0 or len(held_out_set) == 0:
         raise BadData(f"expected text to train and to judge on in '{data.name}', found an empty split.")
-    feed = Feed(Objective(name), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed)
+    feed = Feed(
+        Objective(name), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed, tokenizer
+    )
     return recipe, feed
+
+
+def make_picture_feed(
+    recipe: Recipe, model: PreTrainedModel, processor: BaseImageProcessor | None, data: ImageData
+) -> tuple[Recipe, Feed]:
+    """The feed of a CNN, and the recipe with its defaults filled in.
+
+    Args:
+        processor: The model's own; None makes one from the training pictures.
+    """
+    recipe = _with_defaults(recipe, DEFAULTS["images"])
+    channels = model.config.num_channels
+    normalised_by = "the model's image processor" if processor is not None else "the training pictures"
+    if processor is None:
+        processor = make_processor(data, channels, recipe.image_size)
+    elif recipe.image_size:
+        resize_(processor, recipe.image_size)
+    collate = CollatePictures(processor, data, channels, augment=recipe.augment, seed=recipe.seed)
+    feed = Feed(
+        Objective("classification"), data.metrics, data.train, data.held_out, collate, recipe.batch_size, recipe.seed,
+        processor, normalised_by,
+    )  # fmt: skip
+    return recipe, feed
+
+
+def _with_defaults(recipe: Recipe, defaults: Defaults) -> Recipe:
+    steps = {key: getattr(defaults, key) for key in ("mask_steps", "recover_steps") if getattr(recipe, key) is None}
+    return recipe.model_copy(update={"lr": recipe.lr or defaults.lr, **steps})
 
 
 def _stack(rows: Dataset, columns: tuple[str, ...]) -> Dataset:

@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,6 @@ ARRAYS = {  # of an npz file, in lower case: (pictures, labels)
     ),
 }
 IMAGE, LABEL = "image", "label"  # the columns of the rows
-AUGMENTATIONS = ("flip", "crop")
 SMALL = 64  # pixels of a side up to which training pictures are padded by an eighth and cropped back
 STATISTICS = 5000  # training pictures of which mean and deviation are taken
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -55,6 +54,7 @@ class ImageData:
     Attributes:
         name: What the report calls it.
         train, held_out: Columns "image" (bytes or path, not decoded) and "label".
+        sizes: The (width, height) that pictures have.
         labels: Class names.
         metrics: Names of the metrics the task is judged by.
         note: What the user must know about the rows, or "".
@@ -63,6 +63,7 @@ class ImageData:
     name: str
     train: Dataset
     held_out: Dataset
+    sizes: frozenset[tuple[int, int]]
     labels: tuple[str, ...]
     label_column: str = LABEL
     metrics: tuple[str, ...] = ("accuracy",)
@@ -96,14 +97,14 @@ def load_images(source: str, *, label_column: str = "", seed: int = 0) -> ImageD
     name = data_name(source)
     if not all(len(rows) for rows in splits.values()):
         raise BadData(f"expected pictures in every split of '{name}', found an empty one.")
-    if path.suffix != ".npz":
-        for rows in splits.values():
-            _sizes(rows, name)
+    # The pictures of one array are of one size: looking at the first is enough.
+    seen = [rows.select([0]) if path.suffix == ".npz" else rows for rows in splits.values()]
+    sizes = frozenset(_open(image, name).size for rows in seen for image in rows[IMAGE])
     splits = hold_out(splits, source, seed=seed)
     train, held_out, labels = number_classes(name, splits["train"], splits["held_out"], LABEL)
     if not labels:
         raise BadData(f"expected classes as labels of '{name}', found decimals.")
-    return ImageData(name, train, held_out, labels)
+    return ImageData(name, train, held_out, sizes, labels)
 
 
 def _from_folders(path: Path) -> dict[str, Dataset]:
@@ -202,15 +203,6 @@ def _columns(rows: Dataset, source: str, label: str) -> Dataset:
     return rows.cast_column(IMAGE, _ROW[IMAGE])
 
 
-def _sizes(rows: Dataset, name: str) -> set[tuple[int, int]]:
-    """The (width, height) of all pictures, read from their headers.
-
-    Raises:
-        BadData: One that is no picture.
-    """
-    return {_open(image, name).size for image in rows[IMAGE]}
-
-
 def _open(image: Mapping, name: str) -> Picture.Image:
     """A picture whose header has been read; its pixels follow when they are asked for."""
     try:
@@ -270,7 +262,7 @@ def make_processor(data: ImageData, channels: int, size: int | None = None) -> B
     Raises:
         BadData: Pictures of several sizes and no size given.
     """
-    sizes = {(size, size)} if size else _sizes(data.train, data.name) | _sizes(data.held_out, data.name)
+    sizes = {(size, size)} if size else data.sizes
     if len(sizes) > 1:
         width, height = min(sizes)
         raise BadData(
@@ -342,9 +334,15 @@ class CollatePictures:
             picture = picture.crop((x, y, x + width, y + height))  # PIL fills what lies outside with 0
         return picture
 
-    def judging(self) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    def judging(self) -> "CollatePictures":
         """The same without augmentation."""
-        return CollatePictures(self.processor, self.data, 1 if self.mode == "L" else 3)
+        return CollatePictures(self.processor, self.data, len(self.mode))
+
+
+def blank_shape(processor: BaseImageProcessor, channels: int) -> tuple[int, int, int]:
+    """The shape of what a processor makes of a square picture, (channels, height, width)."""
+    blank = Picture.new(picture_mode(channels), (256, 256))
+    return tuple(pixels(processor, [blank], "a blank picture").shape[1:])
 
 
 def pixels(processor: BaseImageProcessor, pictures: list[Picture.Image], name: str) -> torch.Tensor:

@@ -9,9 +9,9 @@ from transformers import PreTrainedConfig
 from ibprune.data import TextData, recode
 from ibprune.errors import BadData
 from ibprune.images import ImageData
+from ibprune.task_heads import CLASSIFIERS
 
 Data = TypeVar("Data", TextData, ImageData)
-CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 
 

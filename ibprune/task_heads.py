@@ -2,7 +2,9 @@
 
 from transformers.models.auto import modeling_auto
 
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")  # how the names of such classes end
 _MAPPINGS = (
+    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),

@@ -39,7 +39,8 @@ def main() -> None:
     collate = Collate(loaded.tokenizer, data, arguments.length)
     dense = loaded.model
     student = copy.deepcopy(dense)
-    _, sites, costs = prepare_(student, (), None)
+    structure = prepare_(student, (), None)
+    sites, costs = structure.sites, structure.costs
     budget = make_budget(costs.params, sites, keep=0.5, scope="model", round_to=1)
     scores = {name: torch.rand(site.n_units) for name, site in sites.items()}
     target = solve_by_shares(scores, sites, costs.params, budget, equal_pressure(sites))

@@ -28,6 +28,8 @@ LAYERS = (
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
     ("auditing", "audit_output", "head_patterns"),
     ("cutting",),
+    ("subject",),
+    ("training",),
     ("planning", "pipeline", "module_pipeline", "comparing"),
     ("api",),
     ("tables",),
