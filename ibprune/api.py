@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, load, audit."""
+"""The public Python functions: prune, plan, train, load, audit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,9 @@ from ibprune.module_pipeline import ModuleResult, make_settings, prune_module
 from ibprune.pipeline import PruneResult, run
 from ibprune.planning import plan
 from ibprune.recipe import make_recipe
+from ibprune.training import train_dense
 
-__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune"]
+__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune", "train"]
 
 
 def prune(
@@ -60,6 +61,27 @@ def prune(
     inputs = {key: overrides.pop(key) for key in ("train_loader", "eval_fn", "example", "loss") if key in overrides}
     values = overrides if budget is None else {"budget": budget} | overrides
     return prune_module(model, make_settings(values), **inputs, console=console or Quiet())
+
+
+def train(
+    model: str | None = None, *, output: str = "trained", console: Quiet | None = None, **overrides: object
+) -> dict:
+    """Trains a dense model and writes a folder that loads; returns the dict of its report.json.
+
+    Args:
+        model: Hub id, folder or alias. A folder with a config and no weights starts from random ones.
+        output: The folder to write.
+        console: Where progress is shown; nothing by default.
+        overrides: By name, other fields of `ibprune.recipe.Recipe`, such as data="pictures" or finetune_steps=2000.
+
+    Raises:
+        IBPruneError: Anything the user can mend, in one line.
+
+    Example:
+        >>> train("config_folder", data="pictures", finetune_steps=2000)["metrics"]  # doctest: +SKIP
+    """
+    values = {"model": model, "budget": 1.0, "output": output} | overrides
+    return train_dense(make_recipe({k: v for k, v in values.items() if v is not None}), console or Quiet())
 
 
 def load(

@@ -4,11 +4,12 @@ import argparse
 import sys
 
 from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
-from ibprune.tables import estimate_line, print_audit, print_benchmark, print_plan, print_report
+from ibprune.tables import estimate_line, print_audit, print_benchmark, print_plan, print_report, print_training
 
 VERBS = {
     "prune": "make a trained model smaller and write a folder that loads (the default verb)",
     "plan": "say what can be cut and what a budget reaches, from the config alone",
+    "train": "train a dense model, also from a config alone, and write a folder that loads",
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
     "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
@@ -26,19 +27,38 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _common(parser: _Parser) -> None:
-    parser.add_argument("--model", help="Hub id, local folder, or an alias such as bert-base or minilm")
+    _model(parser)
     parser.add_argument("--budget", type=float, help="share of the dense cost to keep, in (0, 1]")
     parser.add_argument("--cost", help="what the budget counts: params (default) or macs")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
-    parser.add_argument("--kinds", help="comma list: heads, kv_groups, ffn, layers, hidden, embedding_rank, vocab")
+    kinds = "heads, kv_groups, ffn, layers, hidden, embedding_rank, vocab; channels"
+    parser.add_argument("--kinds", help=f"comma list: {kinds}")
     parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8)")
+
+
+def _model(parser: _Parser) -> None:
+    parser.add_argument("--model", help="Hub id, local folder, or an alias such as bert-base or minilm")
+    parser.add_argument("--image-size", type=int, help="pixels of a side that a CNN reads (default: as it was made)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _training(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--augment", help="comma list of what is done to training pictures: flip,crop (default) or none")
+    add("--seed", type=int, help="default 0")
+    add("--batch-size", type=int, help="texts or pictures per step and process (default 32)")
+    add("--grad-accum", type=int, help="batches per step (default 1)")
+    add("--lr", type=float, help="peak learning rate (default: by objective)")
+    add("--max-length", type=int, help="tokens per sequence (default: by objective)")
+    add("--precision", help="auto (default), fp32 or bf16")
 
 
 def _data(parser: _Parser) -> None:
     parser.add_argument("--task", help="a GLUE task by name, such as sst2")
     parser.add_argument(
-        "--data", help="csv, tsv, jsonl, parquet or txt file, a folder of them, a Hub data set, or 'prose'"
+        "--data",
+        help="csv, tsv, jsonl, parquet or txt file, a folder of them, a Hub data set, or 'prose'; "
+        "for a CNN a folder with a sub-folder per class, an npz file or a Hub data set",
     )
     parser.add_argument("--text-columns", help="comma list of the columns with the text")
     parser.add_argument("--label-column", help="the column with the label")
@@ -53,16 +73,11 @@ def _prune_parser() -> _Parser:
     add("--score", help="what ranks the units: vib (default), fisher, magnitude or random")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
     add("--output", help="folder to write (default: pruned)")
-    add("--seed", type=int, help="default 0")
+    _training(parser)
     add("--finetune-steps", type=int, help="steps to train the dense model first (default: if its head is new)")
     add("--mask-steps", type=int, help="steps of mask learning (default: by objective)")
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
-    add("--batch-size", type=int, help="sequences per step and process (default 32)")
-    add("--grad-accum", type=int, help="batches per step (default 1)")
-    add("--lr", type=float, help="peak learning rate (default: by objective)")
-    add("--max-length", type=int, help="tokens per sequence (default: by objective)")
     add("--no-distill", dest="distill", action="store_false", default=None, help="do not learn from the dense model")
-    add("--precision", help="auto (default), fp32 or bf16")
     add("--no-audit", dest="audit", action="store_false", default=None, help="skip the information audit")
     add("--quiet", action="store_true", help="no progress, only the closing table")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
@@ -74,6 +89,18 @@ def _plan_parser() -> _Parser:
     parser = _Parser(prog="ibprune plan", description=VERBS["plan"].capitalize() + ".", allow_abbrev=False)
     _common(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def _train_parser() -> _Parser:
+    parser = _Parser(prog="ibprune train", description=VERBS["train"].capitalize() + ".", allow_abbrev=False)
+    _model(parser)
+    _data(parser)
+    _training(parser)
+    parser.add_argument("--output", help="folder to write (default: trained)")
+    parser.add_argument("--finetune-steps", type=int, help="steps to train (default: one epoch, at most 2000)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the closing line")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the line")
     return parser
 
 
@@ -124,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
 
             sys.stdout.write(f"ibprune {__version__}\n")
             return 0
-        return {"prune": _prune, "plan": _plan, "audit": _audit, "mi-benchmark": _mi_benchmark}[verb](argv)
+        return {"prune": _prune, "plan": _plan, "train": _train, "audit": _audit, "mi-benchmark": _mi_benchmark}[verb](
+            argv
+        )
     except IBPruneError as error:
         if "--debug" in argv:
             raise
@@ -177,13 +206,30 @@ def _plan(argv: list[str]) -> int:
     from ibprune.planning import plan
 
     found = plan(recipe.model, recipe.budget, cost=recipe.cost, scope=recipe.scope, kinds=recipe.kinds,
-                 round_to=recipe.round_to)  # fmt: skip
+                 round_to=recipe.round_to, image_size=recipe.image_size)  # fmt: skip
     if arguments.json:
         import json
 
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         print_plan(found)
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    arguments = _train_parser().parse_args(argv)
+    _hush()
+    from ibprune.api import train
+    from ibprune.console import Quiet, Terminal
+
+    values = _given(arguments, without=("debug", "quiet", "json"))
+    report = train(**values, console=Quiet() if arguments.quiet else Terminal())
+    if arguments.json:
+        import json
+
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        print_training(report, values.get("output", "trained"))
     return 0
 
 

@@ -9,7 +9,7 @@ from ibprune.audit_output import write_audit
 from ibprune.auditing import Side
 from ibprune.auditing import audit as audit_models
 from ibprune.console import Quiet
-from ibprune.errors import BadData
+from ibprune.errors import BadData, UnsupportedModel
 from ibprune.export import check_output, staged
 from ibprune.features import default_pooling
 from ibprune.feeding import find_data
@@ -17,10 +17,10 @@ from ibprune.inputs import MOST_INPUTS, Inputs, encode_inputs
 from ibprune.loading import load
 from ibprune.measures import AuditSettings
 from ibprune.mi.probes import Probe
-from ibprune.models import find_source, load_dense
+from ibprune.models import find_source, load_config, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
-from ibprune.sites import find_family
+from ibprune.sites import find_family, reads_pictures
 from ibprune.surgery import SPEC
 
 
@@ -70,6 +70,8 @@ def audit(
     console = console or Quiet()
     folder = check_output(output) if output else None
     source = find_source(dense)
+    if reads_pictures(load_config(source).model_type):
+        raise UnsupportedModel(f"the audit does not cover models that read pictures yet, and '{source.name}' is one.")
     loaded = load_dense(source)
     before, after = loaded.model.float(), _load(pruned)
     if before.config.model_type != after.config.model_type:

@@ -1,131 +1,188 @@
-"""Decides which units stay, by the recipe's score and shares, and compacts a copy of the dense model."""
+"""Decides which units stay, by score and shares, and compacts a copy of the dense model."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
+from ibprune.channels import Found
 from ibprune.console import Quiet
-from ibprune.costs import CostModel, macs_model, params_model
+from ibprune.costs import CostModel
 from ibprune.data import token_counts
-from ibprune.errors import BadRecipe, did_you_mean
+from ibprune.errors import BadRecipe
 from ibprune.feeding import Feed
-from ibprune.groups import ATTENTION_KINDS, Site
+from ibprune.groups import MODULE_KINDS
 from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
-from ibprune.plans import PruningPlan
+from ibprune.plans import PruningPlan, model_type
 from ibprune.recipe import Recipe
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares
-from ibprune.sites import find_family, find_sites
-from ibprune.surgery import compact_, cut_vocab_, factorize_, named_rows
-from ibprune.task_heads import is_headless
+from ibprune.sites import find_family
+from ibprune.structure import Structure, choose_kinds, prepare_, prepare_traced_
+from ibprune.surgery import compact_traced_, cut_vocab_, named_rows
 from ibprune.trainer import TrainSettings
 from ibprune.vib import learn_masks
 from ibprune.vocabulary import RankedRows, keep_rows, rank_rows
 
-MACS_LENGTH = 128  # tokens of the sequence whose MACs are counted, where the model reads so many
-CALIBRATION = 512  # sequences that score the units
-PROBE = 256  # sequences on which candidate cuts are compared
+CALIBRATION = 512  # samples that score the units
+PROBE = 256  # samples on which candidate cuts are compared
 USAGE = 400  # batches of 256 texts in which the tokens are counted that a vocabulary is cut by
 
 
 @dataclass(frozen=True)
-class Costs:
-    """The cost models of one model, over all its sites."""
+class Choice:
+    """How the units that stay are chosen.
 
-    params: CostModel
-    macs: CostModel
-
-    def of(self, cost: str) -> CostModel:
-        return self.params if cost == "params" else self.macs
-
-
-def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """The kinds to cut: those asked for, or all the family has but `vocab`. "heads" means KV groups under GQA.
-
-    An encoder without a head keeps its `hidden` width unless asked: its embeddings are its interface,
-    and stay comparable, feature by feature, with the dense model's. A cut vocabulary changes the tokenizer,
-    so that it is cut only where it is named.
-
-    Raises:
-        BadRecipe: A kind the family does not have.
+    Attributes:
+        score, shares, seed: As in `ibprune.recipe.Recipe`.
+        batches: For scores and for comparing candidate cuts, on the device.
+        make_batches: Training batches of an epoch, by its seed.
+        judge: The dense model, to which candidate cuts are compared; None leaves the labels alone.
+        teacher: What the masked model is distilled from, if anything.
+        settings: Of mask learning.
     """
-    family = find_family(model.config.model_type)
-    known = tuple(dict.fromkeys(group.kind for group in family.groups))
-    if "kv_groups" in known:
-        kinds = tuple("kv_groups" if kind == "heads" else kind for kind in kinds)
-    for kind in kinds:
-        if kind not in known:
-            why = dict(family.uncut).get("heads" if kind in ATTENTION_KINDS else kind)
-            hint = f"{why}. Its kinds: {', '.join(known)}" if why else did_you_mean(kind, known)
-            raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {hint}.")
-    unasked = ("vocab", "hidden") if is_headless(model) else ("vocab",)
-    return kinds or tuple(kind for kind in known if kind not in unasked)
 
-
-def prepare_(
-    model: PreTrainedModel, kinds: tuple[str, ...], counts: torch.Tensor | None
-) -> tuple[dict[str, Site], dict[str, Site], Costs]:
-    """Factorises the embedding if its rank is to be cut; returns all sites, those to cut, and the costs."""
-    if "embedding_rank" in kinds and find_family(model.config.model_type).factorizes:
-        factorize_(model, counts)
-    everything = find_sites(model)
-    chosen = {name: site for name, site in everything.items() if site.kind in kinds}
-    length = min(MACS_LENGTH, find_family(model.config.model_type).max_tokens(model.config) or MACS_LENGTH)
-    return everything, chosen, Costs(params_model(model, everything), macs_model(model, everything, length=length))
+    score: str
+    shares: str
+    seed: int
+    objective: Objective
+    batches: list[Batch]
+    make_batches: Callable[[int], DataLoader]
+    judge: nn.Module | None
+    teacher: nn.Module | None
+    settings: TrainSettings
+    accelerator: Accelerator
+    console: Quiet
 
 
 def cut(
-    dense: PreTrainedModel, recipe: Recipe, feed: Feed, accelerator: Accelerator, console: Quiet
-) -> tuple[PreTrainedModel, PruningPlan, Budget, Costs, Feed]:
-    """The pruned model before recovery, its plan, the budget, the costs, and the feed of the tokens it reads.
+    dense: PreTrainedModel,
+    recipe: Recipe,
+    feed: Feed,
+    accelerator: Accelerator,
+    console: Quiet,
+    *,
+    found: Found | None = None,
+) -> tuple[PreTrainedModel, PruningPlan, Budget, Structure, Feed]:
+    """The pruned model before recovery, its plan, the budget, what could be cut, and the feed of what it reads.
 
     A vocabulary is cut before everything else, because its rows have no masks: candidate cuts of all kinds say how
     many stay; then the others are scored, shared and learned on what the rewritten tokenizer makes of the texts.
+
+    Args:
+        found: The channels of a CNN.
     """
-    kinds = choose_kinds(dense, recipe.kinds)
+    student, kinds, counts = copy.deepcopy(dense), (), None
+    if found is not None:
+        example = feed.example()["pixel_values"].to(accelerator.device)
+        structure = prepare_traced_(student, found.sites, example, compact_traced_)
+    else:
+        kinds = choose_kinds(dense, recipe.kinds)
+        if find_family(dense.config.model_type).embedding:
+            batches = USAGE if "vocab" in kinds else 100
+            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=batches)
+        structure = prepare_(student, kinds, counts)
+    cost_model = structure.costs.of(recipe.cost)
+    choice = Choice(
+        recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
+        feed.train, judge=dense, teacher=dense if recipe.distill else None,
+        settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
+    )  # fmt: skip
+    if "vocab" not in structure.sites:
+        sites = structure.sites
+        budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
+        student, plan = choose_and_compact_(student, structure, budget, choice)
+        return student, plan, budget, structure, feed
+    _check_vocab(cost_model, recipe)
+    ranked = rank_rows(feed.collate.tokenizer, counts, named=named_rows(dense))
+    sites = structure.sites | {"vocab": structure.sites["vocab"].at_least(ranked.n_needed)}
+    budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
+    _, _, keep = _one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
+    n_units, rows = {name: site.n_units for name, site in structure.everything.items()}, keep["vocab"]
     student = copy.deepcopy(dense)
-    counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=USAGE if "vocab" in kinds else 100)
-    everything, sites, costs = prepare_(student, kinds, counts)
-    n_units = {name: site.n_units for name, site in everything.items()}
-    ranked = None
-    if "vocab" in sites:
-        _check_vocab(costs.of(recipe.cost), recipe)
-        ranked = rank_rows(feed.collate.tokenizer, counts, named=named_rows(dense))
-        sites["vocab"] = sites["vocab"].at_least(ranked.n_needed)
-    model = costs.of(recipe.cost)
-    budget = make_budget(model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
-    masks, scores, keep = _share(student, dense, sites, model, budget, ranked, recipe, feed, accelerator, console)
-    rows = keep.pop("vocab", ())
-    sites.pop("vocab", None)
-    if rows and len(rows) < n_units["vocab"]:
-        student = copy.deepcopy(dense)
+    if len(rows) < n_units["vocab"]:
         cut_vocab_(student, rows)
         feed = feed.retokenised(keep_rows(feed.collate.tokenizer, rows))
         counts = token_counts(feed.unshuffled(), len(rows), batches=100)
-        everything, sites, smaller = prepare_(student, tuple(kind for kind in kinds if kind != "vocab"), counts)
-        model = smaller.of(recipe.cost)
-        masks, scores, keep = _share(student, dense, sites, model, budget, None, recipe, feed, accelerator, console)
-    if recipe.score == "vib" and sites:
-        loss_of = loss_with(feed.objective, dense if recipe.distill else None, accelerator)
-        settings = train_settings(recipe, recipe.mask_steps)
+        batches = feed.calibration(CALIBRATION, accelerator.device)
+        choice = replace(choice, batches=batches, make_batches=feed.train)
+    rest = prepare_(student, tuple(kind for kind in kinds if kind != "vocab"), counts)
+    student, plan = choose_and_compact_(student, rest, budget, choice)
+    plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
+    return student, plan, budget, structure, feed
+
+
+def choose_and_compact_(
+    student: nn.Module, structure: Structure, budget: Budget, choice: Choice
+) -> tuple[nn.Module, PruningPlan]:
+    """Scores the units, shares the cut between kinds, learns masks where the score is "vib", and cuts."""
+    sites, cost_model = structure.sites, structure.costs.of(budget.cost)
+    masks, scores, keep = _one_shot(student, structure, budget, choice) if sites else (None, {}, {})
+    if choice.score == "vib" and sites:
+        # Channels of one kind differ in cost, and log_alpha is a score per cost: so is where it starts.
+        start = {
+            name: score / cost_model.unit_cost(cost_model.n_units, name) if sites[name].kind in MODULE_KINDS else score
+            for name, score in scores.items()
+        }
+        loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
         keep, _, _ = learn_masks(
-            student, masks, sites, model, budget, scores, keep, loss_of, feed.train, settings,
-            accelerator=accelerator, console=console,
+            student, masks, sites, cost_model, budget, start, keep, loss_of, choice.make_batches, choice.settings,
+            accelerator=choice.accelerator, console=choice.console,
         )  # fmt: skip
-    keep = {name: keep.get(name, tuple(range(site.n_units))) for name, site in everything.items()}
-    plan = PruningPlan(student.config.model_type, {name: site.n_units for name, site in everything.items()}, keep)
-    student = compact_(student, plan)
-    if rows:  # the plan counts in the dense model's rows
-        plan = PruningPlan(plan.model_type, n_units, keep | {"vocab": rows})
-    return student, plan, budget, costs, feed
+    keep = {name: keep.get(name, tuple(range(site.n_units))) for name, site in structure.everything.items()}
+    plan = PruningPlan(model_type(student), {name: site.n_units for name, site in structure.everything.items()}, keep)
+    return structure.compact(student, plan), plan
+
+
+def _one_shot(
+    student: nn.Module,
+    structure: Structure,
+    budget: Budget,
+    choice: Choice,
+    *,
+    ranked: RankedRows | None = None,
+    feed: Feed | None = None,
+) -> tuple[MaskSet, dict[str, torch.Tensor], Keep]:
+    """The student's masks, all open, the scores, and the units that one-shot scores would keep under the budget.
+
+    Args:
+        ranked, feed: The rows of the vocabulary, where they are to be cut, and the texts that a cut is read through.
+    """
+    sites, cost_model = structure.sites, structure.costs.of(budget.cost)
+    masks = inject_(student, sites)
+    batches, objective, accelerator = choice.batches, choice.objective, choice.accelerator
+    if choice.score == "magnitude":
+        scores = magnitude_scores(student, sites)
+    elif choice.score == "random":
+        scores = random_scores(sites, seed=choice.seed)
+    elif not list(masks):  # nothing but the vocabulary is cut
+        scores = {}
+    else:
+        with accelerator.autocast():
+            scores = fisher_scores(
+                student, masks, batches, objective, seed=choice.seed, total=len(batches), console=choice.console
+            )
+    if ranked is not None:
+        scores["vocab"] = ranked.scores
+    if choice.shares == "probe":
+        few = batches[: max(1, PROBE // len(next(iter(batches[0].values()))))]
+        read = None if ranked is None else _reader(feed, len(few), accelerator.device)
+        loss_of = probe_loss(student, masks, choice.judge, few, objective, accelerator, read=read)
+        keep = probe_shares(loss_of, scores, sites, cost_model, budget, console=choice.console)
+    elif choice.shares == "cost":
+        keep = solve_by_cost(scores, sites, cost_model, budget)
+    else:
+        keep = solve_by_shares(scores, sites, cost_model, budget, equal_pressure(sites))
+    masks.set_keep({name: tuple(range(site.n_units)) for name, site in sites.items()})
+    return masks, scores, keep
 
 
 def _check_vocab(model: CostModel, recipe: Recipe) -> None:
@@ -142,41 +199,6 @@ def _check_vocab(model: CostModel, recipe: Recipe) -> None:
         )
 
 
-def _share(
-    student: PreTrainedModel,
-    dense: PreTrainedModel,
-    sites: dict[str, Site],
-    model: CostModel,
-    budget: Budget,
-    ranked: RankedRows | None,
-    recipe: Recipe,
-    feed: Feed,
-    accelerator: Accelerator,
-    console: Quiet,
-) -> tuple[MaskSet, dict[str, torch.Tensor], Keep]:
-    """The student's masks, all open, the scores, and the units that one-shot scores would keep under the budget.
-
-    Args:
-        ranked: The rows of the vocabulary, where they are to be cut.
-    """
-    masks = inject_(student, sites)
-    batches = feed.calibration(CALIBRATION, accelerator.device)
-    scores = _one_shot_scores(student, masks, sites, batches, recipe, feed, accelerator, console)
-    if ranked is not None:
-        scores["vocab"] = ranked.scores
-    if recipe.shares == "probe" and sites:
-        few = batches[: max(1, PROBE // recipe.batch_size)]
-        read = None if ranked is None else _reader(feed, len(few), accelerator.device)
-        loss_of = probe_loss(student, masks, dense, few, feed.objective, accelerator, read=read)
-        keep = probe_shares(loss_of, scores, sites, model, budget, console=console)
-    elif recipe.shares == "cost":
-        keep = solve_by_cost(scores, sites, model, budget)
-    else:
-        keep = solve_by_shares(scores, sites, model, budget, equal_pressure(sites))
-    masks.set_keep({name: tuple(range(site.n_units)) for name, site in sites.items()})
-    return masks, scores, keep
-
-
 def _reader(feed: Feed, n_batches: int, device: torch.device) -> Callable[[Keep], list[Batch]]:
     """The calibration batches as a cut vocabulary reads them, in the ids of the whole one: the rows are still there."""
     tokenizer = feed.collate.tokenizer
@@ -191,28 +213,6 @@ def _reader(feed: Feed, n_batches: int, device: torch.device) -> Callable[[Keep]
         return known[rows]
 
     return read
-
-
-def _one_shot_scores(
-    student: nn.Module,
-    masks: MaskSet,
-    sites: dict[str, Site],
-    batches: list[Batch],
-    recipe: Recipe,
-    feed: Feed,
-    accelerator: Accelerator,
-    console: Quiet,
-) -> dict[str, torch.Tensor]:
-    if recipe.score == "magnitude":
-        return magnitude_scores(student, sites)
-    if recipe.score == "random":
-        return random_scores(sites, seed=recipe.seed)
-    if not list(masks):
-        return {}
-    with accelerator.autocast():
-        return fisher_scores(
-            student, masks, batches, feed.objective, seed=recipe.seed, total=len(batches), console=console
-        )
 
 
 @torch.no_grad()

@@ -5,14 +5,14 @@ import itertools
 import random
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Image, Value, load_dataset
 from huggingface_hub import constants
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -84,30 +84,60 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
     Raises:
         BadData: Nothing there, an unknown format or column, or the Hub cannot be reached.
     """
-    path = Path(source)
-    if path.exists():
-        splits = _from_files(path)
-    elif path.suffix in READERS or source.startswith((".", "/", "~")):
-        raise BadData(f"expected a data file or folder, found nothing at '{source}'.")
-    else:
-        repo, _, config = source.partition(":")
-        splits = _from_hub(repo, config or None)
-    if "held_out" not in splits:
-        rows = splits["train"]
-        if len(rows) < 20:
-            raise BadData(f"expected at least 20 rows in '{source}', found {len(rows)}.")
-        parts = rows.train_test_split(test_size=held_out_size(len(rows)), seed=seed)
-        splits = {"train": parts["train"], "held_out": parts["test"]}
+    splits = hold_out(find_splits(source), source, seed=seed)
     names = splits["train"].column_names
-    for column in (*text_columns, *((label_column,) if label_column else ())):
-        if column not in names:
-            raise BadData(f"expected a column '{column}' in '{source}', found none: {did_you_mean(column, names)}.")
+    check_columns((*text_columns, *((label_column,) if label_column else ())), names, source)
     if not text_columns:
         text_columns = next((c for c in TEXT_COLUMNS if set(c) <= set(names)), ())
     if not text_columns:
         raise BadData(f"expected a text column in '{source}', found {', '.join(names)}: name it with --text-columns.")
     label_column = label_column or next((c for c in LABEL_COLUMNS if c in names), "")
-    return _describe(path.name if path.exists() else source, splits, text_columns, label_column, ())
+    return _describe(data_name(source), splits, text_columns, label_column, ())
+
+
+def find_splits(source: str, names: Mapping[str, tuple[str, ...]] = SPLITS) -> dict[str, Dataset]:
+    """The rows of a file, a folder of files or a Hub data set ("repo" or "repo:config"): "train", maybe "held_out".
+
+    Args:
+        names: What files and splits may be called.
+
+    Raises:
+        BadData: Nothing there, no training rows, or the Hub cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        return _from_files(path, names)
+    if path.suffix in READERS or source.startswith((".", "/", "~")):
+        raise BadData(f"expected a data file or folder, found nothing at '{source}'.")
+    repo, _, config = source.partition(":")
+    return _from_hub(repo, config or None, names)
+
+
+def hold_out(splits: dict[str, Dataset], source: str, *, seed: int) -> dict[str, Dataset]:
+    """The splits, with some of the training rows held out by the seed where no split says which.
+
+    Raises:
+        BadData: Fewer than 20 rows to share.
+    """
+    if "held_out" in splits:
+        return splits
+    rows = splits["train"]
+    if len(rows) < 20:
+        raise BadData(f"expected at least 20 rows in '{source}', found {len(rows)}.")
+    parts = rows.train_test_split(test_size=held_out_size(len(rows)), seed=seed)
+    return {"train": parts["train"], "held_out": parts["test"]}
+
+
+def check_columns(columns: Iterable[str], names: list[str], source: str) -> None:
+    """Raises `BadData` with the nearest name for the first column that the data lack."""
+    for column in columns:
+        if column not in names:
+            raise BadData(f"expected a column '{column}' in '{source}', found none: {did_you_mean(column, names)}.")
+
+
+def data_name(source: str) -> str:
+    """What the report calls the data: the file's or folder's own name, or the Hub id."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def load_prose(*, seed: int = 0, limit: int = 24_000, console: Quiet | None = None) -> TextData:
@@ -172,12 +202,12 @@ def held_out_size(rows: int) -> int:
     return min(2000, max(1, rows // 20, min(AUDITABLE, rows // 5)))
 
 
-def _from_files(path: Path) -> dict[str, Dataset]:
+def _from_files(path: Path, names: Mapping[str, tuple[str, ...]]) -> dict[str, Dataset]:
     if path.is_file():
         return {"train": read_file(path)}
     splits = {}
-    for split, names in SPLITS.items():
-        found = [f for name in names for f in sorted(path.glob(f"{name}.*")) if f.suffix in READERS]
+    for split, called in names.items():
+        found = [f for name in called for f in sorted(path.glob(f"{name}.*")) if f.suffix in READERS]
         if found:
             splits[split] = read_file(found[0])
     if "train" not in splits:
@@ -212,7 +242,7 @@ def read_file(path: Path) -> Dataset:
         raise BadData(f"could not read '{path}' as {READERS[path.suffix]}: {reason}") from error
 
 
-def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
+def _from_hub(repo: str, config: str | None, names: Mapping[str, tuple[str, ...]] = SPLITS) -> dict[str, Dataset]:
     if not hub_reachable() and not constants.HF_HUB_OFFLINE:  # datasets would retry for half a minute
         raise BadData(
             f"expected to load the data set '{repo}' from the Hub, which is out of reach: give local files with "
@@ -227,8 +257,8 @@ def _from_hub(repo: str, config: str | None) -> dict[str, Dataset]:
             "local files with --data."
         ) from error
     splits = {}
-    for split, names in SPLITS.items():
-        name = next((name for name in names if name in found), None)
+    for split, called in names.items():
+        name = next((name for name in called if name in found), None)
         if name:
             splits[split] = found[name]
     if "train" not in splits:
@@ -245,6 +275,19 @@ def _describe(
     note = f"Left out {left_out:,} rows of '{name}' without text or label." if left_out else ""
     if not label:
         return TextData(name, train, held_out, text, note=note)
+    train, held_out, labels = number_classes(name, train, held_out, label)
+    metrics = metrics or (("accuracy",) if labels else ("spearmanr",))
+    return TextData(name, train, held_out, text, label, labels, metrics, note)
+
+
+def number_classes(
+    name: str, train: Dataset, held_out: Dataset, label: str
+) -> tuple[Dataset, Dataset, tuple[str, ...]]:
+    """Both splits with classes numbered from 0, and the class names; decimals are left, as no classes.
+
+    Raises:
+        BadData: A class of the held-out rows never occurs in training, or there is only one.
+    """
     feature = train.features[label]
     labels = tuple(getattr(feature, "names", None) or ())
     if not labels and not feature.dtype.startswith("float"):
@@ -255,14 +298,16 @@ def _describe(
             raise BadData(f"'{name}': the held-out labels {sorted(map(str, unknown))[:5]} never occur in training.")
         if values != list(range(len(values))):
             index = {value: i for i, value in enumerate(values)}
-            features = Features(train.features | {label: Value("int64")})
-            train, held_out = (
-                rows.map(lambda row: {label: index[row[label]]}, features=features) for rows in (train, held_out)
-            )
+            train, held_out = (recode(rows, label, index.__getitem__, "int64") for rows in (train, held_out))
     if labels and len(labels) < 2:
         raise BadData(f"expected at least two classes in the column '{label}' of '{name}', found {len(labels)}.")
-    metrics = metrics or (("accuracy",) if labels else ("spearmanr",))
-    return TextData(name, train, held_out, text, label, labels, metrics, note)
+    return train, held_out, labels
+
+
+def recode(rows: Dataset, column: str, code: Callable, kind: str) -> Dataset:
+    """The rows with one column's values replaced by a function of them, of a type such as "int64"."""
+    values = [code(value) for value in rows[column]]
+    return rows.remove_columns(column).add_column(column, values, feature=Value(kind))
 
 
 def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label: str) -> tuple[Dataset, int]:
@@ -375,14 +420,18 @@ class CollateMasked:
 
 
 def make_loader(dataset: Dataset, collate, *, batch_size: int, seed: int | None) -> DataLoader:
-    """Batches of rows; shuffled by the seed into rows of like length, or in order when it is None."""
+    """Batches of rows; shuffled by the seed (texts into rows of like length), or in order when it is None."""
     sampler = None
     if seed is not None:
-        column = "input_ids" if "input_ids" in dataset.column_names else collate.data.text_columns[0]
-        lengths = [len(value) for value in dataset[column]]
         generator = torch.Generator().manual_seed(seed)
-        sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+        if any(isinstance(feature, Image) for feature in dataset.features.values()):
+            sampler = RandomSampler(dataset, generator=generator)
+        else:
+            column = "input_ids" if "input_ids" in dataset.column_names else collate.data.text_columns[0]
+            lengths = [len(value) for value in dataset[column]]
+            sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
+    last = isinstance(sampler, RandomSampler) and len(dataset) >= batch_size  # a batch of one has no variance
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate, drop_last=last)
 
 
 def token_counts(loader: DataLoader, vocab_size: int, *, batches: int) -> torch.Tensor:

@@ -19,13 +19,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.examples import example_inputs
 from ibprune.groups import axis_width
+from ibprune.losses import Batch
 from ibprune.plans import PruningPlan
-from ibprune.sites import find_family, find_sites
+from ibprune.sites import find_family, find_sites, is_traced
 from ibprune.surgery import SPEC
 from ibprune.task_heads import auto_class
 
@@ -83,6 +85,10 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         return copy.deepcopy(model.config)
     if spec["embedding"] is not None or spec["stubs"]:
         return None
+    if is_traced(model.config.model_type):  # no key of a CNN's config is known to hold just these widths
+        config = copy.deepcopy(model.config)
+        delattr(config, SPEC)
+        return None if spec["shapes"] else config
     family = find_family(model.config.model_type)
     sites = find_sites(model)
     config = copy.deepcopy(model.config)
@@ -130,9 +136,19 @@ def tier_of(model: PreTrainedModel) -> str:
 
 
 def write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: PruningPlan, folder: Path
+    model: PreTrainedModel,
+    preprocessor: PreTrainedTokenizerBase | BaseImageProcessor | None,
+    plan: PruningPlan | None,
+    folder: Path,
 ) -> str:
-    """Writes weights, config, tokenizer, plan and, where needed, the loading code; returns the tier."""
+    """Writes weights, config, tokenizer or image processor, plan and, where needed, the loading code.
+
+    Args:
+        plan: None for a dense model.
+
+    Returns:
+        The tier.
+    """
     config = vanilla_config(model)
     tier = "vanilla" if config is not None else "remote_code"
     raw = (config if config is not None else model.config).to_dict()
@@ -150,9 +166,10 @@ def write_model(
     )
     if model.can_generate() and model.generation_config is not None:
         (folder / "generation_config.json").write_text(model.generation_config.to_json_string(use_diff=True))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    plan.save(folder / "plan.json")
+    if preprocessor is not None:
+        preprocessor.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / "plan.json")
     return tier
 
 
@@ -227,6 +244,7 @@ def verify(
     model: PreTrainedModel,
     folder: Path,
     tier: str,
+    inputs: Batch | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     texts: Sequence[str] = (),
@@ -234,13 +252,15 @@ def verify(
     """Loads the folder in a fresh process, in every way it claims, and compares outputs.
 
     Args:
+        inputs: What the copies read; default: what `probe_inputs` makes up.
         tokenizer, texts: The folder's tokenizer must make of the texts what this one does.
 
     Raises:
         PlanMismatch: A load failed, a tensor was missing, extra, of another shape or re-initialised,
             the outputs differ by more than rounding, or the tokens differ.
     """
-    inputs = {key: value.to(model.device) for key, value in probe_inputs(model).items()}
+    inputs = probe_inputs(model) if inputs is None else inputs
+    inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     expected = probe_outputs(model, inputs)
     name = type(model).__name__
     auto = auto_class(name, model.config.model_type)

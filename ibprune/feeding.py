@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune.console import Quiet
 from ibprune.data import (
@@ -22,11 +23,13 @@ from ibprune.data import (
     make_loader,
     windows,
 )
-from ibprune.errors import BadData, BadRecipe
+from ibprune.errors import BadData, BadRecipe, UnsupportedModel
+from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable
+from ibprune.images import CollatePictures, ImageData, load_images, make_processor, resize_
 from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
-from ibprune.sites import find_family
+from ibprune.sites import find_family, is_traced
 from ibprune.task_heads import auto_class, is_headless
 from ibprune.vocabulary import check_tokenizer
 
@@ -47,6 +50,8 @@ DEFAULTS = {
     "causal_lm": Defaults(5e-4, 256),
     "masked_lm": Defaults(1e-4, 128),
     "encoder": Defaults(3e-4, 64, mask_steps=80, recover_steps=400),
+    "images": Defaults(1e-3, 0),
+    "images by patches": Defaults(1e-4, 0),
 }
 
 
@@ -61,27 +66,33 @@ class Feed:
         objective: What the model is trained and judged by.
         metrics: Metric names, for labelled data.
         train_set, held_out_set: Rows the collator understands.
-        collate: Rows to a padded batch.
+        collate: Rows to a padded batch, or to a batch of pixels.
         batch_size, seed: Of the run.
+        preprocessor: The tokenizer or image processor, which goes with the model.
+        normalised_by: For pictures, where their mean and deviation come from.
     """
 
     objective: Objective
     metrics: tuple[str, ...]
     train_set: Dataset
     held_out_set: Dataset
-    collate: Collate | CollateIds | CollateMasked
+    collate: Collate | CollateIds | CollateMasked | CollatePictures
     batch_size: int
     seed: int
+    preprocessor: PreTrainedTokenizerBase | BaseImageProcessor
+    normalised_by: str = ""
 
     def train(self, epoch_seed: int) -> DataLoader:
         """Shuffled training batches, a function of the seed."""
         return make_loader(self.train_set, self.collate, batch_size=self.batch_size, seed=epoch_seed)
 
     def held_out(self) -> DataLoader:
-        """Held-out batches in order; hidden tokens of a masked LM are the same at every call."""
+        """Held-out batches in order; hidden tokens of a masked LM are the same at every call, pictures as they are."""
         collate = self.collate
         if isinstance(collate, CollateMasked):
             collate = CollateMasked(collate.tokenizer, self.seed)
+        elif isinstance(collate, CollatePictures):
+            collate = collate.judging()
         return make_loader(self.held_out_set, collate, batch_size=self.batch_size, seed=None)
 
     def calibration(self, sequences: int, device: torch.device) -> list[Batch]:
@@ -93,14 +104,52 @@ class Feed:
     def retokenised(self, tokenizer: PreTrainedTokenizerBase) -> "Feed":
         """The same texts as another tokenizer reads them, beside what the dense model does (`losses.dense_batch`)."""
         dense = self.collate.tokenizer
-        return replace(self, collate=Collate(tokenizer, self.collate.data, self.collate.max_length, dense))
+        collate = Collate(tokenizer, self.collate.data, self.collate.max_length, dense)
+        return replace(self, collate=collate, preprocessor=tokenizer)
+
+    def example(self, n: int = 2) -> Batch:
+        """The first held-out inputs, without their labels."""
+        batch = next(iter(self.held_out()))
+        return {key: value[:n] for key, value in batch.items() if key != "labels"}
+
+    def probe(self) -> Batch | None:
+        """Inputs on which copies of the model are compared; None for texts, where any token ids will do."""
+        return self.example() if isinstance(self.collate, CollatePictures) else None
+
+    def pictures(self) -> dict | None:
+        """What the model reads of a picture and how it was normalised, for the report; None for texts."""
+        if not isinstance(self.collate, CollatePictures):
+            return None
+        return {
+            "shape": list(self.example()["pixel_values"].shape[1:]),
+            "mean": list(self.preprocessor.image_mean),
+            "std": list(self.preprocessor.image_std),
+            "normalised_by": self.normalised_by,
+            "augment": list(self.collate.augment),
+        }
 
     def unshuffled(self) -> Iterator[Batch]:
         return iter(make_loader(self.train_set, self.collate, batch_size=256, seed=None))
 
 
+def find_pictures(recipe: Recipe) -> ImageData:
+    """The pictures a recipe names.
+
+    Raises:
+        BadRecipe: It names none, or something that only texts have.
+    """
+    if not recipe.data or recipe.data == PROSE:
+        raise BadRecipe("expected pictures: name a folder, an npz file or a Hub data set with --data.")
+    for key in ("task", "text_columns", "max_length"):
+        if getattr(recipe, key):
+            raise BadRecipe(f"--{key.replace('_', '-')}: the model reads pictures, not text: leave it out.")
+    return load_images(recipe.data, label_column=recipe.label_column, seed=recipe.seed)
+
+
 def find_data(recipe: Recipe, console: Quiet) -> TextData:
-    """The data a recipe names; prose of this machine when it names none."""
+    """The texts a recipe names; prose of this machine when it names none."""
+    if recipe.image_size:
+        raise BadRecipe("--image-size: the model reads text, not pictures: leave it out.")
     if recipe.task and recipe.data:
         raise BadRecipe("expected --task or --data, found both: --task is a GLUE task from the Hub.")
     if recipe.data == PROSE:
@@ -159,10 +208,7 @@ def make_feed(
     max_length = recipe.max_length or min(defaults.max_length, limit)
     if max_length > limit:
         raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
-    open_steps = {
-        key: getattr(defaults, key) for key in ("mask_steps", "recover_steps") if getattr(recipe, key) is None
-    }
-    recipe = recipe.model_copy(update={"lr": recipe.lr or defaults.lr, "max_length": max_length, **open_steps})
+    recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), defaults)
     train_set, held_out_set = data.train, data.held_out
     if name in ("causal_lm", "masked_lm"):
         column = data.text_columns[0]
@@ -179,8 +225,52 @@ def make_feed(
         collate = Collate(tokenizer, data, max_length)
     if len(train_set) == 0 or len(held_out_set) == 0:
         raise BadData(f"expected text to train and to judge on in '{data.name}', found an empty split.")
-    feed = Feed(Objective(name), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed)
+    feed = Feed(
+        Objective(name), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed, tokenizer
+    )
     return recipe, feed
+
+
+def make_picture_feed(
+    recipe: Recipe, model: PreTrainedModel, processor: BaseImageProcessor | None, data: ImageData
+) -> tuple[Recipe, Feed]:
+    """The feed of a model that reads pictures, and the recipe with its defaults filled in.
+
+    Args:
+        processor: The model's own; None makes one from the training pictures.
+
+    Raises:
+        BadRecipe: A size that the model cannot read: a vision transformer has positions for one.
+    """
+    size, traced = recipe.image_size, is_traced(model.config.model_type)
+    recipe = _with_defaults(recipe, DEFAULTS["images" if traced else "images by patches"])
+    channels, size = (model.config.num_channels, size) if traced else _fixed_shape(model, size)
+    normalised_by = "the model's image processor" if processor is not None else "the training pictures"
+    if processor is None:
+        processor = make_processor(data, channels, size)
+    elif size:
+        resize_(processor, size)
+    collate = CollatePictures(processor, data, channels, augment=recipe.augment, seed=recipe.seed)
+    feed = Feed(
+        Objective("classification"), data.metrics, data.train, data.held_out, collate, recipe.batch_size, recipe.seed,
+        processor, normalised_by,
+    )  # fmt: skip
+    return recipe, feed
+
+
+def _fixed_shape(model: PreTrainedModel, size: int | None) -> tuple[int, int]:
+    """Channels and side of the pictures that a vision transformer reads."""
+    channels, height, width = image_shape(model)
+    if height != width:
+        raise UnsupportedModel(f"expected a model that reads square pictures, found {height} x {width}.")
+    if size not in (None, height):
+        raise BadRecipe(f"--image-size: expected {height}, for which the model has positions, found {size}.")
+    return channels, height
+
+
+def _with_defaults(recipe: Recipe, defaults: Defaults) -> Recipe:
+    steps = {key: getattr(defaults, key) for key in ("mask_steps", "recover_steps") if getattr(recipe, key) is None}
+    return recipe.model_copy(update={"lr": recipe.lr or defaults.lr, **steps})
 
 
 def _stack(rows: Dataset, columns: tuple[str, ...]) -> Dataset:

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
-from datasets import Dataset, Value
 from transformers import PreTrainedConfig
 
-from ibprune.data import TextData
+from ibprune.data import TextData, recode
 from ibprune.errors import BadData
+from ibprune.images import ImageData
+from ibprune.task_heads import CLASSIFIERS
 
+Data = TypeVar("Data", TextData, ImageData)
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 
 
-def match_labels(data: TextData, config: PreTrainedConfig, name: str) -> TextData:
+def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
     """The data with the class numbers that the model was trained with; unchanged for other models.
 
     A class is found by its name in `label2id`, else by its number; names that the model does not know
@@ -29,7 +32,7 @@ def match_labels(data: TextData, config: PreTrainedConfig, name: str) -> TextDat
             f"'{name}' is a {architecture}, whose head labelled texts cannot train: give a sequence classifier or a "
             "base model."
         )
-    if not architecture.endswith("ForSequenceClassification"):
+    if not architecture.endswith(CLASSIFIERS):
         return data
     n = config.num_labels
     if n == 1:
@@ -56,21 +59,16 @@ def match_labels(data: TextData, config: PreTrainedConfig, name: str) -> TextDat
     return replace(_recoded(data, lambda value: codes[old[value]]), labels=labels, metrics=metrics)
 
 
-def _whole_numbers(data: TextData) -> list[str]:
+def _whole_numbers(data: Data) -> list[str]:
     """Labels stored as 0.0, 1.0, … as class names; none where they are true decimals."""
     values = sorted({float(v) for rows in (data.train, data.held_out) for v in rows.unique(data.label_column)})
     return [str(int(value)) for value in values] if all(value.is_integer() for value in values) else []
 
 
-def _recoded(data: TextData, code: Callable) -> TextData:
-    column = data.label_column
-
-    def recode(rows: Dataset) -> Dataset:
-        values = [code(value) for value in rows[column]]
-        kind = Value("float64" if code is float else "int64")
-        return rows.remove_columns(column).add_column(column, values, feature=kind)
-
+def _recoded(data: Data, code: Callable) -> Data:
+    kind = "float64" if code is float else "int64"
     try:
-        return replace(data, train=recode(data.train), held_out=recode(data.held_out))
+        train, held_out = (recode(rows, data.label_column, code, kind) for rows in (data.train, data.held_out))
+        return replace(data, train=train, held_out=held_out)
     except (KeyError, TypeError, ValueError) as error:
         raise BadData(f"'{data.name}': a label of the held-out rows cannot be matched: {error}.") from error

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.models import check_finite
 from ibprune.rebuild import Pruned
-from ibprune.sites import find_family
+from ibprune.sites import check_model_type
 from ibprune.surgery import FORMAT, SPEC, SPEC_KEYS
 
 
@@ -29,7 +29,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     raw, spec = _read(folder, path)
     name = spec["architecture"] if spec else (raw.get("architectures") or [""])[0]
     model_type = spec["model_type"] if spec else raw.get("model_type")
-    find_family(str(model_type))
+    check_model_type(str(model_type))
     base = getattr(transformers, str(name), None)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)) or base.config_class.model_type != model_type:
         raise PlanMismatch(f"{path}: expected a transformers class of model type '{model_type}', found '{name}'.")

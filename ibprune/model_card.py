@@ -1,6 +1,6 @@
 """The README.md of an exported folder, from the report alone."""
 
-from ibprune.report import rows
+from ibprune.report import macs_input, rows
 
 LOADING = {
     "vanilla": "It loads with plain transformers, no extra code:\n\n```python\nfrom transformers import {auto}\n\n"
@@ -20,10 +20,11 @@ def model_card(report: dict, *, auto_class: str, folder: str) -> str:
     kept = ["| kind | kept |", "|---|---|"] + [f"| {kind} | {share:.1%} |" for kind, share in report["kept"].items()]
     where = "the whole model" if budget["scope"] == "model" else "the blocks"
     base = f"base_model: {report['model']}\nbase_model_relation: finetune\n" if _is_hub_id(report["model"]) else ""
+    task = "pipeline_tag: image-classification\n" if report["pictures"] else ""
     return "\n".join(
         [
             "---",
-            f"{base}library_name: transformers\ntags:\n- ibprune\n- pruned",
+            f"{base}library_name: transformers\n{task}tags:\n- ibprune\n- pruned",
             "---",
             "",
             f"# {report['model'].rstrip('/').split('/')[-1]}, pruned to {budget['keep']:.0%} of its {budget['cost']}",
@@ -45,11 +46,26 @@ def model_card(report: dict, *, auto_class: str, folder: str) -> str:
             "",
             *kept,
             "",
+            *_pictures(report, folder),
             "`plan.json` lists every unit that stayed, `recipe.yaml` repeats the run "
             "(`ibprune --recipe recipe.yaml`), `report.json` holds all figures.",
             "",
         ]
     )
+
+
+def _pictures(report: dict, folder: str) -> list[str]:
+    """What a CNN reads, and what could not be cut of it; nothing for a transformer."""
+    if report["pictures"] is None:
+        return []
+    refused = len(report["refused"])
+    note = f" The channels of {refused} layer(s) cannot be cut exactly; `report.json` says why." if refused else ""
+    return [
+        f"It reads pictures of {macs_input(report)} (channels, height, width), as "
+        f'`AutoImageProcessor.from_pretrained("{folder}")` makes them; mean and deviation are those of '
+        f"{report['pictures']['normalised_by']}.{note}",
+        "",
+    ]
 
 
 def _is_hub_id(name: str) -> bool:

@@ -12,10 +12,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
-from ibprune.sites import find_family
+from ibprune.images import load_processor
+from ibprune.sites import check_model_type, is_traced, reads_pictures
+from ibprune.task_heads import CLASSIFIERS
 
 ALIASES = {
     "bert-base": "google-bert/bert-base-uncased",
@@ -51,17 +54,19 @@ class Loaded:
 
     Attributes:
         model: In eval mode, float32.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None for a model that reads pictures.
+        processor: Its image processor, where it reads pictures and brings one.
         source: Where it came from.
         dtype: The dtype of the checkpoint, which the export takes again.
         new_head: Whether the task head was not in the checkpoint and has random weights.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     source: Source
     dtype: torch.dtype
     new_head: bool
+    processor: BaseImageProcessor | None = None
 
 
 def find_source(name: str) -> Source:
@@ -126,60 +131,76 @@ def load_config(source: Source) -> PreTrainedConfig:
             raise BadRecipe(f"expected keys and values in {path}, found {type(raw).__name__}.")
         if "ibprune" in raw:
             raise UnsupportedModel(f"'{source.name}' is pruned already: start from the dense model.")
-        find_family(str(raw.get("model_type")))
+        check_model_type(str(raw.get("model_type")))
     try:
         config = AutoConfig.from_pretrained(source.location)
     except Exception as error:  # every config class checks its values in its own way
         raise BadRecipe(f"could not read the config of '{source.name}': {first_line(error)}") from error
-    find_family(config.model_type)
+    check_model_type(config.model_type)
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(f"'{source.name}' is quantised: prune the full-precision model, then quantise.")
     return config
 
 
 def model_class(config: PreTrainedConfig, *, classify: bool) -> type[PreTrainedModel]:
-    """The transformers class to prune: the one the config names, or its classifier for a labelled task."""
+    """The transformers class to prune: the one the config names, or its classifier for a labelled task and for CNNs."""
     names = config.architectures or [transformers.MODEL_MAPPING[type(config)].__name__]
     found = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is not type(config):
         raise UnsupportedModel(
             f"expected a {config.model_type} class of transformers in 'architectures', found {names}."
         )
+    if is_traced(config.model_type) or (classify and reads_pictures(config.model_type)):
+        classifiers = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        if type(config) not in classifiers:
+            raise UnsupportedModel(f"transformers has no image classifier for model_type '{config.model_type}'.")
+        wanted = classifiers[type(config)]
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)  # DeiT has two
+        return found if found in wanted else wanted[0]
     return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)] if classify else found
 
 
-def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The architecture without weights, on the meta device.
+def build_model(config: PreTrainedConfig, cls: type[PreTrainedModel], *, device: str) -> PreTrainedModel:
+    """The architecture with random weights, or with none on the device "meta".
 
     Raises:
         UnsupportedModel: The config describes no model.
     """
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return cls(config).eval()
     except Exception as error:  # impossible sizes fail anywhere
         raise UnsupportedModel(f"the config does not describe a {cls.__name__}: {first_line(error)}") from error
 
 
-def load_dense(source: Source, *, n_labels: int | None = None, regression: bool = False) -> Loaded:
-    """Loads model and tokenizer; every tensor must be there and finite.
+def has_weights(source: Source) -> bool:
+    """Whether a checkpoint lies beside the config; taken for granted on the Hub."""
+    folder = Path(source.location)
+    return not folder.is_dir() or any(any(folder.glob(f"*.{ending}")) for ending in ("safetensors", "bin"))
+
+
+def load_dense(
+    source: Source, *, n_labels: int | None = None, regression: bool = False, untrained: bool = False
+) -> Loaded:
+    """Loads model and tokenizer or image processor; every tensor must be there and finite.
 
     Args:
-        n_labels: Load as a sequence classifier with so many outputs; None loads what the config names.
+        n_labels: Load as a classifier with so many outputs; None loads what the config names.
+        untrained: Take random weights instead of the checkpoint's.
 
     Raises:
-        IBPruneError: The model reads no text, or a tensor is missing, of another shape, or holds NaN or infinity.
+        IBPruneError: A tensor is missing, of another shape, or holds NaN or infinity.
     """
     config = load_config(source)
-    if not find_family(config.model_type).embedding:
-        raise UnsupportedModel(
-            f"expected a model that reads text, found '{source.name}' ({config.model_type}), which reads none: so far "
-            "`ibprune plan` tells what can be cut, but no data can be given to prune or audit it."
-        )
     extra = {}
+    if not untrained and not has_weights(source):
+        raise BadRecipe(
+            f"expected weights (model.safetensors) beside the config of '{source.name}', found none: `ibprune train` "
+            "makes them."
+        )
     cls = model_class(config, classify=n_labels is not None)
-    trained = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    if trained and n_labels is not None and n_labels != config.num_labels:
+    trained = (config.architectures or [""])[0].endswith(CLASSIFIERS)
+    if trained and not untrained and n_labels is not None and n_labels != config.num_labels:
         raise BadData(
             f"'{source.name}' was trained for {config.num_labels} output(s), the data have {n_labels}: give data of "
             "its task, or the base model to train a new head."
@@ -188,9 +209,27 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
         extra = {"num_labels": n_labels}
         if regression:
             extra["problem_type"] = "regression"
+    if untrained:
+        for key, value in extra.items():
+            setattr(config, key, value)
+        model, new = build_model(config, cls, device="cpu"), True
+    else:
+        model, new = _read_checkpoint(source, cls, extra)
+    check_finite(model, source.name)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if reads_pictures(config.model_type):
+        return Loaded(model.eval(), None, source, dtype, new, load_processor(source.location))
+    tokenizer = load_tokenizer(source)
+    if getattr(model.config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Loaded(model.eval(), tokenizer, source, dtype, new)
+
+
+def _read_checkpoint(source: Source, cls: type[PreTrainedModel], options: dict) -> tuple[PreTrainedModel, bool]:
+    """The model of a checkpoint, and whether its task head is new."""
     try:
         model, info = cls.from_pretrained(
-            source.location, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+            source.location, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except SafetensorError as error:
         raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {first_line(error)}") from error
@@ -198,19 +237,14 @@ def load_dense(source: Source, *, n_labels: int | None = None, regression: bool 
         raise BadRecipe(f"could not load '{source.name}': {first_line(error)}") from error
     backbone = f"{model.base_model_prefix}."
     heads = [key for key in info["missing_keys"] if not key.startswith(backbone) or ".pooler." in key]
-    fresh = heads if n_labels is not None else []
+    fresh = heads if "num_labels" in options else []
     broken = sorted({*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])} - set(fresh))
     if broken:
         raise PlanMismatch(
             f"expected every tensor of {cls.__name__} in '{source.name}', but {len(broken)} are missing or of another "
             f"shape, such as '{broken[0]}': the checkpoint does not fit its config."
         )
-    check_finite(model, source.name)
-    tokenizer = load_tokenizer(source)
-    if getattr(model.config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return Loaded(model.eval(), tokenizer, source, dtype, bool(fresh))
+    return model, bool(fresh)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from ibprune.export import check_output, staged
 from ibprune.models import check_finite
 from ibprune.onnx_files import write_onnx
 from ibprune.plans import PruningPlan
-from ibprune.rebuild import SelectedLinear, set_parameter
+from ibprune.rebuild import SelectedLinear, resize_
 from ibprune.surgery import select_inputs_
 
 SPEC_FILE = "ibprune.json"
@@ -128,7 +128,7 @@ def _resize_(module: nn.Module, state: dict[str, torch.Tensor], shapes: dict[str
     for key in dense:
         if key not in state:
             raise PlanMismatch(f"expected '{key}' of {name} in '{folder}', found none: is model= the dense one?")
-    new: dict[int, torch.Tensor] = {}
+    changed = {}
     for key, tensor in state.items():
         shape = tuple(tensor.shape)
         if key not in dense:
@@ -141,11 +141,8 @@ def _resize_(module: nn.Module, state: dict[str, torch.Tensor], shapes: dict[str
                 f"'{key}': {tuple(old.shape)} in {name} cannot have been cut to {shape}: is model= the dense one?"
             )
         if tuple(old.shape) != shape or old.dtype != tensor.dtype:
-            if id(old) not in new:
-                value = torch.empty(shape, dtype=tensor.dtype, device=old.device)
-                is_parameter = isinstance(old, nn.Parameter)
-                new[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
-            set_parameter(module, key, new[id(old)])
+            changed[key] = tensor
+    resize_(module, {k: list(t.shape) for k, t in changed.items()}, {k: t.dtype for k, t in changed.items()})
 
 
 def _digest(path: Path) -> str:

@@ -8,32 +8,28 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ibprune.bench import time_forward
-from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
-from ibprune.channels import Found, find_channels, prepare_
+from ibprune.budget import make_budget
+from ibprune.channels import find_channels
 from ibprune.console import Quiet
-from ibprune.costs import COSTS, module_macs_model, params_model
-from ibprune.cutting import Costs, loss_with, probe_loss
+from ibprune.costs import COSTS
+from ibprune.cutting import CALIBRATION, Choice, choose_and_compact_, loss_with
 from ibprune.errors import BadData, BadRecipe, did_you_mean
-from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective
 from ibprune.models import check_finite
 from ibprune.module_files import save_module
 from ibprune.plans import PruningPlan, model_type
 from ibprune.report import versions
-from ibprune.scores import SCORES, fisher_scores, magnitude_scores, random_scores
-from ibprune.shares import SHARES, equal_pressure, probe_shares
+from ibprune.scores import SCORES
+from ibprune.shares import SHARES
+from ibprune.structure import prepare_traced_
 from ibprune.surgery import compact_module_
 from ibprune.trainer import TrainSettings, make_accelerator, train
-from ibprune.vib import learn_masks
 
 SCHEMA = "ibprune.module_report/1"
-CALIBRATION = 512  # samples that score the units
-PROBE = 256  # samples on which candidate cuts are compared
 Metrics = float | dict[str, float]
 
 
@@ -161,9 +157,16 @@ def prune_module(
     done("evaluate dense")
     objective = Objective("custom", loss=loss) if loss is not None else Objective("classification")
     teacher = dense if settings.distill and loss is None else None
-    student, plan, budget, costs = _cut(
-        dense, teacher, found, settings, objective, batches, pairs, example, accelerator, console
-    )
+    student = copy.deepcopy(dense)
+    structure = prepare_traced_(student, found.sites, example, compact_module_)
+    costs = structure.costs
+    cost_model = costs.of(settings.cost)
+    budget = make_budget(cost_model, found.sites, keep=settings.budget, scope="model", round_to=settings.round_to)
+    choice = Choice(
+        settings.score, settings.shares, settings.seed, objective, batches, pairs.loader, judge=teacher,
+        teacher=teacher, settings=_training(settings, settings.mask_steps), accelerator=accelerator, console=console,
+    )  # fmt: skip
+    student, plan = choose_and_compact_(student, structure, budget, choice)
     done("cut")
     train(
         student, loss_with(objective, teacher, accelerator), pairs.loader, _training(settings, settings.recover_steps),
@@ -197,53 +200,6 @@ def prune_module(
         "versions": versions(),
     }  # fmt: skip
     return ModuleResult(student.eval(), plan, report, example.cpu())
-
-
-def _cut(
-    dense: nn.Module,
-    teacher: nn.Module | None,
-    found: Found,
-    settings: ModuleSettings,
-    objective: Objective,
-    batches: list[Batch],
-    pairs: "_Pairs",
-    example: torch.Tensor,
-    accelerator: Accelerator,
-    console: Quiet,
-) -> tuple[nn.Module, PruningPlan, Budget, Costs]:
-    """The pruned module before recovery, its plan, the budget and the costs."""
-    student, sites = copy.deepcopy(dense), found.sites
-    prepare_(student, sites)
-    costs = Costs(params_model(student, sites), module_macs_model(student, sites, example))
-    cost_model = costs.of(settings.cost)
-    budget = make_budget(cost_model, sites, keep=settings.budget, scope="model", round_to=settings.round_to)
-    masks = inject_(student, sites)
-    if settings.score == "magnitude":
-        scores = magnitude_scores(student, sites)
-    elif settings.score == "random":
-        scores = random_scores(sites, seed=settings.seed)
-    else:
-        scores = fisher_scores(
-            student, masks, batches, objective, seed=settings.seed, total=len(batches), console=console
-        )
-    if settings.shares == "probe":
-        few = batches[: max(1, PROBE // len(batches[0]["inputs"]))]
-        loss_of = probe_loss(student, masks, teacher, few, objective, accelerator)
-        keep: Keep = probe_shares(loss_of, scores, sites, cost_model, budget, console=console)
-    elif settings.shares == "cost":
-        keep = solve_by_cost(scores, sites, cost_model, budget)
-    else:
-        keep = solve_by_shares(scores, sites, cost_model, budget, equal_pressure(sites))
-    masks.set_keep({name: tuple(range(site.n_units)) for name, site in sites.items()})
-    if settings.score == "vib":
-        # Channels of one kind differ in cost, and log_alpha is a score per cost: so is where it starts.
-        start = {name: score / cost_model.unit_cost(cost_model.n_units, name) for name, score in scores.items()}
-        keep, _, _ = learn_masks(
-            student, masks, sites, cost_model, budget, start, keep, loss_with(objective, teacher, accelerator),
-            pairs.loader, _training(settings, settings.mask_steps), accelerator=accelerator, console=console,
-        )  # fmt: skip
-    plan = PruningPlan(model_type(student), {name: site.n_units for name, site in sites.items()}, keep)
-    return compact_module_(student, sites, plan), plan, budget, costs
 
 
 def _training(settings: ModuleSettings, steps: int) -> TrainSettings:

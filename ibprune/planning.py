@@ -7,14 +7,17 @@ import torch
 from transformers import PreTrainedConfig
 
 from ibprune.budget import least_cost, make_budget, solve_by_cost, solve_by_shares
-from ibprune.cutting import choose_kinds, prepare_
+from ibprune.channels import find_channels
 from ibprune.errors import BadRecipe
 from ibprune.export import tier_of
-from ibprune.models import build_meta, find_source, load_config, model_class
+from ibprune.images import blank_shape, load_processor, resize_
+from ibprune.models import Source, build_model, find_source, load_config, model_class
 from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
-from ibprune.surgery import compact_, named_rows
+from ibprune.sites import is_traced
+from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
+from ibprune.surgery import compact_traced_, named_rows
 
 
 def plan(
@@ -25,11 +28,13 @@ def plan(
     scope: str = "model",
     kinds: tuple[str, ...] = (),
     round_to: int = 8,
+    image_size: int | None = None,
 ) -> dict:
     """Predicts a pruned model without its weights: sizes, reach, loading way, and the groups.
 
     The prediction shares the cut equally between kinds; a run decides the shares by measuring, and
-    meets the same budget. A config that names no architecture is planned as the base model.
+    meets the same budget. A config that names no architecture is planned as the base model; a CNN is planned as
+    a classifier that reads pictures of `image_size`, else of the size in its image processor or config, else 224.
 
     Raises:
         IBPruneError: An unknown model or kind, or a budget that cannot be reached.
@@ -41,25 +46,38 @@ def plan(
     """
     named = model if isinstance(model, str | os.PathLike) else None
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
-                          "round_to": round_to})  # fmt: skip
+                          "round_to": round_to, "image_size": image_size})  # fmt: skip
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
-    config = load_config(find_source(recipe.model)) if named else copy.deepcopy(model)
-    skeleton = build_meta(config, model_class(config, classify=False))
-    everything, sites, costs = prepare_(skeleton, choose_kinds(skeleton, kinds), None)
-    named = sorted(named_rows(skeleton))  # what else a tokenizer needs, the config does not say
-    sites = {name: site.at_least(len(named)) if name == "vocab" else site for name, site in sites.items()}
+    source = find_source(recipe.model) if named else None
+    config = load_config(source) if source else copy.deepcopy(model)
+    cls = model_class(config, classify=False)
+    shape, refused = None, {}
+    if is_traced(config.model_type):
+        check_cnn(recipe, config.model_type)
+        shape = input_shape(config, source, recipe.image_size)
+        skeleton = build_model(config, cls, device="cpu")
+        example = torch.zeros(2, *shape)
+        found = find_channels(skeleton, example)
+        refused = found.refused
+        structure = prepare_traced_(skeleton, found.sites, example, compact_traced_)
+    else:
+        skeleton = build_model(config, cls, device="meta")
+        structure = prepare_(skeleton, choose_kinds(skeleton, kinds), None)
+    everything, sites, costs = structure.everything, structure.sites, structure.costs
+    fixed = sorted(named_rows(skeleton)) if "vocab" in sites else []  # what else a tokenizer needs, no config says
+    sites = {name: site.at_least(len(fixed)) if name == "vocab" else site for name, site in sites.items()}
     cost_model = costs.of(cost)
     target = make_budget(cost_model, sites, keep=budget, scope=scope, round_to=round_to)
     scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
     if "vocab" in sites:
-        scores["vocab"][named] += sites["vocab"].n_units
+        scores["vocab"][fixed] += sites["vocab"].n_units
     try:
         keep = solve_by_shares(scores, sites, cost_model, target, equal_pressure(sites))
     except BadRecipe:  # equal widths alone do not reach it: whole sub-layers go too
         keep = solve_by_cost(scores, sites, cost_model, target)
     keep = {name: keep.get(name, tuple(range(site.n_units))) for name, site in everything.items()}
     n_units = {name: site.n_units for name, site in everything.items()}
-    compact_(skeleton, PruningPlan(config.model_type, n_units, keep))
+    structure.compact(skeleton, PruningPlan(config.model_type, n_units, keep))
     kept = {name: len(units) for name, units in keep.items()}
     full = cost_model.n_units
     dense_cost = cost_model(full, scope=scope)
@@ -75,6 +93,8 @@ def plan(
     return {
         "model_type": config.model_type,
         "macs_length": costs.macs.length,
+        "pictures": {"shape": list(shape)} if shape else None,
+        "refused": refused,
         "dense": {"params": costs.params(full), "macs": costs.macs(full)},
         "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
         "budget": {
@@ -88,3 +108,15 @@ def plan(
         "tier": tier_of(skeleton),
         "groups": groups,
     }
+
+
+def input_shape(config: PreTrainedConfig, source: Source | None, size: int | None) -> tuple[int, int, int]:
+    """What a CNN reads of one picture, (channels, height, width), as `plan` takes it to be."""
+    processor = load_processor(source.location) if source else None
+    if processor is not None:
+        if size:
+            resize_(processor, size)
+        return blank_shape(processor, config.num_channels)
+    size = size or getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return config.num_channels, height, width

@@ -156,6 +156,22 @@ def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
         module.normalized_shape = tuple(value.shape)
 
 
+def resize_(model: nn.Module, shapes: dict[str, list[int]], dtypes: dict[str, torch.dtype] | None = None) -> None:
+    """Gives parameters and buffers, by name, other shapes and, where given, types; what they hold is unset.
+
+    Names that share one tensor go on sharing one.
+    """
+    new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old one too: its id must stay its own
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        old = getattr(model.get_submodule(path), leaf)
+        if id(old) not in new:
+            value = torch.empty(tuple(shape), dtype=(dtypes or {}).get(name, old.dtype), device=old.device)
+            is_parameter = isinstance(old, nn.Parameter)
+            new[id(old)] = old, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
+        set_parameter(model, name, new[id(old)][1])
+
+
 def rebuild_(model: nn.Module, spec: dict) -> None:
     """Gives a freshly built dense model the structure described by `spec` (`config.ibprune`).
 
@@ -173,11 +189,9 @@ def rebuild_(model: nn.Module, spec: dict) -> None:
         output = spec["embedding"]["output"]
         output = full_path(model, output) if output and _has(model, full_path(model, output)) else None
         factorize_modules(model, full_path(model, spec["embedding"]["path"]), spec["embedding"]["rank"], output)
-    for path, shape in spec["shapes"].items():
-        name = full_path(model, path)
-        if _has(model, name.rpartition(".")[0]):  # a head may be absent: AutoModel of a classifier's folder
-            old = model.get_parameter(name)
-            set_parameter(model, name, torch.empty(shape, dtype=old.dtype, device=old.device))
+    shapes = {full_path(model, path): shape for path, shape in spec["shapes"].items()}
+    present = {name for name, _ in model.named_modules()}  # a head may be absent: AutoModel of a classifier's folder
+    resize_(model, {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] in present})
     sizes = {full_path(model, path): size for path, size in spec.get("sizes", {}).items()}  # absent in older folders
     set_sizes(model, sizes)
     renumber_layers_(model, spec["dense"].get("layer_types"))

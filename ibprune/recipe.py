@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ibprune.errors import BadRecipe, did_you_mean, first_line
 from ibprune.groups import KINDS
 
+CNN_KINDS = ("channels",)
+AUGMENTATIONS = ("flip", "crop")
+
 
 class Recipe(BaseModel):
     """One field per idea; the YAML key, the flag and the argument of `ibprune.prune` are the same word.
@@ -29,7 +32,9 @@ class Recipe(BaseModel):
     label_column: str = Field("", description="column with the label, if not the usual name")
     score: Literal["vib", "fisher", "magnitude", "random"] = Field("vib", description="what ranks the units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
-    kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all but vocab")
+    augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")
+    image_size: int | None = Field(None, ge=1, description="pixels of a side of the pictures that the model reads")
+    kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all the model has but vocab")
     round_to: int = Field(8, ge=1, description="wide axes become multiples of this")
     output: str = Field("pruned", description="folder to write")
     seed: int = Field(0, ge=0, le=2**31 - 1)
@@ -60,7 +65,7 @@ class Recipe(BaseModel):
             raise ValueError(f"expected a share in (0, 1], found {value:g}")
         return value
 
-    @field_validator("kinds", "text_columns", mode="before")
+    @field_validator("kinds", "text_columns", "augment", mode="before")
     @classmethod
     def _list(cls, value):
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -69,9 +74,17 @@ class Recipe(BaseModel):
     @classmethod
     def _kinds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for kind in value:
-            if kind not in KINDS:
-                raise ValueError(f"unknown kind '{kind}': {did_you_mean(kind, KINDS)}")
+            if kind not in KINDS + CNN_KINDS:
+                raise ValueError(f"unknown kind '{kind}': {did_you_mean(kind, KINDS + CNN_KINDS)}")
         return value
+
+    @field_validator("augment")
+    @classmethod
+    def _augment(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in (*AUGMENTATIONS, "none"):
+                raise ValueError(f"found '{name}': {did_you_mean(name, (*AUGMENTATIONS, 'none'))}")
+        return tuple(name for name in value if name != "none")
 
     def save(self, path: Path) -> None:
         """Writes the recipe without its output folder, which is taken when the run is repeated."""

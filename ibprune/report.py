@@ -2,6 +2,9 @@
 
 import json
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +19,7 @@ class Side:
 
     Attributes:
         params: Parameters, tied tensors once.
-        macs: Multiply-accumulates of one sequence of `macs_length` tokens (a MAC is two FLOPs).
+        macs: Multiply-accumulates of one sequence of `macs_length` tokens, or of one picture (a MAC is two FLOPs).
         file_bytes: Size of the safetensors.
         metrics: By name, on the held-out data.
         latency_ms: {"median", "iqr"} of a forward pass.
@@ -36,8 +39,14 @@ class Side:
 class Report:
     """Everything a run found; `report.json` in the output folder.
 
-    `vocabulary` says what a cut vocabulary means for held-out texts, dense and pruned: its rows, the tokens of a
-    text, and the share of unknown ones; None where it was not cut.
+    Attributes:
+        macs_length: Tokens of the sequence whose MACs count; 0 for pictures.
+        vocabulary: What a cut vocabulary means for held-out texts, dense and pruned: its rows, the tokens of a
+            text, and the share of unknown ones; None where it was not cut.
+        pictures: Where pictures are read, the shape that MACs and latency are of, and how they were normalised and
+            augmented.
+        refused: Channels of a CNN that cannot be cut, with the reason.
+        audit: The file of the audit; None, with the reason in `audit_note`, where there is none.
     """
 
     dense: Side
@@ -56,6 +65,10 @@ class Report:
     precision: str
     shares: str
     vocabulary: dict[str, list[float]] | None = None
+    pictures: dict | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    audit: str | None = None
+    audit_note: str = ""
     verify: dict = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -66,6 +79,27 @@ class Report:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+class Timer:
+    """Seconds by stage, added up where a stage comes again.
+
+    Example:
+        >>> timer = Timer()
+        >>> with timer("load"):
+        ...     pass
+        >>> list(timer.seconds)
+        ['load']
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 2)
 
 
 def versions() -> dict[str, str]:
@@ -79,6 +113,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def macs_input(found: dict) -> str:
+    """What the MACs of a report or a plan are of."""
+    if found["pictures"] is None:
+        return f"{found['macs_length']} tokens"
+    return " x ".join(str(size) for size in found["pictures"]["shape"])
+
+
 def rows(report: dict) -> list[tuple[str, str, str, str]]:
     """The closing table from a report's dict: (what, dense, pruned, pruned/dense)."""
     dense, pruned = report["dense"], report["pruned"]
@@ -88,9 +129,12 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
         table.append((name, form.format(a), form.format(b), f"{b / a:.3f}" if a else "-"))
 
     add("parameters", dense["params"], pruned["params"], "{:,}")
-    add("  in blocks", dense["params_blocks"], pruned["params_blocks"], "{:,}")
-    add(f"MACs ({report['macs_length']} tokens)", dense["macs"] / 1e6, pruned["macs"] / 1e6, "{:,.1f} M")
-    add("  in blocks", dense["macs_blocks"] / 1e6, pruned["macs_blocks"] / 1e6, "{:,.1f} M")
+    blocks = dense["params_blocks"] > 0  # a traced model has none
+    if blocks:
+        add("  in blocks", dense["params_blocks"], pruned["params_blocks"], "{:,}")
+    add(f"MACs ({macs_input(report)})", dense["macs"] / 1e6, pruned["macs"] / 1e6, "{:,.1f} M")
+    if blocks:
+        add("  in blocks", dense["macs_blocks"] / 1e6, pruned["macs_blocks"] / 1e6, "{:,.1f} M")
     add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
     forms = {"rows": ("vocabulary", "{:,}"), "tokens_per_text": ("tokens per held-out text", "{:.2f}")}
     forms["unknown"] = ("unknown tokens", "{:.3%}")
@@ -101,7 +145,7 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
         f"{side['latency_ms']['median']:.1f} ± {side['latency_ms']['iqr'] / 2:.1f} ms" for side in (dense, pruned)
     ]
     ratio = pruned["latency_ms"]["median"] / dense["latency_ms"]["median"]
-    table.append((f"latency ({shape['batch']} x {shape['length']})", *latency, f"{ratio:.3f}"))
+    table.append((f"latency ({' x '.join(str(size) for size in shape.values())})", *latency, f"{ratio:.3f}"))
     for name in dense["metrics"]:
         add(name, dense["metrics"][name], pruned["metrics"][name], "{:.4f}")
     return table

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from ibprune.errors import UnsupportedModel, did_you_mean
-from ibprune.families import FAMILIES
+from ibprune.families import FAMILIES, TRACED
 from ibprune.groups import Cut, Family, Group, Site, axis_dims, axis_width
 from ibprune.rebuild import full_path
 
@@ -20,10 +20,26 @@ def find_family(model_type: str) -> Family:
     known = {name: family for family in FAMILIES for name in family.model_types}
     if model_type not in known:
         raise UnsupportedModel(
-            f"no family describes model_type '{model_type}': {did_you_mean(model_type, known)}. "
+            f"no family describes model_type '{model_type}': {did_you_mean(model_type, [*known, *TRACED])}. "
             "A row in ibprune/families adds one (ARCHITECTURE.md, 'Adding a family')."
         )
     return known[model_type]
+
+
+def reads_pictures(model_type: str) -> bool:
+    """Whether a model of this type reads images instead of tokens."""
+    return is_traced(model_type) or not find_family(model_type).embedding
+
+
+def is_traced(model_type: str) -> bool:
+    """Whether a model type is a CNN, whose channels are traced instead of described by a row."""
+    return model_type in TRACED
+
+
+def check_model_type(model_type: str) -> None:
+    """Raises `UnsupportedModel` unless a row describes the model type, or its channels are traced."""
+    if not is_traced(model_type):
+        find_family(model_type)
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:

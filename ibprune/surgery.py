@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ibprune.errors import PlanMismatch, UnsupportedModel
 from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor, is_norm
@@ -174,7 +175,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     sites = {name: site for name, site in sites.items() if site.kind != "vocab"}
     native = {id(module) for module in model.modules() if type(module) in STUBS.values()}
     dense = {key: copy.copy(getattr(model.config, key)) for key in _size_keys(model)}
-    before = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    before = _shapes(model)
     if masked:
         with torch.no_grad():
             _fold_(model, sites, norm_offset=family.norm_offset)
@@ -219,6 +220,18 @@ def compact_module_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan)
     for site in sites.values():
         if site.kind == "inputs":
             _restore_inputs_(model, site.cuts[0].path)
+    return model
+
+
+def compact_traced_(model: PreTrainedModel, sites: dict[str, Site], plan: PruningPlan) -> PreTrainedModel:
+    """As `compact_module_` for a transformers model: `model.config` tells the new structure.
+
+    Raises:
+        PlanMismatch: The plan does not fit the model; nothing is changed then.
+    """
+    before = _shapes(model)
+    compact_module_(model, sites, plan)
+    model.config.ibprune = _spec(model, before, full_path(model, ""))
     return model
 
 
@@ -365,7 +378,7 @@ def _size_keys(model: nn.Module) -> list[str]:
 def _describe_(
     model: nn.Module,
     dense: dict[str, int],
-    before: dict[str, tuple],
+    before: dict[str, tuple[int, ...]],
     dropped: list[str],
     sizes: dict[str, int],
     native: set[int],
@@ -391,20 +404,36 @@ def _describe_(
         stub = next((key for key, cls in STUBS.items() if type(module) is cls and id(module) not in native), None)
         if stub:
             stubs[_spec_path(path, backbone)] = stub
-    shapes = dict(old["shapes"])
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        if tuple(parameter.shape) != before.get(path):
-            shapes[_spec_path(path, backbone)] = list(parameter.shape)
-    config.ibprune = {
-        "format": FORMAT,
-        "model_type": config.model_type,
-        "architecture": type(model).__name__,
+    spec = _spec(model, before, backbone)
+    config.ibprune = spec | {
         "dense": old["dense"],
         "dropped_blocks": dropped,
         "stubs": stubs,
         "embedding": embedding,
-        "shapes": shapes,
+        "shapes": old["shapes"] | spec["shapes"],
         "sizes": old.get("sizes", {}) | {_spec_path(path, backbone): size for path, size in sizes.items()},
+    }
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters and buffers by name."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def _spec(model: PreTrainedModel, before: dict[str, tuple[int, ...]], backbone: str) -> dict:
+    """What `ibprune.rebuild` needs for a model whose tensors, and nothing else, have other shapes than before."""
+    changed = {path: shape for path, shape in _shapes(model).items() if shape != before.get(path)}
+    return {
+        "format": FORMAT,
+        "model_type": model.config.model_type,
+        "architecture": type(model).__name__,
+        "dense": {},
+        "dropped_blocks": [],
+        "stubs": {},
+        "embedding": None,
+        "shapes": {_spec_path(path, backbone): list(shape) for path, shape in changed.items()},
+        "sizes": {},
     }
 
 

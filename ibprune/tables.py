@@ -40,7 +40,15 @@ def print_report(report: dict, output: str) -> None:
         sys.stdout.write("note: no speed was gained on this device at this input size; the model is smaller only.\n")
 
 
+def print_training(report: dict, output: str) -> None:
+    before, after = report["metrics"]["before"], report["metrics"]["after"]
+    changes = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)
+    sys.stdout.write(f"{changes} in {report['steps']} steps; written to {output}\n")
+
+
 def print_plan(found: dict) -> None:
+    from ibprune.report import macs_input
+
     table(
         f"what can be cut in this {found['model_type']} model",
         ("kind", "sites", "units", "at least", f"{found['budget']['cost']} per unit", "cut"),
@@ -56,11 +64,12 @@ def print_plan(found: dict) -> None:
     budget = found["budget"]
     lines = [
         f"dense      {found['dense']['params']:,} parameters, {found['dense']['macs'] / 1e6:,.1f} M MACs "
-        f"({found['macs_length']} tokens)",
+        f"({macs_input(found)})",
         f"predicted  {found['predicted']['params']:,} parameters, {found['predicted']['macs'] / 1e6:,.1f} M MACs",
         f"budget     {budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']} ({budget['scope']})",
         f"reachable  {found['reachable_keep']:.4f} of the dense {budget['cost']} at the least",
         f"loading    {WAYS[found['tier']]} (with equal shares)",
+        *(f"refused    {name}: {reason}" for name, reason in found["refused"].items()),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

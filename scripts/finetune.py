@@ -13,9 +13,9 @@ from ibprune.evaluation import evaluate_model
 from ibprune.export import check_output, staged
 from ibprune.feeding import find_data, make_feed
 from ibprune.models import find_source, load_dense
-from ibprune.pipeline import finetune_
 from ibprune.recipe import make_recipe
 from ibprune.trainer import make_accelerator
+from ibprune.training import finetune_
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     if recipe.finetune_steps is None:
         recipe = recipe.model_copy(update={"finetune_steps": len(feed.train_set) // recipe.batch_size})
     start = time.perf_counter()
-    finetune_(loaded.model, recipe, feed, accelerator, console, new_head=False)
+    finetune_(loaded.model, recipe, feed, accelerator, console, needed=False)
     seconds = time.perf_counter() - start
     metrics = evaluate_model(loaded.model, feed, feed.objective, console=console, what="evaluating")
     with staged(folder) as temporary:

@@ -13,12 +13,13 @@ from datasets import Dataset
 
 from ibprune.budget import make_budget, solve_by_shares
 from ibprune.console import Quiet
-from ibprune.cutting import choose_kinds, loss_with, prepare_
+from ibprune.cutting import loss_with
 from ibprune.data import Collate, TextData, make_loader
 from ibprune.inject import inject_
 from ibprune.losses import Objective
 from ibprune.models import find_source, load_dense
 from ibprune.shares import equal_pressure
+from ibprune.structure import choose_kinds, prepare_
 from ibprune.trainer import TrainSettings, make_accelerator, train
 from ibprune.vib import learn_masks
 
@@ -39,7 +40,8 @@ def main() -> None:
     collate = Collate(loaded.tokenizer, data, arguments.length)
     dense = loaded.model
     student = copy.deepcopy(dense)
-    _, sites, costs = prepare_(student, choose_kinds(student, ()), None)
+    structure = prepare_(student, choose_kinds(student, ()), None)
+    sites, costs = structure.sites, structure.costs
     budget = make_budget(costs.params, sites, keep=0.5, scope="model", round_to=1)
     scores = {name: torch.rand(site.n_units) for name, site in sites.items()}
     target = solve_by_shares(scores, sites, costs.params, budget, equal_pressure(sites))

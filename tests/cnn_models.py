@@ -1,9 +1,12 @@
 """Small untrained networks of every structure that channels are found in."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -198,3 +201,20 @@ def build_net(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -
 
 def net_input(name: str, *, batch: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(batch, *NETS[name][1], generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def pictures(samples: int, *, shape: tuple[int, ...] = (16, 16, 3), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A task that a tiny network learns: noisy uint8 pictures, brighter at the top (1) or at the bottom (0)."""
+    rng = np.random.default_rng(seed)
+    images, labels = rng.integers(0, 128, (samples, *shape)), np.arange(samples) % 2
+    half = shape[0] // 2
+    images[labels == 1, :half] += 100
+    images[labels == 0, half:] += 100
+    return images.astype(np.uint8), labels
+
+
+def save_pictures(folder: Path, images: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> None:
+    """One PNG per picture in a sub-folder per class."""
+    for i, (image, label) in enumerate(zip(images, labels)):
+        (folder / names[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / names[label] / f"{i:04}.png")

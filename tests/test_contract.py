@@ -23,13 +23,13 @@ from conftest import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibprune.costs import count_params, macs_model, params_model
-from ibprune.cutting import choose_kinds
 from ibprune.errors import BadRecipe, UnsupportedModel
 from ibprune.families import FAMILIES
 from ibprune.inject import inject_, remove_
 from ibprune.planning import plan
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
+from ibprune.structure import choose_kinds
 from ibprune.surgery import compact_, factorize_, merge_
 from ibprune.task_heads import auto_class
 

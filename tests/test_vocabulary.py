@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrained
 import ibprune
 from ibprune import cli
 from ibprune.costs import count_params, macs_model, params_model
-from ibprune.cutting import choose_kinds
 from ibprune.data import Collate, TextData
 from ibprune.errors import BadData, PlanMismatch, UnsupportedModel
 from ibprune.export import tier_of, verify, write_model
@@ -23,6 +22,7 @@ from ibprune.inject import inject_
 from ibprune.losses import Objective, _word_means, dense_batch, distill_loss, forward
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
+from ibprune.structure import choose_kinds
 from ibprune.surgery import compact_, cut_vocab_, factorize_, named_rows
 from ibprune.vocabulary import compare_tokenizers, keep_rows, rank_rows
 

@@ -16,3 +16,5 @@ _ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT, ALBERT, DEBE
 _DECODERS = (LLAMA, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
 _VISION = (VIT, DINOV2, BEIT, CLIP_VISION, CLIP, SWIN)
 FAMILIES = (*_ENCODERS, *_DECODERS, BART, T5, *_VISION)
+# Convolutional image classifiers of transformers: no rows, their channels are traced (`ibprune.channels`).
+TRACED = ("resnet", "regnet", "convnext", "convnextv2", "mobilenet_v1", "mobilenet_v2", "efficientnet")

@@ -1,0 +1,116 @@
+"""What can be cut of a model, by its family's row or by tracing, and what that costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ibprune import channels
+from ibprune.costs import CostModel, macs_model, module_macs_model, params_model
+from ibprune.errors import BadRecipe, did_you_mean
+from ibprune.groups import ATTENTION_KINDS, Site
+from ibprune.plans import PruningPlan
+from ibprune.recipe import CNN_KINDS, Recipe
+from ibprune.sites import find_family, find_sites
+from ibprune.surgery import compact_, factorize_
+from ibprune.task_heads import is_headless
+
+MACS_LENGTH = 128  # tokens of the sequence whose MACs are counted, where the model reads so many
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost models of one model, over all its sites."""
+
+    params: CostModel
+    macs: CostModel
+
+    def of(self, cost: str) -> CostModel:
+        return self.params if cost == "params" else self.macs
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What can be cut of a model.
+
+    Attributes:
+        everything: All its sites; those that are not cut keep all their units.
+        sites: Those to cut.
+        costs: Over all sites.
+        compact: Removes, in place, what a plan does not keep.
+    """
+
+    everything: dict[str, Site]
+    sites: dict[str, Site]
+    costs: Costs
+    compact: Callable[[nn.Module, PruningPlan], nn.Module]
+
+
+def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The kinds to cut: those asked for, or all the family has but `vocab`. "heads" means KV groups under GQA.
+
+    An encoder without a head keeps its `hidden` width unless asked: its embeddings are its interface,
+    and stay comparable, feature by feature, with the dense model's. A cut vocabulary changes the tokenizer,
+    so that it is cut only where it is named.
+
+    Raises:
+        BadRecipe: A kind the family does not have.
+    """
+    family = find_family(model.config.model_type)
+    known = tuple(dict.fromkeys(group.kind for group in family.groups))
+    if "kv_groups" in known:
+        kinds = tuple("kv_groups" if kind == "heads" else kind for kind in kinds)
+    for kind in kinds:
+        if kind not in known:
+            why = dict(family.uncut).get("heads" if kind in ATTENTION_KINDS else kind)
+            hint = f"{why}. Its kinds: {', '.join(known)}" if why else did_you_mean(kind, known)
+            raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {hint}.")
+    unasked = ("vocab", "hidden") if is_headless(model) else ("vocab",)
+    return kinds or tuple(kind for kind in known if kind not in unasked)
+
+
+def check_cnn(recipe: Recipe, model_type: str) -> None:
+    """Raises `BadRecipe` where a recipe asks of a CNN what only transformers have."""
+    for kind in recipe.kinds:
+        if kind not in CNN_KINDS:
+            raise BadRecipe(f"'{model_type}' has no units '{kind}': {did_you_mean(kind, CNN_KINDS)}.")
+    if recipe.scope != "model":
+        raise BadRecipe(
+            f"--scope: '{recipe.scope}' is for transformers; '{model_type}' has no embeddings to leave out."
+        )
+
+
+def prepare_(model: PreTrainedModel, kinds: tuple[str, ...], counts: torch.Tensor | None) -> Structure:
+    """What can be cut of a transformer; factorises its embedding if the rank is to be cut.
+
+    Args:
+        kinds: From `choose_kinds`.
+        counts: How often each token occurs, which weights the directions of the embedding.
+    """
+    if "embedding_rank" in kinds and find_family(model.config.model_type).factorizes:
+        factorize_(model, counts)
+    everything = find_sites(model)
+    chosen = {name: site for name, site in everything.items() if site.kind in kinds}
+    length = min(MACS_LENGTH, find_family(model.config.model_type).max_tokens(model.config) or MACS_LENGTH)
+    costs = Costs(params_model(model, everything), macs_model(model, everything, length=length))
+    return Structure(everything, chosen, costs, compact_)
+
+
+def prepare_traced_(
+    model: nn.Module,
+    sites: dict[str, Site],
+    example: torch.Tensor,
+    compact: Callable[[nn.Module, dict[str, Site], PruningPlan], nn.Module],
+) -> Structure:
+    """What can be cut of a traced module; its linear layers are made to read a selection where inputs are cut.
+
+    Args:
+        sites: From `ibprune.channels.find_channels`.
+        example: An input whose size counts for MACs, (batch, ...).
+        compact: Removes what a plan does not keep.
+    """
+    channels.prepare_(model, sites)
+    costs = Costs(params_model(model, sites), module_macs_model(model, sites, example))
+    return Structure(sites, sites, costs, lambda model, plan: compact(model, sites, plan))

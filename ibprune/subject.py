@@ -1,0 +1,80 @@
+"""A dense model bound to its data: found, loaded, its labels matched, its batches made."""
+
+from dataclasses import dataclass
+
+from ibprune.channels import Found, find_channels
+from ibprune.console import Quiet
+from ibprune.costs import count_params
+from ibprune.data import TextData
+from ibprune.errors import BadData
+from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
+from ibprune.images import ImageData
+from ibprune.labels import match_labels
+from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
+from ibprune.recipe import Recipe
+from ibprune.sites import is_traced, reads_pictures
+from ibprune.structure import check_cnn
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run works on.
+
+    Attributes:
+        recipe: With the defaults that the model's objective decides filled in.
+        loaded: The dense model, on the CPU.
+        found: The channels of a CNN, None for a transformer.
+    """
+
+    recipe: Recipe
+    source: Source
+    data: TextData | ImageData
+    loaded: Loaded
+    feed: Feed
+    found: Found | None
+
+
+def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> Subject:
+    """Loads what a recipe names.
+
+    Args:
+        untrained: Whether a folder without weights will do: then they are random, and the outputs are as many as
+            the data have labels.
+
+    Raises:
+        IBPruneError: A model, data or a pair of both that cannot be used.
+    """
+    source = find_source(recipe.model)
+    if source.note:
+        console.say(source.note)
+    config = load_config(source)
+    pictures, traced = reads_pictures(config.model_type), is_traced(config.model_type)
+    if traced:
+        check_cnn(recipe, config.model_type)
+    data = find_pictures(recipe) if pictures else find_data(recipe, console)
+    fresh = untrained and not has_weights(source)
+    if not fresh:
+        data = match_labels(data, config, source.name)
+    if data.note:
+        console.say(data.note)
+    if pictures and not data.labels:
+        raise BadData(f"expected a classifier of pictures in '{source.name}', found one with a single output.")
+    n_labels = (len(data.labels) or 1) if data.label_column else None
+    regression = bool(data.label_column and not data.labels)
+    loaded = load_dense(source, n_labels=n_labels, regression=regression, untrained=fresh)
+    if loaded.new_head and data.labels:
+        loaded.model.config.id2label = dict(enumerate(data.labels))
+        loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
+    found = None
+    if pictures:
+        recipe, feed = make_picture_feed(recipe, loaded.model, loaded.processor, data)
+        found = find_channels(loaded.model, feed.example()["pixel_values"]) if traced else None
+    else:
+        recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
+    console.say(
+        f"{type(loaded.model).__name__} of {source.name}: {count_params(loaded.model):,} parameters; "
+        f"{data.name}: {len(feed.train_set):,} training rows; {feed.objective.name}"
+    )
+    if found is not None:
+        console.say(f"{len(found.sites)} places where channels can be cut, {len(found.refused)} refused.")
+    return Subject(recipe, source, data, loaded, feed, found)

@@ -1,0 +1,88 @@
+"""Trains a dense model, as a run does before it prunes, and as the verb `train` does for its own sake."""
+
+import json
+from dataclasses import replace
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ibprune.console import Quiet
+from ibprune.costs import count_params
+from ibprune.cutting import loss_with, train_settings
+from ibprune.evaluation import evaluate_model
+from ibprune.export import check_output, staged, verify, write_model
+from ibprune.feeding import Feed
+from ibprune.models import check_finite
+from ibprune.recipe import Recipe
+from ibprune.report import Timer, versions
+from ibprune.subject import load_subject
+from ibprune.trainer import make_accelerator, train
+
+SCHEMA = "ibprune.train_report/1"
+
+
+def finetune_(
+    model: PreTrainedModel, recipe: Recipe, feed: Feed, accelerator: Accelerator, console: Quiet, *, needed: bool
+) -> int:
+    """Trains the dense model for the steps asked for; by default for an epoch where it is needed. Returns the steps.
+
+    Args:
+        needed: Whether its task head, or all of it, is new.
+    """
+    steps = recipe.finetune_steps
+    if steps is None:
+        steps = min(2000, -(-len(feed.train_set) // recipe.batch_size)) if needed else 0
+    if steps:
+        console.say(f"Training the dense model for {steps} steps.")
+    settings = replace(train_settings(recipe, steps), seed=recipe.seed + 17)  # other batches than the recovery's
+    loss_of = loss_with(feed.objective, None, accelerator)
+    train(model, loss_of, feed.train, settings, accelerator=accelerator, phase="training dense", console=console)
+    return steps
+
+
+def train_dense(recipe: Recipe, console: Quiet) -> dict:
+    """Trains the model that a recipe names and writes a folder that loads; the dict of its report.json.
+
+    A folder with a config and no weights starts from random ones. The folder appears complete, or not at all.
+
+    Raises:
+        IBPruneError: Anything the user can mend, in one line.
+    """
+    folder = check_output(recipe.output, model=recipe.model)
+    timer = Timer()
+    with timer("load"):
+        accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
+        subject = load_subject(recipe, console, untrained=True)
+    recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
+    model = loaded.model.to(accelerator.device)
+    with timer("evaluate"):
+        before = evaluate_model(model, feed, feed.objective, console=console, what="evaluating before")
+    with timer("train"):
+        steps = finetune_(model, recipe, feed, accelerator, console, needed=True)
+    check_finite(model, "the trained model")
+    model = model.to(loaded.dtype).float()  # what is measured is what is stored
+    with timer("evaluate"):
+        after = evaluate_model(model, feed, feed.objective, console=console, what="evaluating after")
+    report = {
+        "schema": SCHEMA,
+        "model": subject.source.name,
+        "data": subject.data.name,
+        "objective": feed.objective.name,
+        "params": count_params(model),
+        "metrics": {"before": before, "after": after},
+        "steps": steps,
+        "batch_size": recipe.batch_size,
+        "lr": recipe.lr,
+        "seed": recipe.seed,
+        "pictures": feed.pictures(),
+        "device": str(accelerator.device),
+        "timings_s": timer.seconds,
+        "versions": versions(),
+    }
+    console.say("writing and checking the folder in a fresh process")
+    with staged(folder) as temporary:
+        model.to(loaded.dtype)
+        tier = write_model(model, feed.preprocessor, None, temporary)
+        report["verify"] = verify(model, temporary, tier, feed.probe())
+        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
