@@ -31,8 +31,9 @@ def probe_shares(
 
     A curvature at the dense point says which unit of a kind matters, but little about cutting half of
     a kind: so candidates are cut for real (by masks) and their loss on calibration data decides.
-    The search starts from score-per-cost, from equal shares, and from equal shares with one kind spared, then
-    scales the pressure on one kind at a time. Kind k keeps exp(-t * pressure[k]) of its units.
+    The search starts from score-per-cost, from equal shares, from equal shares with one kind spared, and from more
+    pressure on a vocabulary, then scales the pressure on one kind at a time. Kind k keeps exp(-t * pressure[k]) of
+    its units.
     """
     tried: dict[tuple, float] = {}
     best: tuple[float, Keep, dict[str, float]] | None = None
@@ -60,6 +61,8 @@ def probe_shares(
     kinds = list(dict.fromkeys(site.kind for site in sites.values()))
     equal = equal_pressure(sites)
     starts = [None, equal] + [equal | {kind: 0.0} for kind in kinds if len(kinds) > 1 and equal[kind]]
+    if "vocab" in kinds and len(kinds) > 1:  # most of its rows may go unused
+        starts += [equal | {"vocab": 2.0}, equal | {"vocab": 4.0}]
     moves = [(kind, factor) for factor in (2.0, 0.5) for kind in kinds]
     total = len(starts) + rounds * len(moves)
     steps = iter(console.track(range(total), "allocating between kinds", total))

@@ -193,12 +193,19 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     set_sizes(model, sizes)
     if rank and len(plan.keep[rank[0]]) == plan.n_units[rank[0]]:
         merge_(model)
+    modules = dict(model.named_modules())
+    owners = {path: modules.get(path.rpartition(".")[0]) for path in sizes}
     dropped = _drop_empty_blocks_(model, family)
     _retype_layers_(model, family)
     renumber_layers_(model, dense.get("layer_types"))
     for key, width in widths.items():
         setattr(model.config, key, width)
-    sizes = {path: size for path, size in sizes.items() if path.rpartition(".")[0] in dict(model.named_modules())}
+    now = {id(module): path for path, module in model.named_modules()}  # blocks behind a dropped one moved up
+    sizes = {
+        f"{now[id(owners[path])]}.{path.rpartition('.')[2]}": size
+        for path, size in sizes.items()
+        if id(owners[path]) in now
+    }
     _describe_(model, dense, before, dropped, sizes, native)
     return model
 

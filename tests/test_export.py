@@ -328,6 +328,19 @@ def test_a_pruned_decoder_generates_alike_with_and_without_cache_after_reloading
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("family,head", [("gpt2", "GPT2LMHeadModel"), ("opt", "OPTForCausalLM")])
+def test_sizes_of_the_blocks_behind_a_dropped_one_are_theirs_after_reloading(family, head, tmp_path, tokenizer):
+    def keep(sites):
+        gone = [n for n in sites if ".1." in n and n.endswith("_sublayer")]
+        heads = {n: tuple(range(1 + i)) for i, n in enumerate(n for n in sites if n.endswith(".heads"))}
+        return uniform(sites) | heads | dict.fromkeys(gone, ())
+
+    model, plan = pruned(family, head, keep, factorize=False)
+    assert model.config.num_hidden_layers == 2
+    write_model(model, tokenizer, plan, tmp_path)
+    assert torch.allclose(outputs(ibprune.load(tmp_path)), outputs(model), atol=1e-5)
+
+
 def test_a_generic_head_loads_where_only_sublayers_are_gone(tmp_path, tokenizer):
     """Such a folder has a model type of its own, and the head builds its backbone through AutoModel."""
     keep = lambda sites: uniform(sites) | {"layers.1.ffn_sublayer": ()}  # noqa: E731
