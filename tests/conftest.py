@@ -310,8 +310,10 @@ def random_keep(sites, seed: int) -> dict[str, tuple[int, ...]]:
     keep = {}
     for name, site in sites.items():
         least = 1 if site.kind == "layers" else site.min_units
+        if site.kind == "vocab":
+            keep[name] = tuple(range(site.n_units))
+            continue
         count = least if seed == 0 else rng.randint(site.min_units, site.n_units)
-        count = site.n_units if site.kind == "vocab" else count
         keep[name] = tuple(sorted(rng.sample(range(site.n_units), count)))
     return keep
 

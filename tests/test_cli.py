@@ -189,15 +189,17 @@ def test_plan_from_the_config_alone(tmp_path, capsys):
     assert "kv_groups" in capsys.readouterr().out
 
 
-def test_a_vision_model_is_planned_from_its_config_and_not_fed_with_texts(stories, tmp_path, capsys):
+def test_a_vision_model_is_planned_from_its_config_and_asks_for_pictures(stories, tmp_path, capsys):
     build("vit", "ViTForImageClassification", dtype=torch.float32).save_pretrained(tmp_path / "vit")
     assert cli.main(["plan", "--model", str(tmp_path / "vit"), "--budget", "0.5", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["macs_length"] == 5 and set(found["groups"]) == {"hidden", "heads", "layers", "ffn"}
     output = tmp_path / "out"
-    common = ["--data", stories, "--quiet"]
-    assert "reads none" in refused(capsys, "--model", tmp_path / "vit", "--budget", "0.5", *common, "--output", output)
-    assert "reads none" in refused(capsys, "audit", tmp_path / "vit", tmp_path / "vit", *common)
+    common = ["--quiet"]
+    flags = ["--model", tmp_path / "vit", "--budget", "0.5", "--output", output, *common]
+    assert "expected pictures" in refused(capsys, *flags)
+    assert "picture" in refused(capsys, *flags, "--data", stories)
+    assert "read pictures" in refused(capsys, "audit", tmp_path / "vit", tmp_path / "vit", "--data", stories, *common)
     assert not output.exists()
 
 

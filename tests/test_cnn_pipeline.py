@@ -63,7 +63,7 @@ def test_the_main_job_of_every_model_type(name, data, tmp_path, capsys):
     assert 0.9 * report["budget"]["limit"] < report["budget"]["achieved"] <= report["budget"]["limit"]
     assert report["budget"]["limit"] == report["dense"]["macs"] // 2 and set(report["kept"]) == {"channels"}
     assert report["verify"]["ways"] == ["ibprune", "transformers"] and report["verify"]["max_abs_diff"] <= 1e-5
-    assert report["audit"] is None and report["audit_note"] == "the audit does not cover CNNs yet."
+    assert report["audit"] is None and report["audit_note"] == "the audit does not cover image models yet."
     assert report["pictures"]["shape"] == [3, 32, 32] and report["pictures"]["normalised_by"] == "the training pictures"
     assert set(report["pruned"]["metrics"]) == {"accuracy"} and report["latency_input"]["height"] == 32
     assert {path.name for path in out.iterdir()} == {
