@@ -21,7 +21,7 @@ def find_family(model_type: str) -> Family:
     if model_type not in known:
         raise UnsupportedModel(
             f"no family describes model_type '{model_type}': {did_you_mean(model_type, [*known, *TRACED])}. "
-            "A row in ibprune/families adds one (ARCHITECTURE.md, 'Adding a family')."
+            "A row in ibprune/families adds one (CONTRIBUTING.md, 'Adding a family')."
         )
     return known[model_type]
 

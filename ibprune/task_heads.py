@@ -73,6 +73,6 @@ def complete(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[
     config = getattr(model, "config", None)
     if "decoder_input_ids" in batch or not getattr(config, "is_encoder_decoder", False):
         return dict(batch)
-    ids, start = batch["input_ids"], config.decoder_start_token_id
+    ids, start = batch["input_ids"], getattr(config, "decoder_start_token_id", None)
     first = torch.full_like(ids[:, :1], config.pad_token_id if start is None else start)
     return dict(batch) | {"decoder_input_ids": torch.cat([first, ids[:, :-1]], dim=1)}
