@@ -198,6 +198,8 @@ def test_a_run_is_not_lost_for_its_audit(folders, stories, tmp_path, monkeypatch
         folders["BertModel"], 0.6, data=stories, output=str(out), mask_steps=0, recover_steps=0, max_length=16
     )
     assert (out / "model.safetensors").exists() and not (out / "audit.json").exists()
+    report = json.loads((out / "report.json").read_text())
+    assert report["audit"] is None and report["audit_note"] == "unusable"
 
 
 def test_audits_that_cannot_be_are_one_line(folders, reviews, tmp_path, capsys):
