@@ -103,8 +103,8 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
         setattr(config, key, min(counts))
-        if name == "heads":
-            site = next(site for site in sites.values() if site.group.name == name)
+        if name == "heads" and key == "num_attention_heads":  # beside which some configs take head_dim
+            site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
             width = axis_width(model, site.cuts[0]) // site.n_units
             if width * site.n_units != getattr(model.config, family.config_keys["hidden"]):
                 config.head_dim = width  # ViT and its kin take it; elsewhere the shapes below differ
@@ -197,7 +197,7 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
     raw["architectures"] = [f"Pruned{name}"]
     auto = auto_class(name, model_type)
     raw["auto_map"] = {auto: f"{module}.Pruned{name}"}
-    if base != name and _whole_base(model) and auto_class(base, model_type) == "AutoModel":
+    if auto != "AutoModel" and _whole_base(model) and auto_class(base, model_type) == "AutoModel":
         raw["auto_map"]["AutoModel"] = f"{module}.Pruned{base}"
     if own_type:
         raw["model_type"] = f"ibprune_{model_type}"

@@ -61,12 +61,13 @@ class MaskAt:
     the site reads, and a LayerNorm on the way takes its statistics as at "norms". At "none" there is no mask:
     which rows of a vocabulary are read is decided by the tokenizer.
     `flattened` says that some of these modules see (batch * length) rows, or windows of an image, instead
-    of whole sequences.
+    of whole sequences, `tables` that some see a table that all sequences share.
     """
 
     side: str
     path: str = ""
     flattened: bool = False
+    tables: bool = False
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,9 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
     sites = {name: site for name, site in sites.items() if site.mask_at.side != "none"}
     masks = MaskSet(
         {
-            name: VIBMask(site.n_units, log_alpha=log_alpha, flattened=site.mask_at.flattened)
+            name: VIBMask(
+                site.n_units, log_alpha=log_alpha, flattened=site.mask_at.flattened, tables=site.mask_at.tables
+            )
             for name, site in sites.items()
         }
     )

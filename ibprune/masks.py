@@ -18,8 +18,9 @@ class VIBMask(nn.Module):
         noise: Scale of the noise while training; 0 makes the mask deterministic.
         flattened: Whether some consumer sees (batch * length) rows: there a probe is repeated to fit, and noise is
             drawn for every row, because nothing says which rows are one sequence.
-        probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it. A table
-            that all sequences share (relative positions) has other rows than the batch, and takes part in none.
+        tables: Whether some consumer sees a table that all sequences share (relative positions): it takes part in
+            no probe.
+        probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it.
 
     Example:
         >>> mask = VIBMask(4).eval()
@@ -27,9 +28,9 @@ class VIBMask(nn.Module):
         tensor([[1., 1., 1., 1.]], grad_fn=<UnsqueezeBackward0>)
     """
 
-    def __init__(self, n_units: int, *, log_alpha: float = -9.0, flattened: bool = False):
+    def __init__(self, n_units: int, *, log_alpha: float = -9.0, flattened: bool = False, tables: bool = False):
         super().__init__()
-        self.flattened = flattened
+        self.flattened, self.tables = flattened, tables
         self.mu = nn.Parameter(torch.ones(n_units))
         self.log_var = nn.Parameter(torch.full((n_units,), log_alpha))
         self.register_buffer("hard", torch.ones(n_units), persistent=True)
@@ -42,7 +43,7 @@ class VIBMask(nn.Module):
         if self.probe is not None:
             if self.flattened and batch > len(self.probe):
                 return self.probe.repeat_interleave(batch // len(self.probe), dim=0)
-            if batch == len(self.probe):
+            if batch == len(self.probe) or not self.tables:
                 return self.probe
         if self.probe is not None or not self.training or self.noise == 0.0:
             return (self.hard * self.mu).unsqueeze(0)

@@ -65,7 +65,7 @@ DEBERTA_V2 = Family(
                 Cut("/classifier", "in", optional=True, without="/pooler"),
                 Cut("/qa_outputs", "in", optional=True),
             ),
-            mask_at=MaskAt("norms"),
+            mask_at=MaskAt("norms", tables=True),
         ),
         width(
             "pooler",
