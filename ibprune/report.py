@@ -22,7 +22,7 @@ class Side:
         macs: Multiply-accumulates of one sequence of `macs_length` tokens, or of one picture (a MAC is two FLOPs).
         file_bytes: Size of the safetensors.
         metrics: By name, on the held-out data.
-        latency_ms: {"median", "iqr"} of a forward pass.
+        latency_ms: {"median", "iqr", "layers"} of a forward pass, by `ibprune.bench.time_forward`.
         params_blocks, macs_blocks: The same without embeddings and heads.
     """
 
@@ -146,6 +146,9 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
     ]
     ratio = pruned["latency_ms"]["median"] / dense["latency_ms"]["median"]
     table.append((f"latency ({' x '.join(str(size) for size in shape.values())})", *latency, f"{ratio:.3f}"))
+    inside = [side["latency_ms"]["layers"] for side in (dense, pruned)]
+    add("  in linear layers and convolutions", *inside, "{:.1f} ms")
+    add("  elsewhere", *(s["latency_ms"]["median"] - i for s, i in zip((dense, pruned), inside)), "{:.1f} ms")
     for name in dense["metrics"]:
         add(name, dense["metrics"][name], pruned["metrics"][name], "{:.4f}")
     return table

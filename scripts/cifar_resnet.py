@@ -5,10 +5,10 @@
 
 The trained shortcuts pad with widths written into the forward (option A): only the inner channels of the blocks can be
 cut, and the report says so. `--shortcut conv` writes them as the 1x1 convolutions that compute the same, so that the
-streams can be cut too. Torch-Pruning (group L1, BN scale; one shot, global) is bisected to at most the budget's MACs
-and recovers with the same loop. Test error is on the first 1,000 test images (standard error about 0.9 points), so
-methods are compared in pairs, image by image: log-likelihood and McNemar's test against the first method. `--validate`
-judges on the last 2,000 training images, held out.
+streams can be cut too. Torch-Pruning (group L1, BN scale; one shot, global or uniform) is bisected to at most the
+budget's MACs and recovers with the same loop. Test error is on the first 1,000 test images (standard error about 0.9
+points), so methods are compared in pairs, image by image: log-likelihood and McNemar's test against the first method.
+`--validate` judges on the last 2,000 training images, held out.
 """
 
 import argparse
@@ -33,9 +33,10 @@ from ibprune.cutting import loss_with
 from ibprune.losses import Objective
 from ibprune.trainer import TrainSettings, make_accelerator, train
 
-IMPORTANCES = {
-    "torch-pruning l1": torch_pruning.importance.GroupMagnitudeImportance(p=1),
-    "torch-pruning bn": torch_pruning.importance.BNScaleImportance(),
+WITNESSES = {  # Torch-Pruning: the importance, and whether all layers are ranked together or each loses the same share
+    "torch-pruning l1": (torch_pruning.importance.GroupMagnitudeImportance(p=1), True),
+    "torch-pruning bn": (torch_pruning.importance.BNScaleImportance(), True),
+    "torch-pruning l1 uniform": (torch_pruning.importance.GroupMagnitudeImportance(p=1), False),
 }
 LR = 1e-3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -136,12 +137,13 @@ def torch_prune(dense: ResNet, name: str, limit: int, example: torch.Tensor) -> 
     padded = any(isinstance(m, Block) and m.side and isinstance(m.shortcut, nn.Identity) for m in dense.modules())
     fixed = [dense.linear] + (streams if padded else [])
     spot = {id(module): path for path, module in dense.named_modules()}
+    importance, together = WITNESSES[name]
 
     def at(ratio: float) -> nn.Module:
         model = copy.deepcopy(dense)
         pruner = torch_pruning.pruner.BasePruner(
-            model, example, importance=IMPORTANCES[name], pruning_ratio=ratio, max_pruning_ratio=0.95,
-            global_pruning=True, ignored_layers=[model.get_submodule(spot[id(module)]) for module in fixed],
+            model, example, importance=importance, pruning_ratio=ratio, max_pruning_ratio=0.95,
+            global_pruning=together, ignored_layers=[model.get_submodule(spot[id(module)]) for module in fixed],
         )  # fmt: skip
         pruner.step()
         return model
@@ -185,7 +187,9 @@ def main() -> None:
     parser.add_argument("--weights", required=True, type=Path)
     parser.add_argument("--shortcut", choices=("pad", "conv"), default="conv")
     parser.add_argument("--budget", type=float, required=True, help="share of the dense MACs to keep")
-    parser.add_argument("--methods", default="vib,fisher,magnitude,random,torch-pruning l1,torch-pruning bn")
+    parser.add_argument(
+        "--methods", default="vib,fisher,magnitude,random,torch-pruning l1,torch-pruning bn,torch-pruning l1 uniform"
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--mask-steps", type=int, default=390)
     parser.add_argument("--total-steps", type=int, default=1170, help="mask learning and recovery together")
@@ -205,7 +209,7 @@ def main() -> None:
         first = None
         for method in arguments.methods.split(","):
             kept = refused = None
-            if method in IMPORTANCES:
+            if method in WITNESSES:
                 torch.manual_seed(seed)
                 model = torch_prune(dense, method, limit, x[:1])
                 model = recover(model, dense, batches, arguments.total_steps, seed)

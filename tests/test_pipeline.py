@@ -24,7 +24,8 @@ def check(result, folder, keep):
     assert report["budget"]["achieved"] <= report["budget"]["limit"]
     assert report["budget"]["keep"] == keep
     assert set(report["dense"]) >= {"params", "macs", "file_bytes", "metrics", "latency_ms"}
-    assert set(report["dense"]["latency_ms"]) == {"median", "iqr"}
+    assert set(report["dense"]["latency_ms"]) == {"median", "iqr", "layers"}
+    assert 0 < report["dense"]["latency_ms"]["layers"] < report["dense"]["latency_ms"]["median"]
     assert report["verify"]["max_abs_diff"] <= 1e-5 and report["world_size"] == 1
     assert set(p.name for p in folder.iterdir()) >= {
         "config.json", "model.safetensors", "plan.json", "report.json", "README.md", "recipe.yaml", "tokenizer.json",
