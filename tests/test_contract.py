@@ -297,3 +297,15 @@ def test_the_readme_lists_every_row_with_its_kinds():
             (row,) = (line for line in lines if line.startswith("|") and f"`{model_type}`" in line)
             kinds = tuple(dict.fromkeys(group.kind for group in family.groups))
             assert set(re.findall(r"`(\w+)`", row.rpartition("| ")[2])) == set(kinds), model_type
+
+
+def test_the_table_of_loading_ways_has_every_row():
+    """docs/families.md by scripts/family_table.py: a cell for every kind of the family, and no other."""
+    lines = (Path(__file__).parents[1] / "docs" / "families.md").read_text().splitlines()
+    (head,) = (line for line in lines if line.startswith("| model type"))
+    columns = re.findall(r"\| `(\w+)` ", head)
+    for family in FAMILIES:
+        for model_type in family.model_types:
+            (row,) = (line for line in lines if line.startswith(f"| `{model_type}` |"))
+            cells = dict(zip(columns, [cell.strip() for cell in row.split("|")[2:]]))
+            assert {kind for kind, cell in cells.items() if cell != "–"} == {g.kind for g in family.groups}, model_type
