@@ -127,7 +127,7 @@ def solve_by_shares(
         raise BadRecipe(
             f"cutting {', '.join(kind for kind, p in pressure.items() if p > 0)} alone leaves "
             f"{_cost(keep, model, budget):,} {model.cost}, above the limit {budget.limit:,}: "
-            "use --shares cost or probe."
+            "use --shares probe."
         )
     return fill(keep, scores, sites, model, budget)
 

@@ -38,7 +38,7 @@ def _common(parser: _Parser) -> None:
 
 def _model(parser: _Parser) -> None:
     parser.add_argument("--model", help="Hub id, local folder, or an alias such as bert-base or minilm")
-    parser.add_argument("--image-size", type=int, help="pixels of a side that a CNN reads (default: as it was made)")
+    parser.add_argument("--image-size", type=int, help="pixels of a side of pictures (default: as the model was made)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -58,7 +58,7 @@ def _data(parser: _Parser) -> None:
     parser.add_argument(
         "--data",
         help="csv, tsv, jsonl, parquet or txt file, a folder of them, a Hub data set, or 'prose'; "
-        "for a CNN a folder with a sub-folder per class, an npz file or a Hub data set",
+        "for pictures a folder with a sub-folder per class, an npz file or a Hub data set",
     )
     parser.add_argument("--text-columns", help="comma list of the columns with the text")
     parser.add_argument("--label-column", help="the column with the label")

@@ -26,7 +26,7 @@ from ibprune.data import (
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable
-from ibprune.images import CollatePictures, ImageData, load_images, make_processor, resize_
+from ibprune.images import CollatePictures, ImageData, blank_shape, load_images, make_processor, resize_
 from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
@@ -203,10 +203,12 @@ def make_feed(
                 "and judged token by token, and its tokens would not be the dense model's. Leave it out of --kinds."
             )
         check_tokenizer(tokenizer)
+    if name == "encoder" and not recipe.distill:
+        raise BadRecipe("an encoder without a head is recovered by distillation alone: leave --no-distill out.")
     defaults = DEFAULTS[name]
-    limit = find_family(model.config.model_type).max_tokens(model.config) or defaults.max_length
-    max_length = recipe.max_length or min(defaults.max_length, limit)
-    if max_length > limit:
+    limit = find_family(model.config.model_type).max_tokens(model.config)
+    max_length = recipe.max_length or min(defaults.max_length, limit or defaults.max_length)
+    if limit and max_length > limit:
         raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
     recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), defaults)
     train_set, held_out_set = data.train, data.held_out
@@ -248,7 +250,7 @@ def make_picture_feed(
     normalised_by = "the model's image processor" if processor is not None else "the training pictures"
     if processor is None:
         processor = make_processor(data, channels, size)
-    elif size:
+    elif size and blank_shape(processor, channels)[1:] != (size, size):
         resize_(processor, size)
     collate = CollatePictures(processor, data, channels, augment=recipe.augment, seed=recipe.seed)
     feed = Feed(

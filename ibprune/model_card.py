@@ -55,7 +55,7 @@ def model_card(report: dict, *, auto_class: str, folder: str) -> str:
 
 
 def _pictures(report: dict, folder: str) -> list[str]:
-    """What a CNN reads, and what could not be cut of it; nothing for a transformer."""
+    """What a model reads of pictures, and what could not be cut of it; nothing where it reads text."""
     if report["pictures"] is None:
         return []
     refused = len(report["refused"])

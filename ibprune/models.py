@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.images import load_processor
-from ibprune.sites import check_model_type, is_traced, reads_pictures
+from ibprune.sites import check_model_type, find_family, is_traced, reads_pictures
 from ibprune.task_heads import CLASSIFIERS
 
 ALIASES = {
@@ -235,7 +235,11 @@ def _read_checkpoint(source: Source, cls: type[PreTrainedModel], options: dict) 
         raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, ArithmeticError, TypeError, AttributeError) as error:
         raise BadRecipe(f"could not load '{source.name}': {first_line(error)}") from error
-    backbone = f"{model.base_model_prefix}."
+    prefix = model.base_model_prefix
+    if not hasattr(model, prefix):  # CLIP's classifier holds a tower and no backbone
+        blocks = "" if is_traced(model.config.model_type) else find_family(model.config.model_type).blocks
+        prefix = blocks.partition(".")[0]
+    backbone = f"{prefix}."
     heads = [key for key in info["missing_keys"] if not key.startswith(backbone) or ".pooler." in key]
     fresh = heads if "num_labels" in options else []
     broken = sorted({*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])} - set(fresh))

@@ -31,7 +31,7 @@ from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
 from ibprune.structure import Costs
-from ibprune.subject import Subject, load_subject
+from ibprune.subject import Subject, known_tokens, load_subject
 from ibprune.task_heads import auto_class
 from ibprune.trainer import make_accelerator, train
 from ibprune.training import finetune_
@@ -60,17 +60,10 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     dense = loaded.model.to(accelerator.device)
     if loaded.new_head:
         console.say("The checkpoint has no head for this task.")
-    with timer("finetune"):
+    with timer("finetune"), known_tokens(subject):
         finetune_(dense, recipe, feed, accelerator, console, needed=loaded.new_head)
-    with timer("evaluate"):
-        try:
-            dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
-        except IndexError as error:
-            rows = dense.get_input_embeddings().num_embeddings
-            raise BadData(
-                f"the tokenizer of '{source.name}' makes token ids beyond the model's {rows:,} embeddings: they do not "
-                "belong together."
-            ) from error
+    with timer("evaluate"), known_tokens(subject):
+        dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
     with timer("cut"):
         student, plan, budget, structure, own_feed = cut(dense, recipe, feed, accelerator, console, found=subject.found)
     objective = _on_kept_features(feed.objective, plan)

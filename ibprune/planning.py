@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from ibprune.budget import least_cost, make_budget, solve_by_cost, solve_by_shares
 from ibprune.channels import find_channels
 from ibprune.errors import BadRecipe
+from ibprune.examples import image_shape
 from ibprune.export import tier_of
 from ibprune.images import blank_shape, load_processor, resize_
 from ibprune.models import Source, build_model, find_source, load_config, model_class
@@ -62,6 +63,9 @@ def plan(
         structure = prepare_traced_(skeleton, found.sites, example, compact_traced_)
     else:
         skeleton = build_model(config, cls, device="meta")
+        shape = image_shape(skeleton)
+        if recipe.image_size:
+            raise BadRecipe(f"--image-size: '{config.model_type}' reads what its config says: leave it out.")
         structure = prepare_(skeleton, choose_kinds(skeleton, kinds), None)
     everything, sites, costs = structure.everything, structure.sites, structure.costs
     fixed = sorted(named_rows(skeleton)) if "vocab" in sites else []  # what else a tokenizer needs, no config says

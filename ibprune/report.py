@@ -40,7 +40,7 @@ class Report:
     """Everything a run found; `report.json` in the output folder.
 
     Attributes:
-        macs_length: Tokens of the sequence whose MACs count; 0 for pictures.
+        macs_length: Tokens of the sequence whose MACs count; for pictures the most rows that a layer sees, or 0.
         vocabulary: What a cut vocabulary means for held-out texts, dense and pruned: its rows, the tokens of a
             text, and the share of unknown ones; None where it was not cut.
         pictures: Where pictures are read, the shape that MACs and latency are of, and how they were normalised and

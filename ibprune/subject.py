@@ -1,5 +1,7 @@
 """A dense model bound to its data: found, loaded, its labels matched, its batches made."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ibprune.channels import Found, find_channels
@@ -13,7 +15,7 @@ from ibprune.labels import match_labels
 from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
 from ibprune.recipe import Recipe
 from ibprune.sites import is_traced, reads_pictures
-from ibprune.structure import check_cnn
+from ibprune.structure import check_cnn, choose_kinds
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         loaded.model.config.id2label = dict(enumerate(data.labels))
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
     found = None
+    if not traced:
+        choose_kinds(loaded.model, recipe.kinds)  # a kind that is not there is said before anything is trained
     if pictures:
         recipe, feed = make_picture_feed(recipe, loaded.model, loaded.processor, data)
         found = find_channels(loaded.model, feed.example()["pixel_values"]) if traced else None
@@ -78,3 +82,18 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     if found is not None:
         console.say(f"{len(found.sites)} places where channels can be cut, {len(found.refused)} refused.")
     return Subject(recipe, source, data, loaded, feed, found)
+
+
+@contextmanager
+def known_tokens(subject: Subject) -> Iterator[None]:
+    """Says in one line that the tokenizer makes ids for which the model has no embedding."""
+    try:
+        yield
+    except IndexError as error:
+        if subject.loaded.tokenizer is None:
+            raise
+        rows = subject.loaded.model.get_input_embeddings().num_embeddings
+        raise BadData(
+            f"the tokenizer of '{subject.source.name}' makes token ids beyond the model's {rows:,} embeddings: they do "
+            "not belong together."
+        ) from error

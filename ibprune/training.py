@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.cutting import loss_with, train_settings
+from ibprune.errors import BadRecipe
 from ibprune.evaluation import evaluate_model
 from ibprune.export import check_output, staged, verify, write_model
 from ibprune.feeding import Feed
 from ibprune.models import check_finite
 from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions
-from ibprune.subject import load_subject
+from ibprune.subject import known_tokens, load_subject
 from ibprune.trainer import make_accelerator, train
 
 SCHEMA = "ibprune.train_report/1"
@@ -32,6 +33,11 @@ def finetune_(
     steps = recipe.finetune_steps
     if steps is None:
         steps = min(2000, -(-len(feed.train_set) // recipe.batch_size)) if needed else 0
+    if steps and feed.objective.name == "encoder":
+        raise BadRecipe(
+            "an encoder without a head has nothing to be trained on but a dense model: give labelled data and a "
+            "classifier, or leave --finetune-steps out."
+        )
     if steps:
         console.say(f"Training the dense model for {steps} steps.")
     settings = replace(train_settings(recipe, steps), seed=recipe.seed + 17)  # other batches than the recovery's
@@ -55,9 +61,9 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         subject = load_subject(recipe, console, untrained=True)
     recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
     model = loaded.model.to(accelerator.device)
-    with timer("evaluate"):
+    with timer("evaluate"), known_tokens(subject):
         before = evaluate_model(model, feed, feed.objective, console=console, what="evaluating before")
-    with timer("train"):
+    with timer("train"), known_tokens(subject):
         steps = finetune_(model, recipe, feed, accelerator, console, needed=True)
     check_finite(model, "the trained model")
     model = model.to(loaded.dtype).float()  # what is measured is what is stored

@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from cnn_models import pictures, save_pictures
-from conftest import HEADS, build
+from conftest import HEADS, TINY, build
+from safetensors.torch import save_file
 
 import ibprune
 from ibprune import cli
 from ibprune.costs import count_params
+from ibprune.errors import BadRecipe
 
 CLASSIFIERS = sorted((f, h) for f, heads in HEADS.items() for h in heads if "ForImageClassification" in h)
 
@@ -54,3 +56,20 @@ def test_a_size_without_positions_and_a_model_without_a_classifier_are_one_line(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_is_missing_is_no_new_head(data, tmp_path, capsys):
+    """CLIP's classifier holds its tower without the prefix that tells a backbone from a head elsewhere."""
+    model = build("clip", "CLIPForImageClassification", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "clip")
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if ".layers.0.mlp." not in k}
+    save_file(state, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--data", data, "--budget", "0.5", "--quiet", "--output", str(tmp_path / "out")]
+    assert cli.main(["--model", str(tmp_path / "clip"), *flags]) == 2
+    assert "4 are missing or of another shape" in capsys.readouterr().err
+
+
+def test_a_plan_says_which_pictures_it_is_of():
+    assert ibprune.plan(TINY["vit"](), 0.5)["pictures"] == {"shape": [3, 8, 8]}
+    with pytest.raises(BadRecipe, match="--image-size: 'vit' reads what its config says"):
+        ibprune.plan(TINY["vit"](), 0.5, image_size=16)
