@@ -114,10 +114,10 @@ def attention_modules(model: nn.Module) -> dict[str, str]:
     inside, start = family.attention, family.blocks.partition("*")[0]
     found: dict[str, str] = {}
     for block, (path, side) in block_layers(model).items():
-        if (
-            side == "out" and block.startswith(start) and f"{path}.{inside}" not in found.values()
-        ):  # a removed block shows the one before it
-            found[block] = f"{path}.{inside}"
+        attention = f"{path}.{inside}"
+        seen = attention in found.values()  # a removed block shows the one before it
+        if side == "out" and block.startswith(start) and not seen:
+            found[block] = attention
     return found
 
 

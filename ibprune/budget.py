@@ -110,19 +110,7 @@ def solve_by_shares(
     Raises:
         BadRecipe: The kinds under pressure cannot reach the budget by themselves.
     """
-    ranking = Ranking(scores, sites)
-
-    def keep_at(t: float) -> Keep:
-        fractions = {kind: float(np.exp(-t * pressure.get(kind, 0.0))) for kind in ranking.kinds}
-        return ranking.keep(fractions, budget.round_to)
-
-    low, high = 0.0, 20.0 / min([value for value in pressure.values() if value > 0], default=1.0)
-    if _cost(keep_at(low), model, budget) <= budget.limit:
-        return keep_at(low)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _cost(keep_at(middle), model, budget) <= budget.limit else (middle, high)
-    keep = keep_at(high)
+    keep = keep_within(Ranking(scores, sites), model, budget, pressure)
     if _cost(keep, model, budget) > budget.limit:
         raise BadRecipe(
             f"cutting {', '.join(kind for kind, p in pressure.items() if p > 0)} alone leaves "
@@ -130,6 +118,35 @@ def solve_by_shares(
             "use --shares probe."
         )
     return fill(keep, scores, sites, model, budget)
+
+
+def keep_within(
+    ranking: "Ranking",
+    model: CostModel,
+    budget: Budget,
+    pressure: Mapping[str, float],
+    *,
+    most: float | None = None,
+    halvings: int = 60,
+) -> Keep:
+    """The fractions of `solve_by_shares` for one budget; above its limit where the pressed kinds cannot reach it.
+
+    Args:
+        most: The largest t that is tried; by default, all that can make a difference.
+        halvings: How often the interval of t is halved.
+    """
+
+    def keep_at(t: float) -> Keep:
+        fractions = {kind: float(np.exp(-t * pressure.get(kind, 0.0))) for kind in ranking.kinds}
+        return ranking.keep(fractions, budget.round_to)
+
+    low, high = 0.0, most or 20.0 / min([value for value in pressure.values() if value > 0], default=1.0)
+    if _cost(keep_at(low), model, budget) <= budget.limit:
+        return keep_at(low)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _cost(keep_at(middle), model, budget) <= budget.limit else (middle, high)
+    return keep_at(high)
 
 
 def fractions_kept(keep: Keep, sites: dict[str, Site]) -> dict[str, float]:

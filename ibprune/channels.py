@@ -12,7 +12,8 @@ from ibprune.errors import BadData, BadRecipe, UnsupportedModel, did_you_mean, f
 from ibprune.groups import MODULE_KINDS, Cut, Group, MaskAt, Site, axis_dims
 from ibprune.inject import inject_
 from ibprune.plans import PruningPlan, model_type
-from ibprune.surgery import compact_module_, select_inputs_
+from ibprune.slicing import select_inputs_
+from ibprune.surgery import compact_module_
 from ibprune.tracing import FORWARD_ERRORS, Place, Unit, tensors, trace_units
 
 TOLERANCE = 1e-8  # of the largest output, in float64: rounding stays below it, another function does not

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
 from ibprune.channels import Found
+from ibprune.collating import token_counts
 from ibprune.console import Quiet
-from ibprune.costs import CostModel
-from ibprune.data import token_counts
-from ibprune.errors import BadRecipe
+from ibprune.embeddings import cut_vocab_, named_rows
 from ibprune.feeding import Feed
 from ibprune.groups import MODULE_KINDS
 from ibprune.inject import inject_
@@ -26,8 +25,8 @@ from ibprune.recipe import Recipe
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
-from ibprune.structure import Structure, choose_kinds, prepare_, prepare_traced_
-from ibprune.surgery import compact_traced_, cut_vocab_, named_rows
+from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_
+from ibprune.surgery import compact_traced_
 from ibprune.trainer import TrainSettings
 from ibprune.vib import learn_masks
 from ibprune.vocabulary import RankedRows, keep_rows, rank_rows
@@ -101,7 +100,7 @@ def cut(
         budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
         student, plan = choose_and_compact_(student, structure, budget, choice)
         return student, plan, budget, structure, feed
-    _check_vocab(cost_model, recipe)
+    check_vocab(cost_model, recipe)
     ranked = rank_rows(feed.collate.tokenizer, counts, named=named_rows(dense))
     sites = structure.sites | {"vocab": structure.sites["vocab"].at_least(ranked.n_needed)}
     budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
@@ -174,7 +173,7 @@ def _one_shot(
         scores["vocab"] = ranked.scores
     if choice.shares == "probe":
         few = batches[: max(1, PROBE // len(next(iter(batches[0].values()))))]
-        read = None if ranked is None else _reader(feed, len(few), accelerator.device)
+        read = None if ranked is None else _reader(feed, len(few) * feed.batch_size, accelerator.device)
         loss_of = probe_loss(student, masks, choice.judge, few, objective, accelerator, read=read)
         keep = probe_shares(loss_of, scores, sites, cost_model, budget, console=choice.console)
     elif choice.shares == "cost":
@@ -185,29 +184,15 @@ def _one_shot(
     return masks, scores, keep
 
 
-def _check_vocab(model: CostModel, recipe: Recipe) -> None:
-    """Raises `BadRecipe` where cutting rows cannot be weighed against cutting other units, or saves nothing."""
-    if recipe.shares == "cost":
-        raise BadRecipe(
-            "--shares cost compares kinds by their scores, and how often a token is used is no such score: use probe "
-            "or equal with 'vocab'."
-        )
-    if not model.unit_cost(model.n_units, "vocab", scope=recipe.scope):
-        raise BadRecipe(
-            f"rows of the vocabulary cost no {recipe.cost} of the {recipe.scope} here: leave 'vocab' out of --kinds, "
-            "or budget the params of the model."
-        )
-
-
-def _reader(feed: Feed, n_batches: int, device: torch.device) -> Callable[[Keep], list[Batch]]:
-    """The calibration batches as a cut vocabulary reads them, in the ids of the whole one: the rows are still there."""
+def _reader(feed: Feed, n_samples: int, device: torch.device) -> Callable[[Keep], list[Batch]]:
+    """Calibration texts as a cut vocabulary reads them, in the ids of the whole one: the rows are still there."""
     tokenizer = feed.collate.tokenizer
     known: dict[tuple[int, ...], list[Batch]] = {}
 
     def read(keep: Keep) -> list[Batch]:
         rows = keep["vocab"]
         if rows not in known:
-            batches = feed.retokenised(keep_rows(tokenizer, rows)).calibration(CALIBRATION, device)[:n_batches]
+            batches = feed.retokenised(keep_rows(tokenizer, rows)).calibration(n_samples, device)
             old = torch.tensor(rows, device=device)
             known[rows] = [batch | {"input_ids": old[batch["input_ids"]]} for batch in batches]
         return known[rows]

@@ -10,19 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ibprune.collating import Collate, CollateIds, CollateMasked, make_loader, windows
 from ibprune.console import Quiet
-from ibprune.data import (
-    PROSE,
-    Collate,
-    CollateIds,
-    CollateMasked,
-    TextData,
-    load_data,
-    load_prose,
-    load_task,
-    make_loader,
-    windows,
-)
+from ibprune.data import PROSE, TextData, load_data, load_prose, load_task
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable

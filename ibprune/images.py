@@ -15,16 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit import ViTImageProcessorPil
 
-from ibprune.data import (
-    LABEL_COLUMNS,
-    READERS,
-    SPLITS,
-    check_columns,
-    data_name,
-    find_splits,
-    hold_out,
-    number_classes,
-)
+from ibprune.data import LABEL_COLUMNS, READERS, SPLITS, check_columns, data_name, find_splits, hold_out, number_classes
 from ibprune.errors import BadData, first_line
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -129,9 +120,9 @@ def _from_folders(path: Path) -> dict[str, Dataset]:
         files = [(file, i) for i, name in enumerate(classes) for file in _pictures(root / name)]
         images = [{"path": str(file), "bytes": None} for file, _ in files]
         splits[split] = Dataset.from_dict({IMAGE: images, LABEL: [i for _, i in files]}, features=features)
-        empty = [name for name in classes if split == "train" and not _pictures(root / name)]
-        if empty:
-            raise BadData(f"expected pictures ({', '.join(PICTURES)}) in '{root / empty[0]}', found none.")
+        empty = sorted(set(range(len(classes))) - {i for _, i in files})
+        if split == "train" and empty:
+            raise BadData(f"expected pictures ({', '.join(PICTURES)}) in '{root / classes[empty[0]]}', found none.")
     return splits
 
 

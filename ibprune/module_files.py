@@ -17,7 +17,7 @@ from ibprune.models import check_finite
 from ibprune.onnx_files import write_onnx
 from ibprune.plans import PruningPlan
 from ibprune.rebuild import SelectedLinear, resize_
-from ibprune.surgery import select_inputs_
+from ibprune.slicing import select_inputs_
 
 SPEC_FILE = "ibprune.json"
 WEIGHTS = "model.safetensors"

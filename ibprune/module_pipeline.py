@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +21,7 @@ from ibprune.losses import Batch, Objective
 from ibprune.models import check_finite
 from ibprune.module_files import save_module
 from ibprune.plans import PruningPlan, model_type
-from ibprune.report import versions
+from ibprune.report import Timer, versions
 from ibprune.scores import SCORES
 from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_
@@ -135,49 +134,42 @@ def prune_module(
     Raises:
         IBPruneError: Anything the user can mend, in one line.
     """
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-
-    def done(stage: str) -> None:
-        nonlocal start
-        seconds[stage] = round(time.perf_counter() - start, 2)
-        start = time.perf_counter()
-
+    timer = Timer()
     accelerator = make_accelerator("fp32", seed=settings.seed)
     device = accelerator.device
     pairs = _Pairs(train_loader)
     batches = pairs.first(CALIBRATION, device)
     example = batches[0]["inputs"][:2] if example is None else example
     dense = copy.deepcopy(model).to(device).eval()
-    found = find_channels(dense, example, kinds=settings.kinds)
+    with timer("trace"):
+        found = find_channels(dense, example, kinds=settings.kinds)
     example = example.to(device)
     console.say(f"{type(model).__name__}: {len(found.sites)} places to cut, {len(found.refused)} refused.")
-    done("trace")
-    dense_metrics = _judge(dense, eval_fn)
-    done("evaluate dense")
+    with timer("evaluate"):
+        dense_metrics = _judge(dense, eval_fn)
     objective = Objective("custom", loss=loss) if loss is not None else Objective("classification")
     teacher = dense if settings.distill and loss is None else None
-    student = copy.deepcopy(dense)
-    structure = prepare_traced_(student, found.sites, example, compact_module_)
-    costs = structure.costs
-    cost_model = costs.of(settings.cost)
-    budget = make_budget(cost_model, found.sites, keep=settings.budget, scope="model", round_to=settings.round_to)
-    choice = Choice(
-        settings.score, settings.shares, settings.seed, objective, batches, pairs.loader, judge=teacher,
-        teacher=teacher, settings=_training(settings, settings.mask_steps), accelerator=accelerator, console=console,
-    )  # fmt: skip
-    student, plan = choose_and_compact_(student, structure, budget, choice)
-    done("cut")
-    train(
-        student, loss_with(objective, teacher, accelerator), pairs.loader, _training(settings, settings.recover_steps),
-        accelerator=accelerator, phase="recovering", console=console,
-    )  # fmt: skip
+    with timer("cut"):
+        student = copy.deepcopy(dense)
+        structure = prepare_traced_(student, found.sites, example, compact_module_)
+        costs = structure.costs
+        cost_model = costs.of(settings.cost)
+        budget = make_budget(cost_model, found.sites, keep=settings.budget, scope="model", round_to=settings.round_to)
+        choice = Choice(
+            settings.score, settings.shares, settings.seed, objective, batches, pairs.loader, judge=teacher,
+            teacher=teacher, settings=_training(settings, settings.mask_steps), accelerator=accelerator,
+            console=console,
+        )  # fmt: skip
+        student, plan = choose_and_compact_(student, structure, budget, choice)
+    with timer("recover"):
+        steps = _training(settings, settings.recover_steps)
+        train(student, loss_with(objective, teacher, accelerator), pairs.loader, steps,
+              accelerator=accelerator, phase="recovering", console=console)  # fmt: skip
     check_finite(student, "the recovered model")
-    done("recover")
-    metrics = _judge(student, eval_fn)
-    done("evaluate pruned")
-    latencies = time_forward(dense, student, {"inputs": example}, console=console)
-    done("bench")
+    with timer("evaluate"):
+        metrics = _judge(student, eval_fn)
+    with timer("bench"):
+        latencies = time_forward(dense, student, {"inputs": example}, console=console)
     sides = [
         {"params": costs.params(kept), "macs": costs.macs(kept), "metrics": found_metrics, "latency_ms": latency}
         for kept, found_metrics, latency in zip((plan.n_units, plan.kept()), (dense_metrics, metrics), latencies)
@@ -196,7 +188,7 @@ def prune_module(
         "settings": {field.name: getattr(settings, field.name) for field in fields(settings)},
         "example_shape": list(example.shape),
         "device": str(device),
-        "timings_s": seconds,
+        "timings_s": timer.seconds,
         "versions": versions(),
     }  # fmt: skip
     return ModuleResult(student.eval(), plan, report, example.cpu())

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from ibprune.budget import least_cost, make_budget, solve_by_cost, solve_by_shares
 from ibprune.channels import find_channels
+from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
 from ibprune.export import tier_of
@@ -17,8 +18,8 @@ from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
 from ibprune.sites import is_traced
-from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
-from ibprune.surgery import compact_traced_, named_rows
+from ibprune.structure import check_cnn, check_vocab, choose_kinds, prepare_, prepare_traced_
+from ibprune.surgery import compact_traced_
 
 
 def plan(
@@ -71,6 +72,8 @@ def plan(
     fixed = sorted(named_rows(skeleton)) if "vocab" in sites else []  # what else a tokenizer needs, no config says
     sites = {name: site.at_least(len(fixed)) if name == "vocab" else site for name, site in sites.items()}
     cost_model = costs.of(cost)
+    if "vocab" in sites:
+        check_vocab(cost_model, recipe)
     target = make_budget(cost_model, sites, keep=budget, scope=scope, round_to=round_to)
     scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
     if "vocab" in sites:

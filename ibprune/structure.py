@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from ibprune import channels
 from ibprune.costs import CostModel, macs_model, module_macs_model, params_model
+from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.groups import ATTENTION_KINDS, Site
 from ibprune.plans import PruningPlan
 from ibprune.recipe import CNN_KINDS, Recipe
 from ibprune.sites import find_family, find_sites
-from ibprune.surgery import compact_, factorize_
+from ibprune.surgery import compact_
 from ibprune.task_heads import is_headless
 
 MACS_LENGTH = 128  # tokens of the sequence whose MACs are counted, where the model reads so many
@@ -79,6 +80,20 @@ def check_cnn(recipe: Recipe, model_type: str) -> None:
     if recipe.scope != "model":
         raise BadRecipe(
             f"--scope: '{recipe.scope}' is for transformers; '{model_type}' has no embeddings to leave out."
+        )
+
+
+def check_vocab(model: CostModel, recipe: Recipe) -> None:
+    """Raises `BadRecipe` where cutting rows cannot be weighed against cutting other units, or saves nothing."""
+    if recipe.shares == "cost":
+        raise BadRecipe(
+            "--shares cost compares kinds by their scores, and how often a token is used is no such score: use probe "
+            "or equal with 'vocab'."
+        )
+    if not model.unit_cost(model.n_units, "vocab", scope=recipe.scope):
+        raise BadRecipe(
+            f"rows of the vocabulary cost no {recipe.cost} of the {recipe.scope} here: leave 'vocab' out of --kinds, "
+            "or budget the params of the model."
         )
 
 

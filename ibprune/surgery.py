@@ -1,4 +1,4 @@
-"""The only file that changes a model's weights' shapes: factorise, fold, cut, and describe the result."""
+"""Compacts a model by a plan: folds its masks, cuts what goes, and describes the result in the config."""
 
 import copy
 
@@ -6,145 +6,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ibprune.errors import PlanMismatch, UnsupportedModel
-from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor, is_norm
+from ibprune.embeddings import cut_vocab_, factorize_, merge_
+from ibprune.errors import PlanMismatch
+from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, is_norm
 from ibprune.inject import MASKS, norm_paths, remove_, unnormed
 from ibprune.plans import PruningPlan, check_plan
 from ibprune.rebuild import (
     STUBS,
     FactorizedEmbedding,
     FactorizedUnembedding,
-    SelectedLinear,
-    factorize_modules,
     full_path,
     pin_rotary_,
     renumber_layers_,
     replace_module,
-    set_parameter,
     set_sizes,
 )
 from ibprune.sites import block_lists, block_paths, find_family, find_sites
+from ibprune.slicing import restore_inputs_, slice_
 
 SPEC = "ibprune"
 FORMAT = 1
 SPEC_KEYS = ("format", "model_type", "architecture", "dense", "dropped_blocks", "stubs", "embedding", "shapes")
-
-
-def factorize_(model: nn.Module, token_counts: torch.Tensor | None = None) -> None:
-    """Writes the token embedding W (V, d) as A (V, d) times B (d, d), its principal directions in order.
-
-    The model's output is unchanged (to rounding). The directions are the right singular vectors of
-    diag(sqrt(w)) W, so that keeping the first k of them loses the least of the embeddings that the
-    data use. The weights are w = counts + mean(counts): half what the data show, half uniform, so
-    that tokens absent from the data keep a share. An output tied to the embedding follows it.
-
-    Args:
-        model: A transformers model of a known family.
-        token_counts: How often each token id occurs in the data, (V,); None weighs all alike.
-
-    Raises:
-        UnsupportedModel: The model reads no tokens, or its embedding is not a plain `nn.Embedding`.
-    """
-    family = find_family(model.config.model_type)
-    if not family.embedding:
-        raise UnsupportedModel(f"'{model.config.model_type}' reads no tokens: it has no embedding to factorise.")
-    path, output = full_path(model, family.embedding), family.output.removeprefix("/")
-    embedding = model.get_submodule(path)
-    if type(embedding) is not nn.Embedding:
-        raise UnsupportedModel(
-            f"expected '{path}' to be an nn.Embedding, found {type(embedding).__name__}: it cannot be factorised. "
-            "Leave 'embedding_rank' out of the kinds."
-        )
-    tied = output if _shares(model, output, embedding.weight) else None
-    weight = embedding.weight.detach()
-    hidden = weight.shape[1]
-    if weight.is_meta:
-        factorize_modules(model, path, hidden, tied)
-        return
-    work = weight.double()
-    counts = torch.ones(len(work), dtype=work.dtype) if token_counts is None else token_counts.to(work)
-    weights = (counts + counts.mean().clamp_min(1e-12)).to(work.device)
-    moment = work.T @ (work * weights[:, None])  # (d, d): its eigenvectors are the right singular vectors
-    directions = torch.linalg.eigh(moment).eigenvectors.flip(1)  # (d, d), largest first
-    factorize_modules(model, path, hidden, tied)
-    factors = model.get_submodule(path)
-    with torch.no_grad():
-        factors.weight.copy_(work @ directions)
-        factors.projection.weight.copy_(directions)
-
-
-def merge_(model: nn.Module) -> None:
-    """Multiplies the factors of an embedding back into one matrix; the opposite of `factorize_`."""
-    family = find_family(model.config.model_type)
-    path, output = full_path(model, family.embedding), family.output.removeprefix("/")
-    factors = dict(model.named_modules()).get(path)
-    if not isinstance(factors, FactorizedEmbedding):
-        return
-    weight = (factors.weight.detach().double() @ factors.projection.weight.detach().double().T).to(factors.weight.dtype)
-    embedding = nn.Embedding(*weight.shape, padding_idx=factors.padding_idx, device="meta")
-    embedding.weight = nn.Parameter(weight, requires_grad=factors.weight.requires_grad)
-    replace_module(model, path, embedding)
-    unembedding = dict(model.named_modules()).get(output)
-    if isinstance(unembedding, FactorizedUnembedding):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=unembedding.bias is not None, device="meta")
-        linear.weight, linear.bias = embedding.weight, unembedding.bias
-        replace_module(model, output, linear)
-        model._tied_weights_keys = type(model)._tied_weights_keys
-
-
-def cut_vocab_(model: nn.Module, rows: tuple[int, ...]) -> None:
-    """Removes the rows of the vocabulary that are not among `rows`, from the embedding and from the output layer.
-
-    Row i is then the token whose id was `rows[i]`, and the config names its tokens by their new ids. What
-    is left is an ordinary model of a smaller vocabulary: `config.vocab_size` says all of it.
-
-    Args:
-        rows: Sorted ids; `ibprune.vocabulary.keep_rows` makes the tokenizer to them.
-
-    Raises:
-        PlanMismatch: A row that the config names is not among them; nothing is changed then.
-    """
-    site = find_sites(model)["vocab"]
-    new_id = {row: i for i, row in enumerate(rows)}
-    gone = sorted(named_rows(model) - set(rows))
-    if gone:
-        raise PlanMismatch(
-            f"expected the plan to keep the row {gone[0]} of the vocabulary, found it cut: the model's config or its "
-            "positions need it."
-        )
-    _slice_(model, {"vocab": site}, PruningPlan(model.config.model_type, {"vocab": site.n_units}, {"vocab": rows}))
-    for config in (model.config, getattr(model, "generation_config", None)):
-        for key, value in _token_ids(config).items():
-            new = [new_id.get(row, row) for row in value] if isinstance(value, list) else new_id.get(value, value)
-            setattr(config, key, new)
-    for module in model.modules():  # some backbones and heads hold the config's number themselves
-        if vars(module).get("vocab_size") == site.n_units:
-            module.vocab_size = len(rows)
-    embedding = model.get_submodule(site.cuts[0].path)
-    embedding.padding_idx = new_id.get(embedding.padding_idx)
-    model.config.vocab_size = len(rows)
-
-
-def named_rows(model: nn.Module) -> set[int]:
-    """Rows of the embedding that the model needs whatever the text.
-
-    Those are the ids in its configs and the padding's; where positions count from the padding's id, all before it too.
-    """
-    family = find_family(model.config.model_type)
-    embedding = model.get_submodule(full_path(model, family.embedding))
-    rows = set() if embedding.padding_idx is None else {embedding.padding_idx}
-    if family.reserved_positions:
-        rows |= set(range(embedding.padding_idx or 0))
-    for config in (model.config, getattr(model, "generation_config", None)):
-        for value in _token_ids(config).values():
-            rows |= set(value) if isinstance(value, list) else {value}
-    return {row for row in rows if 0 <= row < embedding.num_embeddings}
-
-
-def _token_ids(config: object) -> dict[str, int | list[int]]:
-    """The tokens that a config, or a generation config, names; nothing where there is none."""
-    values = config.to_dict() if config is not None else {}
-    return {key: value for key, value in values.items() if key.endswith("_token_id") and value is not None}
 
 
 def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -189,7 +71,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
         if all(cut.axis == "whole" for cut in site.cuts) and not plan.keep[site.name]:
             for cut in site.cuts:
                 replace_module(model, cut.path, STUBS[cut.stub]())
-    _slice_(model, sites, plan)
+    slice_(model, sites, plan)
     set_sizes(model, sizes)
     if rank and len(plan.keep[rank[0]]) == plan.n_units[rank[0]]:
         merge_(model)
@@ -223,10 +105,10 @@ def compact_module_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan)
         with torch.no_grad():
             _fold_(model, sites)
         remove_(model)
-    _slice_(model, sites, plan)
+    slice_(model, sites, plan)
     for site in sites.values():
         if site.kind == "inputs":
-            _restore_inputs_(model, site.cuts[0].path)
+            restore_inputs_(model, site.cuts[0].path)
     return model
 
 
@@ -240,55 +122,6 @@ def compact_traced_(model: PreTrainedModel, sites: dict[str, Site], plan: Prunin
     compact_module_(model, sites, plan)
     model.config.ibprune = _spec(model, before, full_path(model, ""))
     return model
-
-
-def select_inputs_(model: nn.Module, path: str) -> None:
-    """Puts a `SelectedLinear` that reads everything in the place of a linear layer; outputs are unchanged."""
-    linear = model.get_submodule(path)
-    if isinstance(linear, SelectedLinear):
-        return
-    selected = SelectedLinear(linear.in_features, linear.out_features, linear.bias is not None)
-    selected.to(linear.weight.device)
-    selected.weight, selected.bias = linear.weight, linear.bias
-    replace_module(model, path, selected)
-
-
-def _restore_inputs_(model: nn.Module, path: str) -> None:
-    """Puts a plain linear layer back where everything is read after all."""
-    selected = model.get_submodule(path)
-    if len(selected.index) == selected.n_features:
-        linear = nn.Linear(selected.in_features, selected.out_features, selected.bias is not None, device="meta")
-        linear.weight, linear.bias = selected.weight, selected.bias
-        replace_module(model, path, linear)
-
-
-def _slice_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> None:
-    """Index-selects every cut axis, each tensor once, however many modules share it."""
-    modules = dict(model.named_modules())
-    kept: dict[int, dict[int, torch.Tensor]] = {}  # by tensor identity, then dimension: which features stay
-    for site in sites.values():
-        gone = torch.ones(site.n_units, dtype=torch.bool)
-        gone[list(plan.keep[site.name])] = False
-        for cut in site.cuts:
-            if cut.axis == "whole" or cut.path not in modules or not gone.any():
-                continue
-            for name, dim in axis_dims(modules[cut.path], cut.axis):
-                tensor = get_tensor(modules[cut.path], name)
-                offset, width = cut.span(site.n_units, tensor.shape[dim])
-                stays = kept.setdefault(id(tensor), {}).setdefault(dim, torch.ones(tensor.shape[dim], dtype=torch.bool))
-                stays[offset : offset + site.n_units * width] &= ~gone.repeat_interleave(width)
-    new: dict[int, torch.Tensor] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        if id(tensor) in kept:
-            if id(tensor) not in new:
-                value = tensor.detach()
-                for dim, stays in kept[id(tensor)].items():
-                    value = value.index_select(dim, stays.nonzero().flatten().to(value.device))
-                value = value.contiguous()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                new[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
-            set_parameter(model, name, new[id(tensor)])
 
 
 def _new_sizes(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> dict[str, int]:
@@ -449,8 +282,3 @@ def _spec_path(path: str, backbone: str) -> str:
     if not prefix:
         return path
     return path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else "/" + path
-
-
-def _shares(model: nn.Module, path: str, weight: nn.Parameter) -> bool:
-    module = dict(model.named_modules()).get(path)
-    return module is not None and getattr(module, "weight", None) is weight

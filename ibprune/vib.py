@@ -1,7 +1,8 @@
 """Learns which units carry needed information: VIB masks trained with the weights under a ramped hard budget."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ibprune.budget import Budget, Keep, Ranking, fractions_kept, solve_by_shares
+from ibprune.budget import Budget, Keep, Ranking, fractions_kept, keep_within, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.errors import BadRecipe
@@ -30,7 +31,7 @@ class MaskSettings:
         lr_mu, lr_log_var: Learning rates of the masks (Adam, no decay, constant).
         best, worst: log_alpha at the start for the first and last unit of each kind's Fisher ranking.
         ramp: Share of the steps after which the hard budget is reached.
-        settle: Share after which noise and KL are off: the last phase is deterministic.
+        settle: Share after which noise and KL are off and the units that stay are fixed.
     """
 
     beta: float = 0.2
@@ -60,20 +61,20 @@ def learn_masks(
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
     """Learns masks and weights together and returns (kept units, scores, training state).
 
-    The masks start from the Fisher ranking. At every step the hard mask is the exact top-k of the
-    present -log_alpha within each kind, where k follows a ramp from everything to the target's share
-    of the kind; so the budget is met all the way and no controller is needed. The loss is
+    The masks start from the Fisher ranking. The hard mask is the exact top-k of the present -log_alpha
+    within each kind, as many units as fit under a limit that follows a ramp from the dense cost down to
+    the budget, cut between kinds as in the target; so no controller is needed. When the noise ends, the
+    exact budget is taken once, rounding and all, and the last steps train what stays. The loss is
 
         loss + sum_j beta_j * KL_j,   beta_j = beta * cost_j / dense cost   (VIBNet eq. 10 with gamma = cost)
 
     Noise acts on heads, FFN units, sub-layers and channels that one layer reads; the shared residual
-    mask, channels that several layers read and the embedding directions learn their means only. At the
-    end the exact budget comes from ranking by -log_alpha.
+    mask, channels that several layers read and the embedding directions learn their means only.
     With `train_settings.steps` 0 the target is returned as it is.
     """
     if train_settings.steps == 0:
         return target, start, TrainState("learning masks")
-    fractions = fractions_kept(target, sites)
+    pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions_kept(target, sites).items()}
     noisy = [name for name, site in sites.items() if is_noisy(site)]
     _start_from_ranks_(masks, sites, start, settings)
     dense = cost_model(cost_model.n_units, scope=budget.scope)
@@ -86,19 +87,32 @@ def learn_masks(
     device = next(model.parameters()).device
     beta = beta.to(device)
     steps = train_settings.steps
-    penalise = [True]
+    settled_at = math.ceil(settings.settle * steps)
+    settled: Keep = {}  # what stays, from `settled_at` on
 
     def before_step(step: int) -> None:
-        progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
-        penalise[0] = step < settings.settle * steps
-        masks.set_noise(1.0 if penalise[0] else 0.0, sites=noisy)
-        if step % 5 == 0 or step + 1 == steps:
-            ramped = {kind: 1.0 - progress * (1.0 - share) for kind, share in fractions.items()}
-            masks.set_keep(Ranking(_scores(masks), sites).keep(ramped))
+        if step >= settled_at:
+            if step == settled_at:
+                masks.set_noise(0.0, sites=noisy)
+                settled.update(final_keep())
+                masks.set_keep(settled)
+            return
+        masks.set_noise(1.0, sites=noisy)
+        if step % 5 == 0:
+            progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
+            ramped = replace(budget, limit=int(dense - progress * (dense - budget.limit)), round_to=1)
+            ranking = Ranking(_scores(masks), sites)  # t = 1 is the target: no need to look far, or closely
+            masks.set_keep(keep_within(ranking, cost_model, ramped, pressure, most=4.0, halvings=12))
+
+    def final_keep() -> Keep:
+        try:
+            return solve_by_shares(_scores(masks), sites, cost_model, budget, pressure)
+        except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
+            return target
 
     def loss_with_kl(prepared: nn.Module, batch: Batch) -> torch.Tensor:
         loss = loss_of(prepared, batch)
-        if not penalise[0]:
+        if settled:
             return loss
         return loss + (beta * torch.cat([mask.kl() for _, mask in masks.items()])).sum()
 
@@ -120,14 +134,9 @@ def learn_masks(
         extra_groups=[group for group in groups if group["params"]],
         before_step=before_step,
     )
-    scores = _scores(masks)
-    pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions.items()}
-    try:
-        keep = solve_by_shares(scores, sites, cost_model, budget, pressure)
-    except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
-        keep = target
+    keep = settled or final_keep()
     masks.set_keep(keep)
-    return keep, scores, state
+    return keep, _scores(masks), state
 
 
 def is_noisy(site: Site) -> bool:

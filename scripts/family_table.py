@@ -9,13 +9,13 @@ the last block goes.
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from ibprune.embeddings import named_rows
 from ibprune.export import tier_of
 from ibprune.families import FAMILIES, TRACED
 from ibprune.models import build_model, model_class
 from ibprune.plans import PruningPlan
 from ibprune.sites import block_paths, find_family
 from ibprune.structure import Structure, choose_kinds, prepare_
-from ibprune.surgery import named_rows
 
 WAYS = {"vanilla": "plain", "remote_code": "code"}
 KINDS = ("heads", "kv_groups", "ffn", "layers", "hidden", "embedding_rank", "vocab")

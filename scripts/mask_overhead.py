@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset
 
 from ibprune.budget import make_budget, solve_by_shares
+from ibprune.collating import Collate, make_loader
 from ibprune.console import Quiet
 from ibprune.cutting import loss_with
-from ibprune.data import Collate, TextData, make_loader
+from ibprune.data import TextData
 from ibprune.inject import inject_
 from ibprune.losses import Objective
 from ibprune.models import find_source, load_dense

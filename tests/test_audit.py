@@ -14,6 +14,7 @@ import ibprune
 from ibprune import cli
 from ibprune.audit_output import audit_section, audit_table, further_table, layer_status
 from ibprune.auditing import Side, audit
+from ibprune.embeddings import factorize_
 from ibprune.errors import BadData, BadRecipe
 from ibprune.features import collect, find_layers
 from ibprune.inputs import Inputs, draw_tokens
@@ -21,7 +22,7 @@ from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
-from ibprune.surgery import compact_, factorize_
+from ibprune.surgery import compact_
 
 FAST = AuditSettings(repeats=1, curve=(0.5, 2.0))
 

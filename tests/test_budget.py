@@ -10,10 +10,10 @@ from transformers import BertConfig, BertModel
 from ibprune.budget import fill, make_budget, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import macs_model, params_model
+from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_sites
-from ibprune.surgery import factorize_
 
 
 def setting(config=None, length=16):

@@ -23,6 +23,7 @@ from conftest import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibprune.costs import count_params, macs_model, params_model
+from ibprune.embeddings import factorize_, merge_
 from ibprune.errors import BadRecipe, UnsupportedModel
 from ibprune.families import FAMILIES
 from ibprune.inject import inject_, remove_
@@ -30,7 +31,7 @@ from ibprune.planning import plan
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
 from ibprune.structure import choose_kinds
-from ibprune.surgery import compact_, factorize_, merge_
+from ibprune.surgery import compact_
 from ibprune.task_heads import auto_class
 
 CAUSAL = [(f, h) for f, h in CASES if auto_class(h, TINY[f]().model_type) == "AutoModelForCausalLM"]

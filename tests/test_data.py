@@ -6,17 +6,8 @@ from conftest import WORDS
 from datasets import Dataset
 from transformers import BertConfig
 
-from ibprune.data import (
-    Collate,
-    CollateIds,
-    CollateMasked,
-    TextData,
-    load_data,
-    load_prose,
-    make_loader,
-    token_counts,
-    windows,
-)
+from ibprune.collating import Collate, CollateIds, CollateMasked, make_loader, token_counts, windows
+from ibprune.data import TextData, load_data, load_prose
 from ibprune.errors import BadData
 from ibprune.labels import match_labels
 from ibprune.metrics import load_metric

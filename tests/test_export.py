@@ -12,11 +12,12 @@ from conftest import CASES, LANGUAGE_MODELS, build, outputs, random_keep, token_
 from safetensors.torch import load_file, save_file
 
 import ibprune
+from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch
 from ibprune.export import check_output, staged, tier_of, verify, write_model
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
-from ibprune.surgery import compact_, factorize_
+from ibprune.surgery import compact_
 from ibprune.task_heads import auto_class
 
 

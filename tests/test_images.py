@@ -9,7 +9,7 @@ from PIL import Image as Picture
 from transformers import ResNetConfig
 from transformers.models.convnext import ConvNextImageProcessorPil
 
-from ibprune.data import make_loader
+from ibprune.collating import make_loader
 from ibprune.errors import BadData
 from ibprune.images import (
     CollatePictures,

@@ -5,11 +5,11 @@ import torch
 from conftest import build, token_ids
 
 from ibprune.console import Quiet
+from ibprune.embeddings import factorize_
 from ibprune.inject import inject_
 from ibprune.losses import Objective, forward, supervised_loss
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.sites import find_sites
-from ibprune.surgery import factorize_
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,18 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrained
 
 import ibprune
 from ibprune import cli
+from ibprune.collating import Collate
 from ibprune.costs import count_params, macs_model, params_model
-from ibprune.data import Collate, TextData
-from ibprune.errors import BadData, PlanMismatch, UnsupportedModel
+from ibprune.data import TextData
+from ibprune.embeddings import cut_vocab_, factorize_, named_rows
+from ibprune.errors import BadData, BadRecipe, PlanMismatch, UnsupportedModel
 from ibprune.export import tier_of, verify, write_model
 from ibprune.inject import inject_
 from ibprune.losses import Objective, _word_means, dense_batch, distill_loss, forward
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
 from ibprune.structure import choose_kinds
-from ibprune.surgery import compact_, cut_vocab_, factorize_, named_rows
+from ibprune.surgery import compact_
 from ibprune.vocabulary import compare_tokenizers, keep_rows, rank_rows
 
 WORDED = [
@@ -419,6 +421,8 @@ def test_the_dry_run_knows_the_kind_and_the_default_leaves_it_out():
     found = ibprune.plan(config, 0.7, kinds=("ffn", "vocab"), round_to=1)
     assert found["groups"]["vocab"]["cut"] and found["predicted"]["params"] <= 0.7 * found["dense"]["params"]
     assert not ibprune.plan(config, 0.7)["groups"]["vocab"]["cut"]
+    with pytest.raises(BadRecipe, match="cost no params of the blocks"):  # as a run says
+        ibprune.plan(config, 0.7, kinds=("ffn", "vocab"), scope="blocks")
     for family, head in (("bert", "BertModel"), ("gpt2", "GPT2LMHeadModel")):
         assert "vocab" not in choose_kinds(build(family, head), ())
 
