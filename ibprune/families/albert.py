@@ -1,9 +1,11 @@
 """The row of ALBERT, whose blocks share their weights between layers."""
 
-from ibprune.families.parts import ffn, vocab, width
+from ibprune.families.parts import ffn, heads, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _BLOCKS = "encoder.albert_layer_groups.*.albert_layers.*"
+
+_QKV = ("attention.query", "attention.key", "attention.value")
 
 ALBERT = Family(
     model_types=("albert",),
@@ -21,18 +23,7 @@ ALBERT = Family(
     free=("/predictions", "/predictions.decoder"),  # vocabulary biases
     uncut=(("layers", "its layers are the same few blocks run again and again, so that no single one can go"),),
     groups=(
-        Group(
-            "heads",
-            kind="heads",
-            unit="attention.attention_head_size",
-            cuts=(
-                Cut("attention.query", "out"),
-                Cut("attention.key", "out"),
-                Cut("attention.value", "out"),
-                Cut("attention.dense", "in"),
-            ),
-            mask_at=MaskAt("in", "attention.dense"),
-        ),
+        heads(_QKV, "attention.dense", unit="attention.attention_head_size"),
         ffn(
             cuts=(Cut("ffn", "out"), Cut("ffn_output", "in")),
             mask_at=MaskAt("in", "ffn_output"),

@@ -2,42 +2,23 @@
 
 from dataclasses import replace
 
-from ibprune.families.parts import ffn, sublayer, width
-from ibprune.groups import Cut, Family, Group, MaskAt
+from ibprune.families.parts import ffn, heads, reads_and_writes, sublayer, tanh_head, width
+from ibprune.groups import Cut, Family, MaskAt
 
 _ENCODER, _DECODER = "encoder.layers.*", "decoder.layers.*"
 
 
-def _heads(name: str, attention: str, stack: str = "") -> Group:
-    return Group(
-        name,
-        kind="heads",
-        unit=f"{attention}.head_dim",
-        cuts=(
-            Cut(f"{attention}.q_proj", "out"),
-            Cut(f"{attention}.k_proj", "out"),
-            Cut(f"{attention}.v_proj", "out"),
-            Cut(f"{attention}.out_proj", "in"),
-        ),
-        mask_at=MaskAt("in", f"{attention}.out_proj"),
-        stack=stack,
-    )
+_SELF, _CROSS = (
+    tuple(f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+    for attention in ("self_attn", "encoder_attn")
+)
 
 
-def _residual(attention: str) -> tuple[Cut, ...]:
+def _residual(stack: str) -> tuple[Cut, ...]:
     return (
-        Cut(f"{attention}.q_proj", "in", optional=True),
-        Cut(f"{attention}.k_proj", "in", optional=True),
-        Cut(f"{attention}.v_proj", "in", optional=True),
-        Cut(f"{attention}.out_proj", "out", optional=True),
-        Cut(f"{attention}_layer_norm", "out"),
-    )
-
-
-def _ffn_residual(stack: str) -> tuple[Cut, ...]:
-    return (
-        Cut(f"{stack}.fc1", "in", optional=True),
-        Cut(f"{stack}.fc2", "out", optional=True),
+        *reads_and_writes(stack, _SELF, "self_attn.out_proj"),
+        Cut(f"{stack}.self_attn_layer_norm", "out"),
+        *reads_and_writes(stack, ("fc1",), "fc2"),
         Cut(f"{stack}.final_layer_norm", "out"),
     )
 
@@ -64,8 +45,8 @@ BART = Family(
         ("vocab", "encoder, decoder and output each hold the embedding"),
     ),
     groups=(
-        _heads("heads", "self_attn"),
-        _heads("cross.heads", "encoder_attn", _DECODER),
+        heads(_SELF, "self_attn.out_proj", unit="self_attn.head_dim"),
+        heads(_CROSS, "encoder_attn.out_proj", unit="encoder_attn.head_dim", name="cross.heads", stack=_DECODER),
         # Post-norm: the LayerNorm after a removed sub-layer stays.
         sublayer(
             "attention_sublayer",
@@ -96,24 +77,16 @@ BART = Family(
                 Cut("decoder.embed_tokens", "out"),
                 Cut("encoder.embed_positions", "out"),
                 Cut("decoder.embed_positions", "out"),
-                *_residual(f"{_ENCODER}.self_attn"),
-                *_ffn_residual(_ENCODER),
-                *_residual(f"{_DECODER}.self_attn"),
-                *_residual(f"{_DECODER}.encoder_attn"),
-                *_ffn_residual(_DECODER),
+                *_residual(_ENCODER),
+                *_residual(_DECODER),
+                *reads_and_writes(_DECODER, _CROSS, "encoder_attn.out_proj"),
+                Cut(f"{_DECODER}.encoder_attn_layer_norm", "out"),
                 Cut("/lm_head", "in", optional=True),
                 Cut("/classification_head.dense", "in", optional=True),
                 Cut("/qa_outputs", "in", optional=True),
             ),
             mask_at=MaskAt("norms"),
         ),
-        width(
-            "head",
-            cuts=(
-                Cut("/classification_head.dense", "out", optional=True),
-                Cut("/classification_head.out_proj", "in", optional=True),
-            ),
-            mask_at=MaskAt("out", "/classification_head.dense"),  # before the tanh
-        ),
+        tanh_head("/classification_head"),
     ),
 )

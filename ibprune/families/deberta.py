@@ -1,10 +1,14 @@
 """The row of DeBERTa-v2 and v3, whose attention adds products with relative positions."""
 
 from ibprune.families.encoders import BERT
-from ibprune.families.parts import embedding_rank, vocab, width
-from ibprune.groups import Cut, Family, Group, MaskAt
+from ibprune.families.parts import embedding_rank, heads, reads_and_writes, vocab, width
+from ibprune.groups import Cut, Family, MaskAt
 
 _LAYERS = "encoder.layer.*"
+
+_QKV = ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj")
+# Relative positions have projections of their own, or share those of queries and keys.
+_POSITIONS = ("attention.self.pos_key_proj", "attention.self.pos_query_proj")
 
 DEBERTA_V2 = Family(
     model_types=("deberta-v2",),
@@ -16,20 +20,11 @@ DEBERTA_V2 = Family(
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
     free=("/cls.predictions", "/cls.predictions.decoder"),  # vocabulary biases
     groups=(
-        Group(
-            "heads",
-            kind="heads",
+        heads(
+            _QKV,
+            "attention.output.dense",
             unit="attention.self.attention_head_size",
-            cuts=(
-                Cut("attention.self.query_proj", "out"),
-                Cut("attention.self.key_proj", "out"),
-                Cut("attention.self.value_proj", "out"),
-                # Relative positions have projections of their own, or share those of queries and keys.
-                Cut("attention.self.pos_key_proj", "out", optional=True),
-                Cut("attention.self.pos_query_proj", "out", optional=True),
-                Cut("attention.output.dense", "in"),
-            ),
-            mask_at=MaskAt("in", "attention.output.dense"),
+            more=tuple(Cut(path, "out", optional=True) for path in _POSITIONS),
             sizes=("attention.self.num_attention_heads",),
         ),
         *(group for group in BERT.groups if group.per_block and group.kind != "heads"),
@@ -43,15 +38,9 @@ DEBERTA_V2 = Family(
                 # The table of relative positions is read through a norm; where it has none, the model is refused.
                 Cut("encoder.rel_embeddings", "out", optional=True),
                 Cut("encoder.LayerNorm", "out", needs="encoder.rel_embeddings"),
-                Cut(f"{_LAYERS}.attention.self.query_proj", "in", optional=True),
-                Cut(f"{_LAYERS}.attention.self.key_proj", "in", optional=True),
-                Cut(f"{_LAYERS}.attention.self.value_proj", "in", optional=True),
-                Cut(f"{_LAYERS}.attention.self.pos_key_proj", "in", optional=True),
-                Cut(f"{_LAYERS}.attention.self.pos_query_proj", "in", optional=True),
-                Cut(f"{_LAYERS}.attention.output.dense", "out"),
+                *reads_and_writes(_LAYERS, (*_QKV, *_POSITIONS), "attention.output.dense", stays=True),
                 Cut(f"{_LAYERS}.attention.output.LayerNorm", "out"),
-                Cut(f"{_LAYERS}.intermediate.dense", "in", optional=True),
-                Cut(f"{_LAYERS}.output.dense", "out"),
+                *reads_and_writes(_LAYERS, ("intermediate.dense",), "output.dense", stays=True),
                 Cut(f"{_LAYERS}.output.LayerNorm", "out"),
                 Cut("encoder.conv.conv", "in", optional=True),
                 Cut("encoder.conv.conv", "out", optional=True),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, vocab, width
+from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, reads_and_writes, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _CONFIG_KEYS = {"hidden": "hidden_size", "kv_groups": "num_key_value_heads", "ffn": "intermediate_size"}
@@ -27,13 +27,8 @@ _FFN = ffn(
 )
 
 _BLOCKS_RESIDUAL = (
-    Cut("layers.*.self_attn.q_proj", "in", optional=True),
-    Cut("layers.*.self_attn.k_proj", "in", optional=True),
-    Cut("layers.*.self_attn.v_proj", "in", optional=True),
-    Cut("layers.*.self_attn.o_proj", "out", optional=True),
-    Cut("layers.*.mlp.gate_proj", "in", optional=True),
-    Cut("layers.*.mlp.up_proj", "in", optional=True),
-    Cut("layers.*.mlp.down_proj", "out", optional=True),
+    *reads_and_writes("layers.*.self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    *reads_and_writes("layers.*.mlp", ("gate_proj", "up_proj"), "down_proj"),
 )
 
 _ATTENTION_SUBLAYER = sublayer(

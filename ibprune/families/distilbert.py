@@ -1,7 +1,9 @@
 """The row of DistilBERT."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
-from ibprune.groups import Cut, Family, Group, MaskAt
+from ibprune.families.parts import embedding_rank, ffn, heads, reads_and_writes, sublayer, vocab, width
+from ibprune.groups import Cut, Family, MaskAt
+
+_QKV = ("attention.q_lin", "attention.k_lin", "attention.v_lin")
 
 DISTILBERT = Family(
     model_types=("distilbert",),
@@ -12,18 +14,7 @@ DISTILBERT = Family(
     context="attention.out_lin",
     config_keys={"hidden": "dim", "heads": "n_heads", "ffn": "hidden_dim"},
     groups=(
-        Group(
-            "heads",
-            kind="heads",
-            unit="attention.attention_head_size",
-            cuts=(
-                Cut("attention.q_lin", "out"),
-                Cut("attention.k_lin", "out"),
-                Cut("attention.v_lin", "out"),
-                Cut("attention.out_lin", "in"),
-            ),
-            mask_at=MaskAt("in", "attention.out_lin"),
-        ),
+        heads(_QKV, "attention.out_lin", unit="attention.attention_head_size"),
         # Post-norm: the LayerNorm after a removed sub-layer stays.
         sublayer(
             "attention_sublayer",
@@ -45,13 +36,9 @@ DISTILBERT = Family(
                 Cut("embeddings.LayerNorm", "out"),
                 Cut("embeddings.word_embeddings", "out"),
                 Cut("embeddings.position_embeddings", "out"),
-                Cut("transformer.layer.*.attention.q_lin", "in", optional=True),
-                Cut("transformer.layer.*.attention.k_lin", "in", optional=True),
-                Cut("transformer.layer.*.attention.v_lin", "in", optional=True),
-                Cut("transformer.layer.*.attention.out_lin", "out", optional=True),
+                *reads_and_writes("transformer.layer.*", _QKV, "attention.out_lin"),
                 Cut("transformer.layer.*.sa_layer_norm", "out"),
-                Cut("transformer.layer.*.ffn.lin1", "in", optional=True),
-                Cut("transformer.layer.*.ffn.lin2", "out", optional=True),
+                *reads_and_writes("transformer.layer.*", ("ffn.lin1",), "ffn.lin2"),
                 Cut("transformer.layer.*.output_layer_norm", "out"),
                 # The transform feeds the output tied to the word embeddings: its features are the residual's.
                 Cut("/vocab_transform", "in", optional=True),

@@ -1,23 +1,14 @@
 """Rows of BERT and the encoders that share its blocks: RoBERTa and ELECTRA."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
-from ibprune.groups import Cut, Family, Group, MaskAt
+from ibprune.families.parts import embedding_rank, ffn, heads, reads_and_writes, sublayer, tanh_head, vocab, width
+from ibprune.groups import Cut, Family, MaskAt
 
 _CONFIG_KEYS = {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"}
 
+_QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
+
 _BLOCKS = (
-    Group(
-        "heads",
-        kind="heads",
-        unit="attention.self.attention_head_size",
-        cuts=(
-            Cut("attention.self.query", "out"),
-            Cut("attention.self.key", "out"),
-            Cut("attention.self.value", "out"),
-            Cut("attention.output.dense", "in"),
-        ),
-        mask_at=MaskAt("in", "attention.output.dense"),
-    ),
+    heads(_QKV, "attention.output.dense", unit="attention.self.attention_head_size"),
     # Post-norm: the LayerNorm after a removed sub-layer stays, as it does while its mask nears zero.
     sublayer(
         "attention_sublayer",
@@ -39,13 +30,9 @@ _BLOCKS = (
 )
 
 _BLOCKS_RESIDUAL = (
-    Cut("encoder.layer.*.attention.self.query", "in", optional=True),
-    Cut("encoder.layer.*.attention.self.key", "in", optional=True),
-    Cut("encoder.layer.*.attention.self.value", "in", optional=True),
-    Cut("encoder.layer.*.attention.output.dense", "out"),
+    *reads_and_writes("encoder.layer.*", _QKV, "attention.output.dense", stays=True),
     Cut("encoder.layer.*.attention.output.LayerNorm", "out"),
-    Cut("encoder.layer.*.intermediate.dense", "in", optional=True),
-    Cut("encoder.layer.*.output.dense", "out"),
+    *reads_and_writes("encoder.layer.*", ("intermediate.dense",), "output.dense", stays=True),
     Cut("encoder.layer.*.output.LayerNorm", "out"),
 )
 
@@ -128,11 +115,7 @@ ROBERTA = Family(
             cuts=(Cut("pooler.dense", "out", optional=True),),
             mask_at=MaskAt("out", "pooler.dense"),
         ),
-        width(
-            "head",
-            cuts=(Cut("/classifier.dense", "out", optional=True), Cut("/classifier.out_proj", "in", optional=True)),
-            mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
-        ),
+        tanh_head("/classifier"),
         embedding_rank("embeddings.word_embeddings", "/lm_head.decoder"),
         vocab("embeddings.word_embeddings", "/lm_head.decoder", bias="/lm_head"),
     ),

@@ -1,6 +1,6 @@
 """Rows of GPT-2, GPT-NeoX and OPT: decoders with LayerNorms."""
 
-from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, sublayer, vocab, width
+from ibprune.families.parts import DECODER_HEADS, embedding_rank, ffn, heads, reads_and_writes, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 GPT2 = Family(
@@ -47,11 +47,9 @@ GPT2 = Family(
                 Cut("wte", "out"),
                 Cut("wpe", "out"),
                 Cut("h.*.ln_1", "out", optional=True),
-                Cut("h.*.attn.c_attn", "in", optional=True),
-                Cut("h.*.attn.c_proj", "out", optional=True),
+                *reads_and_writes("h.*.attn", ("c_attn",), "c_proj"),
                 Cut("h.*.ln_2", "out", optional=True),
-                Cut("h.*.mlp.c_fc", "in", optional=True),
-                Cut("h.*.mlp.c_proj", "out", optional=True),
+                *reads_and_writes("h.*.mlp", ("c_fc",), "c_proj"),
                 *DECODER_HEADS,
             ),
             mask_at=MaskAt("norms"),
@@ -99,11 +97,9 @@ GPT_NEOX = Family(
                 Cut("final_layer_norm", "out"),
                 Cut("embed_in", "out"),
                 Cut("layers.*.input_layernorm", "out", optional=True),
-                Cut("layers.*.attention.query_key_value", "in", optional=True),
-                Cut("layers.*.attention.dense", "out", optional=True),
+                *reads_and_writes("layers.*.attention", ("query_key_value",), "dense"),
                 Cut("layers.*.post_attention_layernorm", "out", optional=True),
-                Cut("layers.*.mlp.dense_h_to_4h", "in", optional=True),
-                Cut("layers.*.mlp.dense_4h_to_h", "out", optional=True),
+                *reads_and_writes("layers.*.mlp", ("dense_h_to_4h",), "dense_4h_to_h"),
                 *DECODER_HEADS,
             ),
             mask_at=MaskAt("norms"),
@@ -112,6 +108,8 @@ GPT_NEOX = Family(
         vocab("embed_in", "/lm_head"),
     ),
 )
+
+_OPT_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 OPT = Family(
     causal=True,
@@ -123,19 +121,7 @@ OPT = Family(
     context="self_attn.out_proj",
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "ffn_dim"},
     groups=(
-        Group(
-            "heads",
-            kind="heads",
-            unit="self_attn.head_dim",
-            cuts=(
-                Cut("self_attn.q_proj", "out"),
-                Cut("self_attn.k_proj", "out"),
-                Cut("self_attn.v_proj", "out"),
-                Cut("self_attn.out_proj", "in"),
-            ),
-            mask_at=MaskAt("in", "self_attn.out_proj"),
-            sizes=("self_attn.num_heads",),
-        ),
+        heads(_OPT_QKV, "self_attn.out_proj", unit="self_attn.head_dim", sizes=("self_attn.num_heads",)),
         sublayer(
             "attention_sublayer",
             cuts=(
@@ -162,13 +148,9 @@ OPT = Family(
                 Cut("decoder.embed_tokens", "out"),
                 Cut("decoder.embed_positions", "out"),
                 Cut("decoder.layers.*.self_attn_layer_norm", "out", optional=True),
-                Cut("decoder.layers.*.self_attn.q_proj", "in", optional=True),
-                Cut("decoder.layers.*.self_attn.k_proj", "in", optional=True),
-                Cut("decoder.layers.*.self_attn.v_proj", "in", optional=True),
-                Cut("decoder.layers.*.self_attn.out_proj", "out", optional=True),
+                *reads_and_writes("decoder.layers.*", _OPT_QKV, "self_attn.out_proj"),
                 Cut("decoder.layers.*.final_layer_norm", "out", optional=True),
-                Cut("decoder.layers.*.fc1", "in", optional=True),
-                Cut("decoder.layers.*.fc2", "out", optional=True),
+                *reads_and_writes("decoder.layers.*", ("fc1",), "fc2"),
                 *DECODER_HEADS,
             ),
             mask_at=MaskAt("norms", flattened=True),

@@ -1,6 +1,6 @@
 """The row of ModernBERT."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
+from ibprune.families.parts import embedding_rank, ffn, reads_and_writes, sublayer, vocab, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 MODERNBERT = Family(
@@ -51,11 +51,9 @@ MODERNBERT = Family(
                 Cut("embeddings.norm", "out"),
                 Cut("embeddings.tok_embeddings", "out"),
                 Cut("layers.*.attn_norm", "out", optional=True),
-                Cut("layers.*.attn.Wqkv", "in", optional=True),
-                Cut("layers.*.attn.Wo", "out", optional=True),
+                *reads_and_writes("layers.*.attn", ("Wqkv",), "Wo"),
                 Cut("layers.*.mlp_norm", "out", optional=True),
-                Cut("layers.*.mlp.Wi", "in", optional=True),
-                Cut("layers.*.mlp.Wo", "out", optional=True),
+                *reads_and_writes("layers.*.mlp", ("Wi",), "Wo"),
                 Cut("/head.dense", "in", optional=True),
                 # Before an output tied to the embeddings, the head's features are the residual's.
                 Cut("/head.dense", "out", optional=True, needs="/decoder"),

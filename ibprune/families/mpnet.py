@@ -1,6 +1,6 @@
 """The row of MPNet."""
 
-from ibprune.families.parts import embedding_rank, ffn, sublayer, vocab, width
+from ibprune.families.parts import embedding_rank, ffn, reads_and_writes, sublayer, tanh_head, vocab, width
 from ibprune.groups import Cut, Family, MaskAt
 
 MPNET = Family(
@@ -36,13 +36,9 @@ MPNET = Family(
                 Cut("embeddings.LayerNorm", "out"),
                 Cut("embeddings.word_embeddings", "out"),
                 Cut("embeddings.position_embeddings", "out"),
-                Cut("encoder.layer.*.attention.attn.q", "in", optional=True),
-                Cut("encoder.layer.*.attention.attn.k", "in", optional=True),
-                Cut("encoder.layer.*.attention.attn.v", "in", optional=True),
-                Cut("encoder.layer.*.attention.attn.o", "out", optional=True),
+                *reads_and_writes("encoder.layer.*.attention.attn", ("q", "k", "v"), "o"),
                 Cut("encoder.layer.*.attention.LayerNorm", "out"),
-                Cut("encoder.layer.*.intermediate.dense", "in", optional=True),
-                Cut("encoder.layer.*.output.dense", "out"),
+                *reads_and_writes("encoder.layer.*", ("intermediate.dense",), "output.dense", stays=True),
                 Cut("encoder.layer.*.output.LayerNorm", "out"),
                 Cut("pooler.dense", "in", optional=True),
                 # The transform feeds the output tied to the word embeddings: its features are the residual's.
@@ -61,11 +57,7 @@ MPNET = Family(
             cuts=(Cut("pooler.dense", "out", optional=True),),
             mask_at=MaskAt("out", "pooler.dense"),
         ),
-        width(
-            "head",
-            cuts=(Cut("/classifier.dense", "out", optional=True), Cut("/classifier.out_proj", "in", optional=True)),
-            mask_at=MaskAt("out", "/classifier.dense"),  # before the tanh
-        ),
+        tanh_head("/classifier"),
         embedding_rank("embeddings.word_embeddings", "/lm_head.decoder"),
         vocab("embeddings.word_embeddings", "/lm_head.decoder", bias="/lm_head"),
     ),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ibprune.families.parts import ffn, sublayer, width
+from ibprune.families.parts import ffn, reads_and_writes, sublayer, tanh_head, width
 from ibprune.groups import Cut, Family, Group, MaskAt
 
 _ENCODER, _DECODER = "encoder.block.*", "decoder.block.*"
@@ -48,23 +48,11 @@ def _ffn(layer: str, stack: str) -> tuple[Group, Group]:
     return replace(inner, stack=stack), replace(whole, stack=stack)
 
 
-def _attention_residual(attention: str) -> tuple[Cut, ...]:
-    return (
-        Cut(f"{attention}.q", "in", optional=True),
-        Cut(f"{attention}.k", "in", optional=True),
-        Cut(f"{attention}.v", "in", optional=True),
-        Cut(f"{attention}.o", "out", optional=True),
-    )
-
-
 def _residual(stack: str, ffn_layer: str) -> tuple[Cut, ...]:
     return (
-        *_attention_residual(f"{stack}.{_SELF}"),
+        *reads_and_writes(f"{stack}.{_SELF}", ("q", "k", "v"), "o"),
         Cut(f"{stack}.layer.*.layer_norm", "out", optional=True),
-        Cut(f"{stack}.{ffn_layer}.DenseReluDense.wi", "in", optional=True),
-        Cut(f"{stack}.{ffn_layer}.DenseReluDense.wi_0", "in", optional=True),
-        Cut(f"{stack}.{ffn_layer}.DenseReluDense.wi_1", "in", optional=True),
-        Cut(f"{stack}.{ffn_layer}.DenseReluDense.wo", "out", optional=True),
+        *reads_and_writes(f"{stack}.{ffn_layer}.DenseReluDense", ("wi", "wi_0", "wi_1"), "wo"),
     )
 
 
@@ -121,7 +109,7 @@ T5 = Family(
                 Cut("decoder.embed_tokens", "out", optional=True),
                 *_residual(_ENCODER, "layer.1"),
                 *_residual(_DECODER, "layer.2"),
-                *_attention_residual(f"{_DECODER}.{_CROSS}"),
+                *reads_and_writes(f"{_DECODER}.{_CROSS}", ("q", "k", "v"), "o"),
                 Cut("/lm_head", "in", optional=True),
                 Cut("/classification_head.dense", "in", optional=True),
                 Cut("/classifier", "in", optional=True),
@@ -129,13 +117,6 @@ T5 = Family(
             ),
             mask_at=MaskAt("norms"),
         ),
-        width(
-            "head",
-            cuts=(
-                Cut("/classification_head.dense", "out", optional=True),
-                Cut("/classification_head.out_proj", "in", optional=True),
-            ),
-            mask_at=MaskAt("out", "/classification_head.dense"),  # before the tanh
-        ),
+        tanh_head("/classification_head"),
     ),
 )

@@ -2,21 +2,11 @@
 
 from dataclasses import replace
 
-from ibprune.families.parts import ffn, sublayer, width
-from ibprune.groups import Cut, Family, Group, MaskAt
+from ibprune.families.parts import ffn, heads, reads_and_writes, sublayer, width
+from ibprune.groups import Cut, Family, MaskAt
 
-_HEADS = Group(
-    "heads",
-    kind="heads",
-    unit="attention.head_dim",
-    cuts=(
-        Cut("attention.o_proj", "in"),
-        Cut("attention.q_proj", "out"),
-        Cut("attention.k_proj", "out"),
-        Cut("attention.v_proj", "out"),
-    ),
-    mask_at=MaskAt("in", "attention.o_proj"),
-)
+_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_HEADS = heads(_QKV, "attention.o_proj", unit="attention.head_dim")
 
 _FFN = ffn(cuts=(Cut("mlp.fc1", "out"), Cut("mlp.fc2", "in")), mask_at=MaskAt("in", "mlp.fc2"))
 
@@ -37,13 +27,9 @@ _EMBEDDINGS_RESIDUAL = (Cut("embeddings.patch_embeddings.projection", "out"), Cu
 
 _BLOCKS_RESIDUAL = (
     Cut("layers.*.layernorm_before", "out", optional=True),
-    Cut("layers.*.attention.q_proj", "in", optional=True),
-    Cut("layers.*.attention.k_proj", "in", optional=True),
-    Cut("layers.*.attention.v_proj", "in", optional=True),
-    Cut("layers.*.attention.o_proj", "out", optional=True),
+    *reads_and_writes("layers.*", _QKV, "attention.o_proj"),
     Cut("layers.*.layernorm_after", "out", optional=True),
-    Cut("layers.*.mlp.fc1", "in", optional=True),
-    Cut("layers.*.mlp.fc2", "out", optional=True),
+    *reads_and_writes("layers.*.mlp", ("fc1",), "fc2"),
 )
 
 _UNCUT = tuple((kind, "it reads patches, not tokens of a vocabulary") for kind in ("embedding_rank", "vocab"))
@@ -136,17 +122,11 @@ DINOV2 = Family(
                 Cut("layernorm", "out"),
                 *_EMBEDDINGS_RESIDUAL,
                 Cut("encoder.layer.*.norm1", "out", optional=True),
-                Cut("encoder.layer.*.attention.q_proj", "in", optional=True),
-                Cut("encoder.layer.*.attention.k_proj", "in", optional=True),
-                Cut("encoder.layer.*.attention.v_proj", "in", optional=True),
-                Cut("encoder.layer.*.attention.o_proj", "out", optional=True),
+                *reads_and_writes("encoder.layer.*", _QKV, "attention.o_proj"),
                 Cut("encoder.layer.*.layer_scale1", "own", optional=True),
                 Cut("encoder.layer.*.norm2", "out", optional=True),
-                Cut("encoder.layer.*.mlp.fc1", "in", optional=True),
-                Cut("encoder.layer.*.mlp.fc2", "out", optional=True),
-                Cut("encoder.layer.*.mlp.gate_proj", "in", optional=True),
-                Cut("encoder.layer.*.mlp.up_proj", "in", optional=True),
-                Cut("encoder.layer.*.mlp.down_proj", "out", optional=True),
+                *reads_and_writes("encoder.layer.*.mlp", ("fc1",), "fc2"),
+                *reads_and_writes("encoder.layer.*.mlp", ("gate_proj", "up_proj"), "down_proj"),
                 Cut("encoder.layer.*.layer_scale2", "own", optional=True),
                 # It reads the first token beside the mean of the patches.
                 Cut("/classifier", "in", optional=True, chunk=0, chunks=2),
@@ -157,19 +137,10 @@ DINOV2 = Family(
     ),
 )
 
+_CLIP_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
 _CLIP_BLOCKS = (
-    Group(
-        "heads",
-        kind="heads",
-        unit="self_attn.head_dim",
-        cuts=(
-            Cut("self_attn.out_proj", "in"),
-            Cut("self_attn.q_proj", "out"),
-            Cut("self_attn.k_proj", "out"),
-            Cut("self_attn.v_proj", "out"),
-        ),
-        mask_at=MaskAt("in", "self_attn.out_proj"),
-    ),
+    heads(_CLIP_QKV, "self_attn.out_proj", unit="self_attn.head_dim"),
     sublayer(
         "attention_sublayer",
         cuts=(Cut("self_attn", "whole", stub="no_attention"), Cut("layer_norm1", "whole", stub="identity")),
@@ -190,13 +161,9 @@ _CLIP_RESIDUAL = (
     Cut("embeddings.patch_embedding", "out"),
     Cut("embeddings.position_embedding", "out"),
     Cut("encoder.layers.*.layer_norm1", "out", optional=True),
-    Cut("encoder.layers.*.self_attn.q_proj", "in", optional=True),
-    Cut("encoder.layers.*.self_attn.k_proj", "in", optional=True),
-    Cut("encoder.layers.*.self_attn.v_proj", "in", optional=True),
-    Cut("encoder.layers.*.self_attn.out_proj", "out", optional=True),
+    *reads_and_writes("encoder.layers.*", _CLIP_QKV, "self_attn.out_proj"),
     Cut("encoder.layers.*.layer_norm2", "out", optional=True),
-    Cut("encoder.layers.*.mlp.fc1", "in", optional=True),
-    Cut("encoder.layers.*.mlp.fc2", "out", optional=True),
+    *reads_and_writes("encoder.layers.*.mlp", ("fc1",), "fc2"),
 )
 
 CLIP_VISION = Family(
