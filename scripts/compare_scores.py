@@ -3,7 +3,7 @@
     python scripts/compare_scores.py --model runs/minilm-sst2 --data ../shared/data/sst2 --budget 0.3 \\
         --test ../shared/data/sst2/test-labeled.tsv --output benchmarks/sst2_params_0.3.json
 
-One-shot scores get the mask-learning steps of VIB as further recovery steps. A cell that is in the output
+A cell is "score:shares" or "score:shares:kinds", with the kinds of units to cut joined by "+". One-shot scores get the mask-learning steps of VIB as further recovery steps. A cell that is in the output
 file already is not run again. Accuracy on the test file, where given, is computed for the finished models only.
 """
 
@@ -24,7 +24,7 @@ from ibprune.models import find_source, load_tokenizer
 from ibprune.recipe import make_recipe
 
 
-def run_cell(arguments: argparse.Namespace, score: str, shares: str, seed: int) -> dict:
+def run_cell(arguments: argparse.Namespace, score: str, shares: str, kinds: str, seed: int) -> dict:
     """Prunes once and returns the figures of the table."""
     mask_steps = arguments.mask_steps if score == "vib" else 0
     values = {
@@ -35,8 +35,10 @@ def run_cell(arguments: argparse.Namespace, score: str, shares: str, seed: int) 
         "data": arguments.data,
         "score": score,
         "shares": shares,
+        "kinds": tuple(kinds.split("+")) if kinds else (),
         "seed": seed,
         "max_length": arguments.max_length,
+        "audit": False,
         "mask_steps": mask_steps,
         "recover_steps": arguments.total_steps - mask_steps,
     }
@@ -49,6 +51,7 @@ def run_cell(arguments: argparse.Namespace, score: str, shares: str, seed: int) 
         cell = {
             "score": score,
             "shares": shares,
+            "kinds": kinds,
             "seed": seed,
             "steps": [mask_steps, arguments.total_steps - mask_steps],
             "params": report["pruned"]["params"],
@@ -59,6 +62,8 @@ def run_cell(arguments: argparse.Namespace, score: str, shares: str, seed: int) 
             "kept": report["kept"],
             "seconds": sum(report["timings_s"].values()),
         }
+        if report["vocabulary"]:
+            cell["vocabulary"] = report["vocabulary"]
         if arguments.test:
             cell["test"] = test_metrics(result.model, values, arguments.test)
     return cell
@@ -66,7 +71,7 @@ def run_cell(arguments: argparse.Namespace, score: str, shares: str, seed: int) 
 
 def test_metrics(model, values: dict, test: str) -> dict[str, float]:
     recipe, data = make_recipe(values), load_data(values["data"])
-    tokenizer = load_tokenizer(find_source(values["model"]))
+    tokenizer = load_tokenizer(find_source(values["output"]))  # the pruned model's own
     _, feed = make_feed(recipe, model, tokenizer, data)
     feed = replace(feed, held_out_set=read_file(Path(test)))
     return evaluate_model(model, feed, feed.objective, console=Quiet(), what="test")
@@ -74,12 +79,12 @@ def test_metrics(model, values: dict, test: str) -> dict[str, float]:
 
 def print_table(cells: list[dict], total_steps: int) -> None:
     names = list(cells[0]["held_out"])
-    heads = ["score", "shares", "seeds", *names, *(f"test {n}" for n in names if "test" in cells[0])]
+    heads = ["score", "shares", "kinds", "seeds", *names, *(f"test {n}" for n in names if "test" in cells[0])]
     print(f"\nequal total steps: {total_steps}; mean ± standard deviation over seeds; dense: {cells[0]['dense']}\n")
     print("| " + " | ".join([*heads, "parameters", "MACs (M)", "latency ratio", "kept"]) + " |")
     print("|" + "---|" * (len(heads) + 4))
-    for key in dict.fromkeys((c["score"], c["shares"]) for c in cells):
-        mine = [c for c in cells if (c["score"], c["shares"]) == key]
+    for key in dict.fromkeys(_key(cell) for cell in cells):
+        mine = [cell for cell in cells if _key(cell) == key]
 
         def spread(values: list[float]) -> str:
             return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
@@ -90,6 +95,10 @@ def print_table(cells: list[dict], total_steps: int) -> None:
         row += [f"{mean(c['latency_ratio'] for c in mine):.2f}"]
         row += [", ".join(f"{kind} {mean(c['kept'][kind] for c in mine):.0%}" for kind in mine[0]["kept"])]
         print("| " + " | ".join(row) + " |")
+
+
+def _key(cell: dict) -> tuple[str, str, str]:
+    return cell["score"], cell["shares"], cell.get("kinds", "")
 
 
 def main() -> None:
@@ -116,11 +125,12 @@ def main() -> None:
         record = json.loads(path.read_text())
         if record["settings"] != settings:
             raise SystemExit(f"{path} holds cells of other settings: choose another --output")
-    done = {(c["score"], c["shares"], c["seed"]) for c in record["cells"]}
+    done = {(*_key(cell), cell["seed"]) for cell in record["cells"]}
     for seed in map(int, arguments.seeds.split(",")):
-        for score, shares in (pair.split(":") for pair in arguments.scores.split(",")):
-            if (score, shares, seed) not in done:
-                record["cells"].append(run_cell(arguments, score, shares, seed))
+        for cell in arguments.scores.split(","):
+            score, shares, kinds = (cell.split(":") + [""])[:3]
+            if (score, shares, kinds, seed) not in done:
+                record["cells"].append(run_cell(arguments, score, shares, kinds, seed))
                 record["versions"] = {"ibprune": ibprune.__version__}
                 path.write_text(json.dumps(record, indent=1) + "\n")
     print_table(record["cells"], arguments.total_steps)
