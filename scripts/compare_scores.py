@@ -3,8 +3,9 @@
     python scripts/compare_scores.py --model runs/minilm-sst2 --data ../shared/data/sst2 --budget 0.3 \\
         --test ../shared/data/sst2/test-labeled.tsv --output benchmarks/sst2_params_0.3.json
 
-A cell is "score:shares" or "score:shares:kinds", with the kinds of units to cut joined by "+". One-shot scores get the mask-learning steps of VIB as further recovery steps. A cell that is in the output
-file already is not run again. Accuracy on the test file, where given, is computed for the finished models only.
+A cell is "score:shares" or "score:shares:kinds", with the kinds of units to cut joined by "+". One-shot scores get the
+mask-learning steps of VIB as further recovery steps. A cell that is in the output file already is not run again.
+Accuracy on the test file, where given, is computed for the finished models only.
 """
 
 import argparse
