@@ -20,14 +20,14 @@ from ibprune.groups import MODULE_KINDS
 from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
-from ibprune.plans import PruningPlan, model_type
+from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
 from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
-from ibprune.trainer import TrainSettings
+from ibprune.trainer import TrainSettings, train
 from ibprune.vib import learn_masks
 from ibprune.vocabulary import RankedRows, keep_rows, rank_rows
 
@@ -47,6 +47,7 @@ class Choice:
         judge: The dense model, to which candidate cuts are compared; None leaves the labels alone.
         teacher: What the masked model is distilled from, if anything.
         settings: Of mask learning.
+        probe_steps: Steps of recovery after which the last candidate cuts are compared; 0 compares them as they are.
     """
 
     score: str
@@ -58,6 +59,7 @@ class Choice:
     judge: nn.Module | None
     teacher: nn.Module | None
     settings: TrainSettings
+    probe_steps: int
     accelerator: Accelerator
     console: Quiet
 
@@ -94,6 +96,7 @@ def cut(
         recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
         feed.train, judge=dense, teacher=dense if recipe.distill else None,
         settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
+        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps),
     )  # fmt: skip
     if "vocab" not in structure.sites:
         sites = structure.sites
@@ -136,8 +139,7 @@ def choose_and_compact_(
             student, masks, sites, cost_model, budget, start, keep, loss_of, choice.make_batches, choice.settings,
             accelerator=choice.accelerator, console=choice.console,
         )  # fmt: skip
-    keep = {name: keep.get(name, tuple(range(site.n_units))) for name, site in structure.everything.items()}
-    plan = PruningPlan(model_type(student), {name: site.n_units for name, site in structure.everything.items()}, keep)
+    plan = structure.plan(student, keep)
     return structure.compact(student, plan), plan
 
 
@@ -175,7 +177,12 @@ def _one_shot(
         few = batches[: max(1, PROBE // len(next(iter(batches[0].values()))))]
         read = None if ranked is None else _reader(feed, len(few) * feed.batch_size, accelerator.device)
         loss_of = probe_loss(student, masks, choice.judge, few, objective, accelerator, read=read)
-        keep = probe_shares(loss_of, scores, sites, cost_model, budget, console=choice.console)
+        recovered = None
+        if ranked is None and choice.probe_steps:
+            recovered = recovered_loss(student, structure, choice)
+        keep = probe_shares(
+            loss_of, scores, sites, cost_model, budget, console=choice.console, recovered_loss_of=recovered
+        )
     elif choice.shares == "cost":
         keep = solve_by_cost(scores, sites, cost_model, budget)
     else:
@@ -230,6 +237,42 @@ def probe_loss(
         return float(torch.stack(losses).mean())
 
     return loss_of
+
+
+def probe_steps(asked: int | None, recover_steps: int) -> int:
+    """Steps of recovery that a candidate cut gets: as asked, or an eighth of the whole recovery."""
+    return recover_steps // 8 if asked is None else asked
+
+
+def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> Callable[[Keep], float]:
+    """A function that cuts a copy of the student, recovers it for a few steps and returns its loss."""
+    settings = replace(choice.settings, steps=choice.probe_steps)
+
+    def loss_of(keep: Keep) -> float:
+        plan = structure.plan(student, keep)
+        small = structure.compact(copy.deepcopy(student), plan)
+        objective = on_kept_features(choice.objective, plan)
+        train(
+            small, loss_with(objective, choice.teacher, choice.accelerator), choice.make_batches, settings,
+            accelerator=choice.accelerator, phase="trying a cut", console=choice.console,
+        )  # fmt: skip
+        judged = loss_with(objective, choice.judge, choice.accelerator)
+        with torch.no_grad(), choice.accelerator.autocast():
+            return float(torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean())
+
+    return loss_of
+
+
+def on_kept_features(objective: Objective, plan: PruningPlan) -> Objective:
+    """Compares a narrower encoder with the same features of the dense one."""
+    if objective.name != "encoder":
+        return objective
+    cut_dims = {
+        site: plan.keep[site]
+        for site in ("hidden", "pooler")
+        if site in plan.keep and len(plan.keep[site]) < plan.n_units[site]
+    }
+    return replace(objective, dims=cut_dims.get("hidden"), pooler_dims=cut_dims.get("pooler"))
 
 
 def loss_with(

@@ -15,7 +15,7 @@ from ibprune.budget import make_budget
 from ibprune.channels import find_channels
 from ibprune.console import Quiet
 from ibprune.costs import COSTS
-from ibprune.cutting import CALIBRATION, Choice, choose_and_compact_, loss_with
+from ibprune.cutting import CALIBRATION, Choice, choose_and_compact_, loss_with, probe_steps
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.losses import Batch, Objective
 from ibprune.models import check_finite
@@ -46,6 +46,8 @@ class ModuleSettings:
         round_to: Wide layers become multiples of this.
         mask_steps: Steps of mask learning (score "vib").
         recover_steps: Steps of recovery after the cut.
+        probe_steps: Steps of recovery before candidate cuts are compared (shares "probe"); by default an eighth of
+            `recover_steps`.
         lr, weight_decay: Of the weights (AdamW); the rate is the peak.
         distill: Learn from the dense model's logits too (not with a loss of one's own).
     """
@@ -58,6 +60,7 @@ class ModuleSettings:
     round_to: int = 1
     mask_steps: int = 300
     recover_steps: int = 900
+    probe_steps: int | None = None
     lr: float = 1e-3
     weight_decay: float = 1e-4
     distill: bool = True
@@ -70,7 +73,8 @@ class ModuleSettings:
                 raise BadRecipe(f"{name}: found '{value}': {did_you_mean(str(value), valid)}.")
         if isinstance(self.kinds, str) or not self.kinds:
             raise BadRecipe(f"kinds: expected a tuple such as ('channels', 'inputs'), found {self.kinds!r}.")
-        for name, least in (("round_to", 1), ("mask_steps", 0), ("recover_steps", 0), ("seed", 0)):
+        whole = {"round_to": 1, "mask_steps": 0, "recover_steps": 0, "seed": 0}
+        for name, least in (whole if self.probe_steps is None else whole | {"probe_steps": 0}).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise BadRecipe(f"{name}: expected a whole number of at least {least}, found {value!r}.")
@@ -157,7 +161,8 @@ def prune_module(
         budget = make_budget(cost_model, found.sites, keep=settings.budget, scope="model", round_to=settings.round_to)
         choice = Choice(
             settings.score, settings.shares, settings.seed, objective, batches, pairs.loader, judge=teacher,
-            teacher=teacher, settings=_training(settings, settings.mask_steps), accelerator=accelerator,
+            teacher=teacher, settings=_training(settings, settings.mask_steps),
+            probe_steps=probe_steps(settings.probe_steps, settings.recover_steps), accelerator=accelerator,
             console=console,
         )  # fmt: skip
         student, plan = choose_and_compact_(student, structure, budget, choice)

@@ -1,6 +1,6 @@
 """The steps of a run in order: load, measure, cut, recover, measure again, export."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -12,7 +12,7 @@ from ibprune.bench import measure_latency, time_forward
 from ibprune.budget import Budget
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
-from ibprune.cutting import cut, loss_with, train_settings
+from ibprune.cutting import cut, loss_with, on_kept_features, train_settings
 from ibprune.data import TextData
 from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
@@ -22,7 +22,6 @@ from ibprune.feeding import Feed
 from ibprune.groups import Site
 from ibprune.images import ImageData
 from ibprune.inputs import MOST_INPUTS, encode_inputs
-from ibprune.losses import Objective
 from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
@@ -66,7 +65,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
     with timer("cut"):
         student, plan, budget, structure, own_feed = cut(dense, recipe, feed, accelerator, console, found=subject.found)
-    objective = _on_kept_features(feed.objective, plan)
+    objective = on_kept_features(feed.objective, plan)
     with timer("recover"):
         teacher = dense if recipe.distill else None
         steps = train_settings(recipe, recipe.recover_steps)
@@ -219,15 +218,3 @@ def kept_by_kind(plan: PruningPlan, sites: dict[str, Site]) -> dict[str, float]:
         totals[kind][0] += len(units)
         totals[kind][1] += plan.n_units[name]
     return {kind: kept / total for kind, (kept, total) in totals.items()}
-
-
-def _on_kept_features(objective: Objective, plan: PruningPlan) -> Objective:
-    """Compares a narrower encoder with the same features of the dense one."""
-    if objective.name != "encoder":
-        return objective
-    cut_dims = {
-        site: plan.keep[site]
-        for site in ("hidden", "pooler")
-        if site in plan.keep and len(plan.keep[site]) < plan.n_units[site]
-    }
-    return replace(objective, dims=cut_dims.get("hidden"), pooler_dims=cut_dims.get("pooler"))

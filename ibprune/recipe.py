@@ -41,6 +41,9 @@ class Recipe(BaseModel):
     finetune_steps: int | None = Field(None, ge=0, description="steps to train the dense model's task head first")
     mask_steps: int | None = Field(None, ge=0, description="steps of mask learning (score vib)")
     recover_steps: int | None = Field(None, ge=0, description="steps of recovery after the cut")
+    probe_steps: int | None = Field(
+        None, ge=0, description="steps of recovery before candidate cuts are compared (shares probe)"
+    )
     batch_size: int = Field(32, ge=1, description="sequences per step and process")
     grad_accum: int = Field(1, ge=1, description="batches per step")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")

@@ -9,6 +9,7 @@ from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 
 SHARES = ("probe", "cost", "equal")
+MOST_RECOVERED = 6  # candidates that get a short recovery
 
 
 def equal_pressure(sites: dict[str, Site]) -> dict[str, float]:
@@ -26,6 +27,7 @@ def probe_shares(
     *,
     console: Quiet,
     rounds: int = 2,
+    recovered_loss_of: Callable[[Keep], float] | None = None,
 ) -> Keep:
     """The cut with the least measured loss found by a coordinate search over the kinds.
 
@@ -34,8 +36,13 @@ def probe_shares(
     The search starts from score-per-cost, from equal shares, from equal shares with one kind spared, and from more
     pressure on a vocabulary, then scales the pressure on one kind at a time. Kind k keeps exp(-t * pressure[k]) of
     its units.
+
+    Args:
+        loss_of: The loss right after a cut.
+        recovered_loss_of: The loss after a cut and a short recovery. It has the last word between few candidates
+            (`finalists`): what hurts most at once is not what stays lost.
     """
-    tried: dict[tuple, float] = {}
+    tried: dict[tuple, tuple[float, Keep]] = {}
     best: tuple[float, Keep, dict[str, float]] | None = None
 
     def consider(pressure: dict[str, float] | None) -> bool:
@@ -51,10 +58,10 @@ def probe_shares(
         key = tuple(len(units) for units in keep.values())
         if key in tried:
             return False
-        tried[key] = loss_of(keep)
-        if best is None or tried[key] < best[0]:
+        tried[key] = loss_of(keep), keep
+        if best is None or tried[key][0] < best[0]:
             kept = fractions_kept(keep, sites)
-            best = tried[key], keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}
+            best = tried[key][0], keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}
             return True
         return False
 
@@ -79,7 +86,52 @@ def probe_shares(
             start = pressure.get(kind, 0.0) or (0.1 * typical if factor > 1 else 0.0)
             consider(pressure | {kind: start * factor**power})
     list(steps)
-    return best[1]
+    if recovered_loss_of is None:
+        return best[1]
+    return _after_recovery(recovered_loss_of, list(tried.values()), best[1], sites, console)
+
+
+def finalists(tried: list[tuple[float, Keep]], keep: Keep, sites: dict[str, Site]) -> list[Keep]:
+    """For each kind the best cut among those that spare it: they keep at least a quarter more of it than `keep`.
+
+    Args:
+        tried: Losses and cuts.
+    """
+    kept = fractions_kept(keep, sites)
+    found: list[Keep] = []
+    for kind in kept:
+        sparing = [pair for pair in tried if fractions_kept(pair[1], sites)[kind] >= 1.25 * kept[kind]]
+        if sparing:
+            found.append(min(sparing, key=lambda pair: pair[0])[1])
+    return found
+
+
+def _after_recovery(
+    recovered_loss_of: Callable[[Keep], float],
+    tried: list[tuple[float, Keep]],
+    keep: Keep,
+    sites: dict[str, Site],
+    console: Quiet,
+) -> Keep:
+    """Climbs from a cut to the finalists around it while a short recovery leaves less loss, over `MOST_RECOVERED`."""
+    losses: dict[int, float] = {}
+
+    def recovered(cut: Keep) -> float:
+        if id(cut) not in losses:
+            losses[id(cut)] = recovered_loss_of(cut)
+            kept = ", ".join(f"{kind} {share:.0%}" for kind, share in fractions_kept(cut, sites).items())
+            console.say(f"after a short recovery: loss {losses[id(cut)]:.4f} with {kept}")
+        return losses[id(cut)]
+
+    while True:
+        around = [cut for cut in finalists(tried, keep, sites) if id(cut) not in losses]
+        around = around[: MOST_RECOVERED - max(1, len(losses))]
+        if not around:
+            return keep
+        best = min([keep, *around], key=recovered)
+        if best is keep:
+            return keep
+        keep = best
 
 
 def _by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:

@@ -8,11 +8,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ibprune import channels
+from ibprune.budget import Keep
 from ibprune.costs import CostModel, macs_model, module_macs_model, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.groups import ATTENTION_KINDS, Site
-from ibprune.plans import PruningPlan
+from ibprune.plans import PruningPlan, model_type
 from ibprune.recipe import CNN_KINDS, Recipe
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_
@@ -47,6 +48,11 @@ class Structure:
     sites: dict[str, Site]
     costs: Costs
     compact: Callable[[nn.Module, PruningPlan], nn.Module]
+
+    def plan(self, model: nn.Module, keep: Keep) -> PruningPlan:
+        """The plan that keeps these units, and all units of the sites that `keep` does not name."""
+        n_units = {name: site.n_units for name, site in self.everything.items()}
+        return PruningPlan(model_type(model), n_units, {n: keep.get(n, tuple(range(u))) for n, u in n_units.items()})
 
 
 def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from ibprune.console import Quiet
 from ibprune.costs import macs_model, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe
-from ibprune.shares import equal_pressure, probe_shares
+from ibprune.shares import MOST_RECOVERED, equal_pressure, probe_shares
 from ibprune.sites import find_sites
 
 
@@ -126,6 +126,32 @@ def test_the_search_follows_the_measured_loss():
         assert spent(params, keep) <= budget.limit
         found[spared] = keep
     assert len(found["hidden"]["hidden"]) > len(found["ffn"]["hidden"])
+
+
+def test_a_short_recovery_has_the_last_word_between_few_candidates():
+    """What hurts at once (cut FFN units) and what stays lost (cut hidden features) are not the same here."""
+    sites, params, _ = setting(WIDE)
+    torch.manual_seed(0)
+    scores = {n: torch.rand(s.n_units) for n, s in sites.items()}
+    budget = make_budget(params, sites, keep=0.4, scope="model", round_to=1)
+    recovered = []
+
+    def kept(keep, kind):
+        return sum(len(keep[n]) for n, s in sites.items() if s.kind == kind)
+
+    def after(keep):
+        recovered.append(kept(keep, "hidden"))
+        return -float(recovered[-1])
+
+    def search(**after_recovery):
+        return probe_shares(
+            lambda keep: -float(kept(keep, "ffn")), scores, sites, params, budget, console=Quiet(), **after_recovery
+        )
+
+    first, last = search(), search(recovered_loss_of=after)
+    assert spent(params, last) <= budget.limit and kept(last, "hidden") >= 1.25 * kept(first, "hidden")
+    assert recovered[0] == kept(first, "hidden") and 1 < len(recovered) <= MOST_RECOVERED
+    assert kept(last, "hidden") == max(recovered)
 
 
 def test_unreachable_and_absurd_budgets_say_what_can_be_reached():
