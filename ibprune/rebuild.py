@@ -126,8 +126,9 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
 def factorize_modules(model: nn.Module, embedding: str, rank: int, output: str | None) -> None:
     """Replaces the embedding (and the output tied to it) by factors of the given rank, not yet filled."""
     dense = model.get_submodule(embedding)
-    factors = FactorizedEmbedding(dense.num_embeddings, rank, dense.embedding_dim, dense.padding_idx)
-    factors.to(device=dense.weight.device, dtype=dense.weight.dtype)
+    with torch.device(dense.weight.device):  # on the meta device nothing is reserved or drawn
+        factors = FactorizedEmbedding(dense.num_embeddings, rank, dense.embedding_dim, dense.padding_idx)
+    factors.to(dtype=dense.weight.dtype)
     replace_module(model, embedding, factors)
     if output is not None:
         bias = model.get_submodule(output).bias
