@@ -17,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.images import load_processor
-from ibprune.sites import check_model_type, find_family, is_traced, reads_pictures
+from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
 from ibprune.task_heads import CLASSIFIERS
 
 ALIASES = {
@@ -30,6 +30,7 @@ ALIASES = {
     "roberta-base": "FacebookAI/roberta-base",
     "tinyllama": "TinyLlama/TinyLlama_v1.1",
 }
+ADAPTER = "adapter_config.json"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -76,7 +77,7 @@ def find_source(name: str) -> Source:
         BadRecipe: Neither a folder, an alias nor a Hub id; or the Hub is needed and out of reach.
     """
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
+        if not any((Path(name) / file).exists() for file in ("config.json", ADAPTER)):
             raise BadRecipe(f"expected a model folder with a config.json, found none in '{name}'.")
         return Source(name.rstrip("/"), name)
     if name not in ALIASES and ("/" not in name or name.startswith((".", "/", "~"))):
@@ -122,6 +123,11 @@ def load_config(source: Source) -> PreTrainedConfig:
         UnsupportedModel: No family row, or the model is quantised, an adapter or already pruned.
     """
     path = Path(source.location) / "config.json"
+    if path.with_name(ADAPTER).exists():
+        raise UnsupportedModel(
+            f"'{source.name}' is a PEFT adapter: merge it into its base model (merge_and_unload), save that, and start "
+            "from there."
+        )
     if path.exists():
         try:
             raw = json.loads(path.read_text())
@@ -137,8 +143,7 @@ def load_config(source: Source) -> PreTrainedConfig:
     except Exception as error:  # every config class checks its values in its own way
         raise BadRecipe(f"could not read the config of '{source.name}': {first_line(error)}") from error
     check_model_type(config.model_type)
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedModel(f"'{source.name}' is quantised: prune the full-precision model, then quantise.")
+    check_unquantised(config, source.name)
     return config
 
 

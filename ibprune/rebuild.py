@@ -67,9 +67,20 @@ class Zeros(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Stands where an attention was removed: (zeros, no attention weights)."""
+    """Stands where an attention was removed: (zeros, no attention weights).
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    Where a decoder has no attention to itself left, the first of these `counts` the tokens in the key-value cache:
+    learned positions are taken from how many it holds.
+    """
+
+    counts = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args, past_key_values=None, key_value_states=None, **kwargs
+    ) -> tuple[torch.Tensor, None]:
+        if self.counts and past_key_values is not None and key_value_states is None:
+            tokens = hidden_states[:, None, :, :1]  # (batch, 1, length, 1)
+            getattr(past_key_values, "self_attention_cache", past_key_values).update(tokens, tokens, 0)
         return torch.zeros_like(hidden_states), None
 
 
@@ -115,8 +126,9 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
 def factorize_modules(model: nn.Module, embedding: str, rank: int, output: str | None) -> None:
     """Replaces the embedding (and the output tied to it) by factors of the given rank, not yet filled."""
     dense = model.get_submodule(embedding)
-    factors = FactorizedEmbedding(dense.num_embeddings, rank, dense.embedding_dim, dense.padding_idx)
-    factors.to(device=dense.weight.device, dtype=dense.weight.dtype)
+    with torch.device(dense.weight.device):  # on the meta device nothing is reserved or drawn
+        factors = FactorizedEmbedding(dense.num_embeddings, rank, dense.embedding_dim, dense.padding_idx)
+    factors.to(dtype=dense.weight.dtype)
     replace_module(model, embedding, factors)
     if output is not None:
         bias = model.get_submodule(output).bias
@@ -217,11 +229,15 @@ def renumber_layers_(model: nn.Module, old_types: list[str] | None) -> None:
         old_types: `config.layer_types` that the present numbers count in; None where the config has none.
     """
     blocks = {id(block) for child in model.modules() if isinstance(child, nn.ModuleList) for block in child}
-    places = {}
+    places, removed = {}, {}
     for name, module in model.named_modules():
+        place = ".".join("*" if part.isdigit() else part for part in name.split("."))
         if hasattr(module, "layer_idx") and id(module) not in blocks:
-            place = ".".join("*" if part.isdigit() else part for part in name.split("."))
             places.setdefault(place, []).append(module)
+        elif isinstance(module, NoAttention):
+            removed.setdefault(place, []).append(module)
+    for place, stubs in removed.items():
+        stubs[0].counts = place not in places
     new_types = getattr(model.config, "layer_types", None) if old_types else None
     for attentions in places.values():
         numbers = sorted({module.layer_idx for module in attentions})
@@ -273,3 +289,6 @@ class Pruned:
             setattr(config, key, value)
         rebuild_(self, spec)
         self.post_init()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """None: a static cache that is filled in chunks cannot be reserved by one shape for all layers."""

@@ -42,15 +42,25 @@ def check_model_type(model_type: str) -> None:
         find_family(model_type)
 
 
+def check_unquantised(config: object, name: str) -> None:
+    """Raises `UnsupportedModel` where a config says that the weights are packed integers."""
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModel(f"'{name}' is quantised: prune the full-precision model, then quantise.")
+
+
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every place of a transformers model where units can be removed, by name, in model order.
 
     Raises:
-        UnsupportedModel: The family is unknown, a module of its row is missing, or the model has
+        UnsupportedModel: The family is unknown, a module of its row is missing, the model is quantised, or has
             parameters that no row owns, so that cutting would be a guess.
     """
     family = find_family(model.config.model_type)
+    check_unquantised(model.config, type(model).__name__)
     modules = dict(model.named_modules())
+    packed = next((path for path, module in modules.items() if ".quantized." in type(module).__module__), None)
+    if packed:
+        raise UnsupportedModel(f"'{packed}' is quantised: prune the full-precision model, then quantise.")
     sites: dict[str, Site] = {}
     for block in ("", *block_paths(model, family)):
         for group in family.groups:
