@@ -102,6 +102,9 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
             return None
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
+            if getattr(config, "head_dim", 0) is None:  # else it is the width over the number of heads
+                site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
+                config.head_dim = axis_width(model, site.cuts[0]) // site.n_units
         setattr(config, key, min(counts))
         if name == "heads" and key == "num_attention_heads":  # beside which some configs take head_dim
             site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
@@ -154,6 +157,8 @@ def write_model(
     raw = (config if config is not None else model.config).to_dict()
     raw["architectures"] = [type(model).__name__]
     raw.pop("_name_or_path", None)
+    if model.config._experts_implementation == "eager":  # not kept by itself
+        raw["experts_implementation"] = "eager"
     if tier == "remote_code":
         raw = _remote_config(model, raw, folder)
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
