@@ -102,7 +102,7 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
             return None
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
-            if getattr(config, "head_dim", 0) is None:  # else it is the width over the number of heads
+            if getattr(config, "head_dim", None) is None:  # then it is the width over the number of heads
                 site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
                 config.head_dim = axis_width(model, site.cuts[0]) // site.n_units
         setattr(config, key, min(counts))
