@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune import rebuild
@@ -164,7 +165,7 @@ def write_model(
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     tied = list(model.get_expanded_tied_weights_keys(all_submodels=True))
     save_torch_state_dict(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        {name: tensor.contiguous() for name, tensor in _published(model, tier).items()},
         folder,
         shared_tensors_to_discard=tied,
         metadata={"format": "pt"},
@@ -176,6 +177,15 @@ def write_model(
     if plan is not None:
         plan.save(folder / "plan.json")
     return tier
+
+
+def _published(model: PreTrainedModel, tier: str) -> dict[str, torch.Tensor]:
+    """The tensors to save: with stacked experts apart, as they are published, where no code of ours reads them."""
+    state, model_type = model.state_dict(), model.config.model_type
+    if tier != "vanilla" or is_traced(model_type) or not find_family(model_type).experts:
+        return state
+    apart = revert_weight_conversion(model, state)
+    return {name: tensor if name in state else tensor.clone() for name, tensor in apart.items()}  # no views
 
 
 def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, build, outputs, random_keep, token_ids
+from safetensors.torch import load_file
 from test_export import uniform
 
 import ibprune
@@ -112,6 +113,10 @@ def test_evenly_many_experts_load_with_plain_transformers(family, head, units, t
     model.config._experts_implementation = "grouped_mm"  # the default
     model, plan = cut(model, lambda sites: uniform(sites, **({"ffn": 8} | units)))
     assert write_model(model, tokenizer, plan, tmp_path) == "vanilla"
+    names = load_file(tmp_path / "model.safetensors")  # as the published checkpoints'
+    apart = "block_sparse_moe.experts.3.w2" if family == "mixtral" else "mlp.experts.3.down_proj"
+    assert f"model.layers.2.{apart}.weight" in names and "model.layers.2.mlp.experts.down_proj" not in names
+    assert torch.allclose(outputs(ibprune.load(tmp_path)), outputs(model), atol=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_local_experts"] == 4 and "ibprune" not in config
     assert config.get("experts_implementation") == (None if "kv_groups" in units else "eager")
