@@ -31,7 +31,7 @@ def _common(parser: _Parser) -> None:
     parser.add_argument("--budget", type=float, help="share of the dense cost to keep, in (0, 1]")
     parser.add_argument("--cost", help="what the budget counts: params (default) or macs")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
-    kinds = "heads, kv_groups, ffn, layers, hidden, embedding_rank, vocab; channels"
+    kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
     parser.add_argument("--kinds", help=f"comma list: {kinds}")
     parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8)")
 

@@ -164,8 +164,16 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
     names = {id(p): name for name, p in model.named_parameters()}
     n_units = {name: site.n_units for name, site in sites.items()}
     rank = _rank_site(sites)
+    family = find_family(model.config.model_type)
     terms = []
     row_counts, products = _dry_run(model, length)
+    for path in _routed(model, family.experts):
+        rows = row_counts.pop(path)  # each runs through one expert, however many there are
+        for name, tensor in model.get_submodule(path).named_parameters(prefix=path, recurse=False):
+            each = {key: owners for key, owners in dims.items() if key != (name, 0)}
+            for coefficient, cutters in _products(name, torch.Size([1, *tensor.shape[1:]]), n_units, each):
+                factors = (*cutters, *whole.get(path, ()))
+                terms.append(Term(rows * coefficient, factors, _in_blocks(sites, path)))
     for path, rows in row_counts.items():
         module = model.get_submodule(path)
         weight = module.weight
@@ -184,7 +192,6 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             width, hidden = _hidden(merged[0], module.projection.weight.shape[0], n_units, dims)
             ((tokens, vocab),) = _products(merged[1], weight.shape[:1], n_units, dims)
             terms.append(Term(rows * tokens * width, (*vocab, *hidden), False, rank, dense=True))
-    family = find_family(model.config.model_type)
     for attention, path in _attentions(model, family):
         made = products.get(attention, 0)
         if made:  # not where the attention was removed
@@ -276,6 +283,13 @@ def _attentions(model: nn.Module, family: Family) -> list[tuple[str, str]]:
     return [(attention, context) for attention, context in pairs if attention in modules and context in modules]
 
 
+def _routed(model: nn.Module, path: str) -> list[str]:
+    """Paths of the routers, or of their experts, where blocks have them: `path` is that from the block."""
+    modules = dict(model.named_modules())
+    blocks = block_paths(model, find_family(model.config.model_type)) if path else ()
+    return [path for path in (full_path(model, f"{block}.{path}") for block in blocks) if path in modules]
+
+
 def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, int]]:
     """What one sequence of `length` tokens, or one image, takes: rows by path of the layer, products by that of the
     attention.
@@ -290,12 +304,19 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
     products = _Products()
 
     def count(path: str):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            features = output.shape[1 if isinstance(module, nn.modules.conv._ConvNd) else -1]
-            rows[path] = rows.get(path, 0) + output.numel() // features
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+            if path in experts:  # a row for each expert that a token takes
+                found = args[1].numel()
+            else:
+                made = output[0] if path in routers else output
+                found = made.numel() // made.shape[1 if isinstance(module, nn.modules.conv._ConvNd) else -1]
+            rows[path] = rows.get(path, 0) + found
 
         return hook
 
+    routers, experts = _routed(skeleton, family.router), _routed(skeleton, family.experts)
+    for path in (*routers, *experts):
+        skeleton.get_submodule(path).register_forward_hook(count(path))
     inside = [p for p, m in skeleton.named_modules() if isinstance(m, (FactorizedEmbedding, FactorizedUnembedding))]
     for path, module in skeleton.named_modules():
         factored = isinstance(module, (FactorizedEmbedding, FactorizedUnembedding))
@@ -307,6 +328,8 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
     for path, _ in _attentions(model, family):
         products.watch(skeleton.get_submodule(path), path)
     skeleton.set_attn_implementation("eager")  # whose products are seen
+    if experts:
+        skeleton.config._experts_implementation = "batched_mm"  # whose steps depend on no values
     inputs = {key: value.to(device) for key, value in example_inputs(skeleton, batch=1, length=length).items()}
     skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
     with torch.no_grad(), products:

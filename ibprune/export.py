@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune import rebuild
@@ -102,6 +103,9 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
             return None
         if name == "kv_groups":
             config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
+            if getattr(config, "head_dim", None) is None:  # then it is the width over the number of heads
+                site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
+                config.head_dim = axis_width(model, site.cuts[0]) // site.n_units
         setattr(config, key, min(counts))
         if name == "heads" and key == "num_attention_heads":  # beside which some configs take head_dim
             site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
@@ -154,12 +158,14 @@ def write_model(
     raw = (config if config is not None else model.config).to_dict()
     raw["architectures"] = [type(model).__name__]
     raw.pop("_name_or_path", None)
+    if model.config._experts_implementation == "eager":  # not kept by itself
+        raw["experts_implementation"] = "eager"
     if tier == "remote_code":
         raw = _remote_config(model, raw, folder)
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     tied = list(model.get_expanded_tied_weights_keys(all_submodels=True))
     save_torch_state_dict(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        {name: tensor.contiguous() for name, tensor in _published(model, tier).items()},
         folder,
         shared_tensors_to_discard=tied,
         metadata={"format": "pt"},
@@ -171,6 +177,15 @@ def write_model(
     if plan is not None:
         plan.save(folder / "plan.json")
     return tier
+
+
+def _published(model: PreTrainedModel, tier: str) -> dict[str, torch.Tensor]:
+    """The tensors to save: with stacked experts apart, as they are published, where no code of ours reads them."""
+    state, model_type = model.state_dict(), model.config.model_type
+    if tier != "vanilla" or is_traced(model_type) or not find_family(model_type).experts:
+        return state
+    apart = revert_weight_conversion(model, state)
+    return {name: tensor if name in state else tensor.clone() for name, tensor in apart.items()}  # no views
 
 
 def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:

@@ -8,7 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, SelectedLinear
 
-KINDS = ("heads", "kv_groups", "ffn", "layers", "hidden", "embedding_rank", "vocab")  # of transformers, by family rows
+# Of transformers, by family rows.
+KINDS = ("heads", "kv_groups", "experts", "ffn", "layers", "hidden", "embedding_rank", "vocab")
 MODULE_KINDS = ("channels", "inputs")  # of any module, by tracing
 ATTENTION_KINDS = ("heads", "kv_groups")
 
@@ -21,7 +22,8 @@ class Cut:
         path: Module path relative to the group's block, or to the backbone for groups of the whole
             model ("*" stands for every layer), or to the whole model when it starts with "/".
         axis: "in" or "out" features, "rank" of a factorised embedding, "rows" of an embedding, "own" for the
-            tensors a module holds itself (a layer scale), or "whole": the module goes and a stub takes its place.
+            tensors a module holds itself (a layer scale), "tensor.d": dimension d of one of these (the experts of
+            "down_proj.0"), or "whole": the module goes and a stub takes its place.
         stub: For "whole": a key of `ibprune.rebuild.STUBS`.
         optional: The module may be absent (a task head, a pooler).
         needs, without: Modules (paths as `path`, or from the backbone) that must exist, or must not, for this cut to
@@ -59,15 +61,21 @@ class MaskAt:
     norm ("out"), or a layer that reads without one ("in"). At "rank" it acts on the directions of a
     factorised embedding and of the output tied to it. At "consumers" it multiplies what every "in" cut of
     the site reads, and a LayerNorm on the way takes its statistics as at "norms". At "none" there is no mask:
-    which rows of a vocabulary are read is decided by the tokenizer.
+    which rows of a vocabulary are read is decided by the tokenizer. At "router" the router at `path` chooses among
+    the kept units only, and what a chosen one adds is multiplied.
+    `into` is the axis that takes the mean in, where it is not that of the module at `path` (an activation between
+    stacked weights).
     `flattened` says that some of these modules see (batch * length) rows, or windows of an image, instead
-    of whole sequences, `tables` that some see a table that all sequences share.
+    of whole sequences, `tables` that some see a table that all sequences share, `mixed` that rows come in an order of
+    their own (each expert's one after the other), so that nothing says which are of one sequence.
     """
 
     side: str
     path: str = ""
+    into: Cut | None = None
     flattened: bool = False
     tables: bool = False
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class Group:
         per_block: One site in every block, or one for the whole model.
         unit: Attribute path (relative to the block) with the width of one unit on the first cut.
         min_units: The least that must stay.
+        floor: Attribute path (relative to the block) with a larger such number (how many experts a token takes).
         sizes: Integer attributes (paths as those of cuts) that the family's forward reads and that
             count in proportion to the units.
         stack: The pattern of the blocks that have it, where an encoder's and a decoder's differ.
@@ -94,6 +103,7 @@ class Group:
     per_block: bool = True
     unit: str = ""
     min_units: int = 1
+    floor: str = ""
     sizes: tuple[str, ...] = ()
     stack: str = ""
 
@@ -110,6 +120,8 @@ class Family:
         groups: The prunable kinds.
         attention: Path from the block to the module that computes attention probabilities.
         context: Path from the block to the linear layer that reads the attention's result.
+        router, experts: Paths from the block to the module that chooses experts for each token, and to the one that
+            holds their stacked weights: it is called with (tokens, chosen experts, weights of each).
         cross_attention, cross_context: The same in a decoder's blocks for the attention to the encoder.
         config_keys: Config key that holds the number of units of a uniform model, by the last part of the sites'
             names ("ffn"), or of those that begin alike ("decoder.ffn").
@@ -135,6 +147,8 @@ class Family:
     decoder_blocks: str = ""
     cross_attention: str = ""
     cross_context: str = ""
+    router: str = ""
+    experts: str = ""
     per_layer: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     causal: bool = False
@@ -203,7 +217,10 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
         >>> axis_dims(nn.Linear(3, 5), "out")
         (('weight', 0), ('bias', 0))
     """
+    named, _, dim = axis.rpartition(".")
     match module, axis:
+        case _, _ if named:
+            dims = ((named, int(dim)),)
         case FactorizedEmbedding(), "out":
             dims = (("projection.weight", 0),)
         case ((FactorizedEmbedding() | nn.Embedding()), "rows"):

@@ -1,5 +1,6 @@
 """Puts VIB masks into a model and takes them out again; no base parameter changes name."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,36 @@ class _OutputHook:
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return _multiply(self.mask, output, 1)
+
+
+class _RouterHook:
+    """Makes a router choose among the kept experts only, and multiplies what each expert adds by the mask.
+
+    The router is run again with the kept rows of its weights, so that it does what its class does with so many
+    experts; the logits of the others are -inf. The weight of an expert that a token takes multiplies all that this
+    expert adds for it: there the mask acts, whatever way the experts are computed.
+    """
+
+    def __init__(self, mask: VIBMask):
+        self.mask = mask
+        self.batch = 1  # sequences; their tokens reach the router one after the other
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        """Counts the sequences, at the module that holds the router."""
+        self.batch = len(args[0])
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> tuple:
+        logits, weights, chosen = output  # (tokens, n_units), (tokens, k), (tokens, k)
+        if self.mask.probe is None and self.mask.n_kept < len(self.mask.hard):
+            kept = self.mask.hard.nonzero().flatten()
+            small = copy.copy(module)
+            vars(small)["_parameters"] = {name: tensor[kept] for name, tensor in module.named_parameters()}
+            own, weights, chosen = type(module).forward(small, *args)
+            logits = torch.full_like(logits, -torch.inf).index_copy(1, kept, own)
+            chosen = kept[chosen]
+        z = self.mask(self.batch)
+        z = z.repeat_interleave(len(chosen) // len(z), dim=0)  # (tokens, n_units)
+        return logits, weights * z.gather(1, chosen).to(weights.dtype), chosen
 
 
 class _MaskedLayerNorm:
@@ -151,7 +182,7 @@ class _KeptNormHook:
         return bias + (count / self.features) ** 0.5 * (output - bias)
 
 
-_HOOKS = (_InputHook, _OutputHook, _NormInputHook, _NormOutputHook, _ConsumerHook, _KeptNormHook)
+_HOOKS = (_InputHook, _OutputHook, _RouterHook, _NormInputHook, _NormOutputHook, _ConsumerHook, _KeptNormHook)
 
 
 def _place(full: torch.Tensor, parts: list[tuple[_Part, torch.Tensor]]) -> torch.Tensor:
@@ -195,7 +226,11 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
     masks = MaskSet(
         {
             name: VIBMask(
-                site.n_units, log_alpha=log_alpha, flattened=site.mask_at.flattened, tables=site.mask_at.tables
+                site.n_units,
+                log_alpha=log_alpha,
+                flattened=site.mask_at.flattened,
+                tables=site.mask_at.tables,
+                mixed=site.mask_at.mixed,
             )
             for name, site in sites.items()
         }
@@ -228,6 +263,10 @@ def inject_(model: nn.Module, sites: dict[str, Site], *, log_alpha: float = -9.0
                 output = model.get_submodule(cut.path)
                 if isinstance(output, FactorizedUnembedding):
                     output.codes.register_forward_hook(_OutputHook(mask))
+        elif site.mask_at.side == "router":
+            hook = _RouterHook(mask)
+            model.get_submodule(site.mask_at.path.rpartition(".")[0]).register_forward_pre_hook(hook.enter)
+            module.register_forward_hook(hook)
         elif site.mask_at.side == "in":
             width = axis_width(model, Cut(site.mask_at.path, "in")) // site.n_units
             module.register_forward_pre_hook(_InputHook(mask, width))

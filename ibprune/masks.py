@@ -20,6 +20,7 @@ class VIBMask(nn.Module):
             drawn for every row, because nothing says which rows are one sequence.
         tables: Whether some consumer sees a table that all sequences share (relative positions): it takes part in
             no probe.
+        mixed: Whether some consumer sees rows in an order of their own: a probe must be of one sequence.
         probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it.
 
     Example:
@@ -28,9 +29,17 @@ class VIBMask(nn.Module):
         tensor([[1., 1., 1., 1.]], grad_fn=<UnsqueezeBackward0>)
     """
 
-    def __init__(self, n_units: int, *, log_alpha: float = -9.0, flattened: bool = False, tables: bool = False):
+    def __init__(
+        self,
+        n_units: int,
+        *,
+        log_alpha: float = -9.0,
+        flattened: bool = False,
+        tables: bool = False,
+        mixed: bool = False,
+    ):
         super().__init__()
-        self.flattened, self.tables = flattened, tables
+        self.flattened, self.tables, self.mixed = flattened or mixed, tables, mixed
         self.mu = nn.Parameter(torch.ones(n_units))
         self.log_var = nn.Parameter(torch.full((n_units,), log_alpha))
         self.register_buffer("hard", torch.ones(n_units), persistent=True)

@@ -106,8 +106,9 @@ def check_plan(plan: PruningPlan, model: nn.Module, sites: dict[str, Site]) -> N
             raise PlanMismatch(f"the plan lacks the site '{name}'.")
         if plan.n_units[name] != site.n_units:
             raise PlanMismatch(f"site '{name}': the plan counts {plan.n_units[name]} units, the model {site.n_units}.")
-        if len(plan.keep[name]) < site.min_units:
-            raise PlanMismatch(f"site '{name}' must keep at least {site.min_units} unit(s), the plan keeps none.")
+        kept = len(plan.keep[name])
+        if kept < site.min_units:
+            raise PlanMismatch(f"site '{name}' must keep at least {site.min_units} unit(s), the plan keeps {kept}.")
 
 
 def full_plan(model: nn.Module, sites: dict[str, Site]) -> PruningPlan:

@@ -1,6 +1,6 @@
 """One-shot importance of every unit: the baselines that a learned mask must beat, and where it starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -35,7 +35,8 @@ def fisher_scores(
     generator = torch.Generator().manual_seed(seed)
     scores = {name: torch.zeros(len(mask.mu), dtype=torch.float64) for name, mask in masks.items()}
     count = 0
-    for batch in console.track(batches, "scoring units", total):
+    mixed = any(mask.mixed for _, mask in masks.items())
+    for batch in _single(console.track(batches, "scoring units", total), mixed):
         size = len(next(iter(batch.values())))
         for _, mask in masks.items():
             mask.probe = torch.ones(size, len(mask.mu), device=mask.mu.device, requires_grad=True)
@@ -50,6 +51,13 @@ def fisher_scores(
     for _, mask in masks.items():
         mask.probe = None
     return {name: score / max(count, 1) for name, score in scores.items()}
+
+
+def _single(batches: Iterable[Batch], split: bool) -> Iterator[Batch]:
+    """The batches, or one sequence after the other where `split` is set."""
+    for batch in batches:
+        rows = range(len(next(iter(batch.values())))) if split else ()
+        yield from [{key: value[i : i + 1] for key, value in batch.items()} for i in rows] or [batch]
 
 
 def magnitude_scores(model: nn.Module, sites: dict[str, Site]) -> dict[str, torch.Tensor]:

@@ -126,6 +126,8 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
     mask_at = group.mask_at
     if mask_at.path:
         mask_at = replace(mask_at, path=_path(model, block, mask_at.path))
+    if mask_at.into:
+        mask_at = replace(mask_at, into=replace(mask_at.into, path=_path(model, block, mask_at.into.path)))
     for cut in cuts:
         if cut.axis != "whole" and axis_width(model, cut) % (n_units * cut.chunks):
             raise UnsupportedModel(
@@ -135,8 +137,10 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
     cuts = [_placed(cut, axis_width(model, cut), n_units) if cut.chunks > 1 else cut for cut in cuts]
     sizes = []
     for pattern, _, size in (_path(model, block, path).rpartition(".") for path in group.sizes):
-        sizes += [f"{path}.{size}" for path in _matching(modules, pattern) if hasattr(modules[path], size)]
-    return Site(name, group, full_path(model, block) if block else "", tuple(cuts), mask_at, n_units, tuple(sizes))
+        found = [path for path in _matching(modules, pattern) if hasattr(modules[path], size)]
+        sizes += [f"{path}.{size}" if path else size for path in found]
+    site = Site(name, group, full_path(model, block) if block else "", tuple(cuts), mask_at, n_units, tuple(sizes))
+    return site.at_least(_attribute(model, _path(model, block, group.floor))) if group.floor else site
 
 
 def _placed(cut: Cut, features: int, n_units: int) -> Cut:

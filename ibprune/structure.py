@@ -72,6 +72,7 @@ def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...]) -> tuple[str, .
     for kind in kinds:
         if kind not in known:
             why = dict(family.uncut).get("heads" if kind in ATTENTION_KINDS else kind)
+            why = why or (kind == "experts" and "every token runs through all of each FFN")
             hint = f"{why}. Its kinds: {', '.join(known)}" if why else did_you_mean(kind, known)
             raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {hint}.")
     unasked = ("vocab", "hidden") if is_headless(model) else ("vocab",)

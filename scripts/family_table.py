@@ -12,13 +12,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from ibprune.embeddings import named_rows
 from ibprune.export import tier_of
 from ibprune.families import FAMILIES, TRACED
+from ibprune.groups import KINDS
 from ibprune.models import build_model, model_class
 from ibprune.plans import PruningPlan
 from ibprune.sites import block_paths, find_family
 from ibprune.structure import Structure, choose_kinds, prepare_
 
 WAYS = {"vanilla": "plain", "remote_code": "code"}
-KINDS = ("heads", "kv_groups", "ffn", "layers", "hidden", "embedding_rank", "vocab")
 HEAD = """# Model types, kinds of units, and how folders load
 
 Made by `python scripts/family_table.py > docs/families.md`: every layer keeps three quarters of its units of a kind; of

@@ -34,6 +34,8 @@ _IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
 _MODERN = dict(local_attention=4, cls_token_id=2, sep_token_id=3)
 _QWEN2 = _GQA | _IDS | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 _GEMMA = _GQA | _IDS | dict(head_dim=4, sliding_window=4, tie_word_embeddings=True)
+_MIXTRAL = _GQA | _IDS | dict(num_local_experts=5, num_experts_per_tok=2)
+_QWEN3_MOE = _GQA | _IDS | dict(head_dim=4, moe_intermediate_size=12, num_experts=6, num_experts_per_tok=3)
 _DEBERTA = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", position_buckets=4)
 _BART = dict(
     vocab_size=61, d_model=24, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=6,
@@ -81,6 +83,11 @@ TINY = {
     "qwen2": lambda: transformers.Qwen2Config(**_QWEN2),
     "qwen3": lambda: transformers.Qwen3Config(**_GQA, **_IDS, head_dim=4),
     "smollm3": lambda: transformers.SmolLM3Config(**_GQA, **_IDS, no_rope_layer_interval=2),
+    "mixtral": lambda: transformers.MixtralConfig(**_MIXTRAL),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_QWEN3_MOE, mlp_only_layers=[1]),
+    "qwen3_moe-sparse": lambda: transformers.Qwen3MoeConfig(
+        **_QWEN3_MOE, norm_topk_prob=True, decoder_sparse_step=2, tie_word_embeddings=True
+    ),
     "olmo2": lambda: transformers.Olmo2Config(**_GQA, **_IDS, tie_word_embeddings=True),
     "gemma": lambda: transformers.GemmaConfig(**{k: v for k, v in _GEMMA.items() if k != "sliding_window"}),
     "gemma2": lambda: transformers.Gemma2Config(**_GEMMA),
@@ -190,6 +197,15 @@ HEADS = {  # every usual head of every row
     "qwen2": ("Qwen2ForCausalLM", "Qwen2ForTokenClassification"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3ForQuestionAnswering"),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3ForSequenceClassification"),
+    "mixtral": (
+        "MixtralModel",
+        "MixtralForCausalLM",
+        "MixtralForSequenceClassification",
+        "MixtralForTokenClassification",
+        "MixtralForQuestionAnswering",
+    ),
+    "qwen3_moe": ("Qwen3MoeModel", "Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification"),
+    "qwen3_moe-sparse": ("Qwen3MoeForCausalLM",),
     "olmo2": ("Olmo2Model", "Olmo2ForCausalLM"),
     "gemma": ("GemmaModel", "GemmaForCausalLM", "GemmaForSequenceClassification"),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
@@ -238,7 +254,7 @@ HEADS = {  # every usual head of every row
 }
 # transformers computes these models' norms, or their softmax, in float32 whatever the model's dtype.
 FLOAT32 = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3"}
-FLOAT32 |= {"gpt_neox", "opt", "llama-tied", "t5", "t5-gated"}
+FLOAT32 |= {"mixtral", "qwen3_moe", "qwen3_moe-sparse", "gpt_neox", "opt", "llama-tied", "t5", "t5-gated"}
 FLOAT32 |= {"vit", "deit", "clip", "clip_vision_model", "beit", "beit-shared", "swin"}
 CASES = [(family, head) for family, heads in HEADS.items() for head in heads]
 WRITERS = ("LM", "LMHeadModel", "ForConditionalGeneration")
@@ -271,7 +287,7 @@ def build(family: str, head: str, *, dtype=torch.float64, seed: int = 0):
     """A tiny model with weights far from their initial values, so that biases and norms matter."""
     torch.manual_seed(seed)
     config = TINY[family]()
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, head)(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -156,6 +156,17 @@ def test_fewer_heads_need_no_code_where_the_family_takes_their_width(family, hea
     assert tier_of(model) == "vanilla"
 
 
+@pytest.mark.parametrize("family", ["qwen2", "smollm3", "olmo2", "mixtral", "qwen3_moe"])
+def test_fewer_kv_groups_are_vanilla_where_the_config_takes_the_width_of_a_head_only_when_asked(
+    family, tmp_path, tokenizer
+):
+    head = next(head for f, head in CASES if f == family and head.endswith("CausalLM"))
+    model, plan = pruned(family, head, lambda sites: uniform(sites, kv_groups=2), factorize=False)
+    assert write_model(model, tokenizer, plan, tmp_path) == "vanilla"
+    plain = getattr(transformers, head).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.allclose(outputs(plain), outputs(model), atol=1e-5)
+
+
 def test_dropped_layers_are_vanilla_in_a_pre_norm_family():
     def keep(sites):
         return uniform(sites) | {n: () for n in sites if n.startswith("layers.1.") and n.endswith("_sublayer")}

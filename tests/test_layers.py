@@ -18,6 +18,7 @@ LAYERS = (
     ("families.encoders", "families.distilbert", "families.modernbert", "families.mpnet"),
     ("families.albert", "families.deberta", "families.bart", "families.t5"),
     ("families.decoders", "families.gpt", "families.vision"),
+    ("families.moe",),
     ("families",),
     ("sites", "masks", "tracing"),
     ("plans", "inject", "costs", "losses"),
