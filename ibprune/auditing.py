@@ -23,6 +23,7 @@ from ibprune.inputs import Inputs, draw_tokens
 from ibprune.measures import DEFAULTS, AuditSettings, interval_bits, measure_layer, to_bits, token_information
 from ibprune.mi.entropies import label_entropy
 from ibprune.plans import PruningPlan
+from ibprune.sites import has_row
 
 SCHEMA = "ibprune.mi_audit/1"
 
@@ -56,7 +57,7 @@ def audit(
     to "inconsistent".
 
     Args:
-        layers: Names from `features.find_layers`; default: the residual stream after every block.
+        layers: Names from `features.find_layers`, which also says what the default is.
         plan: That made the pruned model, to tell which of its heads is which of the dense one's.
 
     Raises:
@@ -65,8 +66,11 @@ def audit(
     """
     console = console or Quiet()
     start = time.perf_counter()
-    where_before = find_layers(before.model, layers)
-    where_after = find_layers(after.model, layers)
+    batch = inputs.batches[0]
+    where_before = find_layers(before.model, layers, batch=batch)
+    if not layers and not has_row(before.model):
+        layers = tuple(where_before)  # stages are those of the dense model
+    where_after = find_layers(after.model, layers, batch=batch)
     if list(where_before) != list(where_after):
         raise BadData(
             f"expected the same layers in both models, found {len(where_before)} and {len(where_after)}: "
@@ -81,7 +85,7 @@ def audit(
     ]
     features = [side[settings.pooling] for side in sides]
     labels = None if inputs.labels is None else np.asarray(inputs.labels)
-    stream = block_layers(before.model) if hasattr(before.model, "config") else {}
+    stream = block_layers(before.model) if has_row(before.model) else {}
 
     def measure(name: str) -> dict:
         record = {"name": name, "kind": "residual_stream" if name in stream else "module"}
@@ -106,7 +110,7 @@ def audit(
         "data": {
             "name": inputs.name,
             "n": n,
-            "split": "held_out",
+            "split": inputs.split,
             "dedup_removed": inputs.removed,
             "sha256": inputs.sha256,
             "overlap_with_pruning": inputs.overlap,

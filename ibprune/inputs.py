@@ -1,6 +1,7 @@
-"""The inputs of an audit: held-out texts encoded once, without duplicates, in a fixed order."""
+"""The inputs of an audit: held-out texts, pictures or tensors, without duplicates, in a fixed order."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ibprune.data import TextData
 from ibprune.errors import BadData
+from ibprune.images import IMAGE, CollatePictures, stored_digest, stored_size
 from ibprune.losses import Batch
+from ibprune.pairs import Pairs
 
 MOST_INPUTS = 2400
 COMPARABLE = 500_000  # training rows that are looked through for the audited texts
@@ -26,18 +29,20 @@ class Inputs:
         batches: Padded batches, in order; no labels inside.
         labels: Class of each input, or None for unlabelled data.
         removed: Duplicates left out.
-        overlap: Inputs whose text also occurs in the training rows; None where these are too many to look.
-        sha256: Of the token ids, in order.
+        overlap: Inputs that also occur in the training rows; None where these are too many to look, or not known.
+        sha256: Of the token ids, the stored pictures or the tensors, in order.
         special: Ids of the tokens that mark where texts begin and end.
+        split: Where they come from: "held_out" rows, or "given" by the caller.
     """
 
     name: str
-    batches: list[Batch]
+    batches: Sequence[Batch]
     labels: list[int] | None
     removed: int
     overlap: int | None
     sha256: str
     special: tuple[int, ...] = ()
+    split: str = "held_out"
 
     @property
     def n(self) -> int:
@@ -64,11 +69,7 @@ def encode_inputs(
             chosen.append(i)
     removed = len(columns[0]) - len(chosen)
     chosen = chosen[:most]
-    if len(chosen) < LEAST:
-        raise BadData(
-            f"expected at least {LEAST} distinct inputs to audit in '{data.name}', found {len(chosen)}: "
-            "give more text with --data."
-        )
+    _check_enough(len(chosen), data.name)
     chosen.sort(key=lambda i: len(encoded["input_ids"][i]))  # less padding; stable, so the order is fixed
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = [
@@ -85,6 +86,94 @@ def encode_inputs(
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
     return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer))
+
+
+class PictureBatches(Sequence):
+    """Batches of pictures {"pixel_values": (batch, channels, height, width)}, decoded whenever they are asked for.
+
+    2,400 pictures of 224 pixels would fill 1.4 GB.
+    """
+
+    def __init__(self, rows: Dataset, collate: CollatePictures, size: int):
+        self.rows, self.collate, self.size = rows, collate, size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = self.rows.select(range(i * self.size, min((i + 1) * self.size, len(self.rows))))
+        return {"pixel_values": self.collate(list(part))["pixel_values"]}
+
+
+def encode_pictures(collate: CollatePictures, *, most: int, batch_size: int = 64) -> Inputs:
+    """At most `most` distinct held-out pictures, evenly spaced: those of a folder lie class by class.
+
+    Pictures are the same if they are stored as the same bytes.
+
+    Args:
+        collate: That makes their pixels, without augmentation.
+
+    Raises:
+        BadData: Fewer than 200 distinct pictures.
+    """
+    data, total = collate.data, len(collate.data.held_out)
+    n = min(total, most)
+    rows = data.held_out.select([i * total // n for i in range(n)])
+    images = list(rows[IMAGE])
+    digests = [stored_digest(image) for image in images]
+    first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+    chosen = sorted(first.values())
+    _check_enough(len(chosen), data.name)
+    overlap = None
+    if len(data.train) <= COMPARABLE:
+        sizes = {stored_size(image) for image in images}
+        known = {stored_digest(image) for image in data.train[IMAGE] if stored_size(image) in sizes}
+        overlap = len(known & set(first))
+    rows = rows.select(chosen)
+    digest = hashlib.sha256("".join(digests[i] for i in chosen).encode()).hexdigest()
+    labels = [int(label) for label in rows[data.label_column]]
+    return Inputs(data.name, PictureBatches(rows, collate, batch_size), labels, n - len(chosen), overlap, digest)
+
+
+def encode_pairs(loader: Iterable, *, most: int) -> Inputs:
+    """The first `most` distinct inputs of a loader of (inputs, targets), held in memory; whole numbers are labels.
+
+    Raises:
+        BadData: Fewer than 200 distinct inputs, or no such loader.
+    """
+    pairs = Pairs(loader, "data")
+    seen: set[bytes] = set()
+    batches, targets, found = [], [], 0
+    for batch in pairs:
+        inputs, rows = batch["inputs"].detach().cpu(), []
+        for i, row in enumerate(inputs):
+            digest = hashlib.sha256(row.contiguous().numpy().tobytes()).digest()
+            if digest not in seen and len(seen) < most:
+                seen.add(digest)
+                rows.append(i)
+        if rows:
+            batches.append({"inputs": inputs[rows]})
+            targets.append(batch["labels"].detach().cpu()[rows])
+        found += len(inputs)
+        if len(seen) >= most:
+            break
+    name = type(getattr(loader, "dataset", loader)).__name__
+    _check_enough(len(seen), name)
+    labels = torch.cat(targets)
+    is_class = labels.ndim == 1 and not labels.is_floating_point()
+    whole = hashlib.sha256(b"".join(batch["inputs"].contiguous().numpy().tobytes() for batch in batches)).hexdigest()
+    return Inputs(
+        name, batches, labels.long().tolist() if is_class else None, found - len(seen), None, whole, split="given"
+    )
+
+
+def _check_enough(found: int, name: str) -> None:
+    if found < LEAST:
+        raise BadData(
+            f"expected at least {LEAST} distinct inputs to audit in '{name}', found {found}: give more held-out data."
+        )
 
 
 @dataclass(frozen=True)

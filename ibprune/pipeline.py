@@ -21,12 +21,12 @@ from ibprune.features import default_pooling
 from ibprune.feeding import Feed
 from ibprune.groups import Site
 from ibprune.images import ImageData
-from ibprune.inputs import MOST_INPUTS, encode_inputs
+from ibprune.inputs import MOST_INPUTS, encode_inputs, encode_pictures
 from ibprune.losses import Objective
 from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
-from ibprune.models import Loaded, check_finite
+from ibprune.models import check_finite
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
@@ -82,7 +82,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     with timer("audit"):
         audited, why_not = None, "the two models read different tokens, because the vocabulary was cut."
         if not texts:
-            audited, why_not = _audit(dense, student, plan, data, loaded, recipe, console)
+            audited, why_not = _audit(dense, student, plan, data, feed, recipe, console)
         if why_not and recipe.audit:
             console.say(f"No audit: {why_not}")
     with timer("bench"):
@@ -157,19 +157,20 @@ def _audit(
     student: PreTrainedModel,
     plan: PruningPlan,
     data: TextData | ImageData,
-    loaded: Loaded,
+    feed: Feed,
     recipe: Recipe,
     console: Quiet,
 ) -> tuple[dict | None, str]:
-    """The audit of both models on the held-out texts, or None and why there is none: no run is lost for it."""
+    """The audit of both models on the held-out rows, or None and why there is none: no run is lost for it."""
     if not recipe.audit:
         return None, "--no-audit"
-    if isinstance(data, ImageData):
-        return None, "the audit does not cover image models yet."
     settings = AuditSettings(pooling=default_pooling(dense), seed=recipe.seed)
     sides = AuditSide(recipe.model, dense), AuditSide(recipe.output, student)
     try:
-        inputs = encode_inputs(data, loaded.tokenizer, max_length=recipe.max_length, most=MOST_INPUTS)
+        if isinstance(data, ImageData):
+            inputs = encode_pictures(feed.collate.judging(), most=MOST_INPUTS)
+        else:
+            inputs = encode_inputs(data, feed.preprocessor, max_length=recipe.max_length, most=MOST_INPUTS)
         return audit(*sides, inputs, settings=settings, plan=plan, console=console), ""
     except (BadData, BadSamples) as error:
         return None, str(error)
