@@ -17,7 +17,7 @@ from torch import nn
 from ibprune.attention import add_heads_
 from ibprune.checks import apply_checks_, hard_checks, headline, untouched
 from ibprune.console import Quiet
-from ibprune.errors import BadData
+from ibprune.errors import BadData, BadRecipe
 from ibprune.features import TOKEN, block_layers, collect, find_layers
 from ibprune.inputs import Inputs, draw_tokens
 from ibprune.measures import DEFAULTS, AuditSettings, interval_bits, measure_layer, to_bits, token_information
@@ -76,13 +76,18 @@ def audit(
             f"expected the same layers in both models, found {len(where_before)} and {len(where_after)}: "
             "name common ones with --layers."
         )
+    if inputs.own is not None and settings.pooling == "random":
+        raise BadRecipe("--pooling: 'random' takes the same token of both models, but the vocabulary of one was cut.")
     tokens = draw_tokens(inputs, settings.tokens, seed=settings.seed) if settings.tokens else None
     read = {"poolings": (settings.pooling, TOKEN)[: 2 if tokens else 1], "seed": settings.seed}
     read["columns"] = tokens.columns if tokens else None
+    own = inputs.batches if inputs.own is None else inputs.own
     sides = [
-        collect(side.model, console.track(inputs.batches, f"reading {what}", len(inputs.batches)), where, **read)
-        for side, where, what in ((before, where_before, "dense"), (after, where_after, "pruned"))
-    ]
+        collect(side.model, console.track(batches, f"reading {what}", len(batches)), where, **read)
+        for side, batches, where, what in (
+            (before, inputs.batches, where_before, "dense"), (after, own, where_after, "pruned"),
+        )
+    ]  # fmt: skip
     features = [side[settings.pooling] for side in sides]
     labels = None if inputs.labels is None else np.asarray(inputs.labels)
     stream = block_layers(before.model) if has_row(before.model) else {}
@@ -99,7 +104,10 @@ def audit(
     # critics draw from torch's own generator, which threads would share
     with _side_by_side(1 if settings.pair else torch.get_num_threads()) as run:
         records = list(console.track(run(measure, where_before), "auditing layers", len(where_before)))
-    add_heads_(records, before.model, after.model, inputs.batches, plan=plan, special=inputs.special, console=console)
+    if inputs.own is None:  # heads look at tokens
+        add_heads_(
+            records, before.model, after.model, inputs.batches, plan=plan, special=inputs.special, console=console
+        )
     checks = hard_checks(untouched(before.model, after.model, where_before), *features, records)
     apply_checks_(records, checks)
     n = len(features[0][next(iter(where_before))])

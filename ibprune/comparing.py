@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from ibprune.feeding import find_data, find_pictures, make_picture_feed
 from ibprune.images import load_processor
 from ibprune.inputs import MOST_INPUTS, Inputs, encode_inputs, encode_pairs, encode_pictures
 from ibprune.loading import load
+from ibprune.losses import Batch
 from ibprune.measures import AuditSettings
 from ibprune.mi.probes import Probe
-from ibprune.models import Loaded, find_source, load_config, load_dense
+from ibprune.models import Loaded, find_source, load_config, load_dense, load_tokenizer
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.sites import find_family, has_row, reads_pictures
@@ -147,11 +148,6 @@ def _checkpoints(recipe: Recipe, pruned: str, *, most: int, console: Quiet) -> P
             f"expected two models of one family, found '{before.config.model_type}' and '{after.config.model_type}'."
         )
     plan = _plan(pruned)
-    if plan is not None and len(plan.keep.get("vocab", ())) < plan.n_units.get("vocab", 0):
-        raise BadData(
-            f"expected two models that read the same tokens, but the vocabulary of '{pruned}' was cut: it cannot be "
-            "audited yet."
-        )
     if rows.note:
         console.say(rows.note)
     if pictures:
@@ -160,8 +156,11 @@ def _checkpoints(recipe: Recipe, pruned: str, *, most: int, console: Quiet) -> P
     else:
         length = recipe.max_length or MAX_LENGTH
         limits = [find_family(before.config.model_type).max_tokens(model.config) or length for model in (before, after)]
-        inputs = encode_inputs(rows, loaded.tokenizer, max_length=min(length, *limits), most=most)
-        _check_vocabulary(inputs, before, after)
+        cut = plan is not None and len(plan.keep.get("vocab", ())) < plan.n_units.get("vocab", 0)
+        own = load_tokenizer(find_source(pruned)) if cut else None
+        inputs = encode_inputs(rows, loaded.tokenizer, max_length=min(length, *limits), most=most, own=own)
+        _check_vocabulary(inputs.batches, before)
+        _check_vocabulary(inputs.own or inputs.batches, after)
     return Pair(Side(source.name, before), Side(pruned, after), inputs, plan)
 
 
@@ -187,11 +186,8 @@ def _plan(name: str) -> PruningPlan | None:
     return PruningPlan.load(path) if path.exists() else None
 
 
-def _check_vocabulary(inputs: Inputs, *models: PreTrainedModel) -> None:
-    largest = max(int(batch["input_ids"].max()) for batch in inputs.batches)
-    for model in models:
-        rows = model.get_input_embeddings().num_embeddings
-        if largest >= rows:
-            raise BadData(
-                f"expected models that read the same tokens, found one with {rows:,} and a token {largest:,}."
-            )
+def _check_vocabulary(batches: Sequence[Batch], model: PreTrainedModel) -> None:
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    rows = model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise BadData(f"expected models that read the same tokens, found one with {rows:,} and a token {largest:,}.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ibprune.data import TextData
 from ibprune.errors import BadData
@@ -33,6 +33,8 @@ class Inputs:
         sha256: Of the token ids, the stored pictures or the tensors, in order.
         special: Ids of the tokens that mark where texts begin and end.
         split: Where they come from: "held_out" rows, or "given" by the caller.
+        own: The same texts, batch by batch, as a pruned model with a tokenizer of its own reads them; None where both
+            read the same.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Inputs:
     sha256: str
     special: tuple[int, ...] = ()
     split: str = "held_out"
+    own: Sequence[Batch] | None = None
 
     @property
     def n(self) -> int:
@@ -50,9 +53,19 @@ class Inputs:
 
 
 def encode_inputs(
-    data: TextData, tokenizer: PreTrainedTokenizerBase, *, max_length: int, most: int, batch_size: int = 64
+    data: TextData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    most: int,
+    own: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 64,
 ) -> Inputs:
     """Encodes at most `most` distinct held-out texts; batches hold texts of like length.
+
+    Args:
+        own: The tokenizer of the pruned model, where its vocabulary was cut. Texts are distinct, and cut at so many
+            tokens, as each tokenizer reads them.
 
     Raises:
         BadData: Fewer than 200 distinct texts.
@@ -60,7 +73,6 @@ def encode_inputs(
     rows = data.held_out.select(range(min(len(data.held_out), 4 * most)))  # a large split is not read whole
     columns = [[str(text or "") for text in rows[column]] for column in data.text_columns]
     encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
-    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     seen: set[tuple] = set()
     chosen = []
     for i, ids in enumerate(encoded["input_ids"]):
@@ -71,11 +83,11 @@ def encode_inputs(
     chosen = chosen[:most]
     _check_enough(len(chosen), data.name)
     chosen.sort(key=lambda i: len(encoded["input_ids"][i]))  # less padding; stable, so the order is fixed
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = [
-        _pad({key: [encoded[key][i] for i in part] for key in keys}, pad)
-        for part in (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
-    ]
+    parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    batches = _batches(encoded, parts, tokenizer)
+    again = None
+    if own is not None:
+        again = _batches(own(*columns, truncation=True, max_length=max_length, verbose=False), parts, own)
     labels = None
     if data.label_column and data.labels:
         column = rows[data.label_column]
@@ -85,7 +97,13 @@ def encode_inputs(
     if len(data.train) <= COMPARABLE:
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
-    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer))
+    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer), own=again)
+
+
+def _batches(encoded: BatchEncoding, parts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [_pad({key: [encoded[key][i] for i in part] for key in keys}, pad) for part in parts]
 
 
 class PictureBatches(Sequence):
@@ -196,8 +214,13 @@ def draw_tokens(inputs: Inputs, most: int, *, seed: int = 0) -> Tokens:
     One of each, so that the samples are independent.
 
     Raises:
-        BadData: Inputs that are not tokens.
+        BadData: Inputs that are not tokens, or not the same for both models.
     """
+    if inputs.own is not None:
+        raise BadData(
+            "expected two models that read the same tokens to ask for tokens, but the vocabulary of one was cut: leave "
+            "--tokens out."
+        )
     if "input_ids" not in inputs.batches[0]:
         raise BadData("expected inputs of tokens to ask for tokens, found other inputs: leave --tokens out.")
     ids = torch.cat([batch["input_ids"][batch["attention_mask"] > 0] for batch in inputs.batches])

@@ -80,9 +80,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     if own_feed is not feed:  # the vocabulary was cut
         texts = [text for column in data.text_columns for text in data.held_out[:TEXTS][column]]
     with timer("audit"):
-        audited, why_not = None, "the two models read different tokens, because the vocabulary was cut."
-        if not texts:
-            audited, why_not = _audit(dense, student, plan, data, feed, recipe, console)
+        audited, why_not = _audit(dense, student, plan, data, (feed, own_feed), recipe, console)
         if why_not and recipe.audit:
             console.say(f"No audit: {why_not}")
     with timer("bench"):
@@ -157,20 +155,25 @@ def _audit(
     student: PreTrainedModel,
     plan: PruningPlan,
     data: TextData | ImageData,
-    feed: Feed,
+    feeds: tuple[Feed, Feed],
     recipe: Recipe,
     console: Quiet,
 ) -> tuple[dict | None, str]:
-    """The audit of both models on the held-out rows, or None and why there is none: no run is lost for it."""
+    """The audit of both models, each with its feed, on the held-out rows.
+
+    Or None and why there is none: no run is lost for it.
+    """
     if not recipe.audit:
         return None, "--no-audit"
     settings = AuditSettings(pooling=default_pooling(dense), seed=recipe.seed)
     sides = AuditSide(recipe.model, dense), AuditSide(recipe.output, student)
     try:
         if isinstance(data, ImageData):
-            inputs = encode_pictures(feed.collate.judging(), most=MOST_INPUTS)
+            inputs = encode_pictures(feeds[0].collate.judging(), most=MOST_INPUTS)
         else:
-            inputs = encode_inputs(data, feed.preprocessor, max_length=recipe.max_length, most=MOST_INPUTS)
+            tokenizer, own = (feed.preprocessor for feed in feeds)
+            own = None if own is tokenizer else own
+            inputs = encode_inputs(data, tokenizer, max_length=recipe.max_length, most=MOST_INPUTS, own=own)
         return audit(*sides, inputs, settings=settings, plan=plan, console=console), ""
     except (BadData, BadSamples) as error:
         return None, str(error)

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, type=Path)
     parser.add_argument("--budgets", default="0.5,0.25", help="shares of the dense MACs to keep")
     parser.add_argument("--recover-steps", type=int, default=100)
+    parser.add_argument("--layers", default="", help="comma list (default: what ibprune.audit chooses)")
     parser.add_argument("--output", required=True, type=Path)
     arguments = parser.parse_args()
     x, y = load_images(arguments.data, list(range(25)), slice(0, 25_000))
@@ -34,13 +35,17 @@ def main() -> None:
     torch.manual_seed(0)
     models = {"random weights": ResNet(3).eval()}
     for budget in map(float, arguments.budgets.split(",")):
-        for steps in (0, arguments.recover_steps):
+        for steps in dict.fromkeys((0, arguments.recover_steps)):
             result = ibprune.prune(
                 dense, budget, cost="macs", score="fisher", train_loader=Augmented(x, y), example=x[:2],
                 recover_steps=steps, console=Terminal(),
             )  # fmt: skip
             models[f"{budget:g}, {steps} steps"] = result.model
-    found = {name: ibprune.audit(dense, model, data=loader) for name, model in ({"copy": dense} | models).items()}
+    layers = tuple(name for name in arguments.layers.split(",") if name)
+    found = {
+        name: ibprune.audit(dense, model, data=loader, layers=layers)
+        for name, model in ({"copy": dense} | models).items()
+    }
     for name, one in found.items():
         error = 100 * float(1 - log_likelihoods(models.get(name, dense), x_test, y_test)[1].mean())
         one["test_error"] = error
