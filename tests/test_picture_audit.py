@@ -226,8 +226,9 @@ def test_a_module_is_audited_from_python_and_stays_itself(trained, tmp_path):
     assert [layer["name"] for layer in found["layers"]] == ["bn1", "stage1.0", "stage1.1", "stage2.0", "stage2.1", "fc"]
     assert found["data"]["split"] == "given" and found["data"]["n"] == 400
     assert found["data"]["overlap_with_pruning"] is None and found["labels"]["n_classes"] == 2
-    assert found["layers"][1]["d_before"] == 8 and any(x["d_after"] < x["d_before"] for x in found["layers"])
-    assert json.loads((tmp_path / "audit" / "audit.json").read_text()) == found
+    assert found["layers"][1]["d_before"] == 8
+    assert found["models"]["after"]["params"] < found["models"]["before"]["params"]
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text()) == json.loads(json.dumps(found))
     few = ibprune.audit(net, result.model, data=loader, layers=["stage1", "fc"], max_inputs=210)
     assert [layer["name"] for layer in few["layers"]] == ["stage1", "fc"] and few["data"]["n"] == 210
 
