@@ -17,12 +17,13 @@ from torch import nn
 from ibprune.attention import add_heads_
 from ibprune.checks import apply_checks_, hard_checks, headline, untouched
 from ibprune.console import Quiet
-from ibprune.errors import BadData
+from ibprune.errors import BadData, BadRecipe
 from ibprune.features import TOKEN, block_layers, collect, find_layers
 from ibprune.inputs import Inputs, draw_tokens
 from ibprune.measures import DEFAULTS, AuditSettings, interval_bits, measure_layer, to_bits, token_information
 from ibprune.mi.entropies import label_entropy
 from ibprune.plans import PruningPlan
+from ibprune.sites import has_row
 
 SCHEMA = "ibprune.mi_audit/1"
 
@@ -56,7 +57,7 @@ def audit(
     to "inconsistent".
 
     Args:
-        layers: Names from `features.find_layers`; default: the residual stream after every block.
+        layers: Names from `features.find_layers`, which also says what the default is.
         plan: That made the pruned model, to tell which of its heads is which of the dense one's.
 
     Raises:
@@ -65,23 +66,31 @@ def audit(
     """
     console = console or Quiet()
     start = time.perf_counter()
-    where_before = find_layers(before.model, layers)
-    where_after = find_layers(after.model, layers)
+    batch = inputs.batches[0]
+    where_before = find_layers(before.model, layers, batch=batch)
+    if not layers and not has_row(before.model):
+        layers = tuple(where_before)  # stages are those of the dense model
+    where_after = find_layers(after.model, layers, batch=batch)
     if list(where_before) != list(where_after):
         raise BadData(
             f"expected the same layers in both models, found {len(where_before)} and {len(where_after)}: "
             "name common ones with --layers."
         )
+    if inputs.own is not None and settings.pooling == "random":
+        raise BadRecipe("--pooling: 'random' takes the same token of both models, but the vocabulary of one was cut.")
     tokens = draw_tokens(inputs, settings.tokens, seed=settings.seed) if settings.tokens else None
     read = {"poolings": (settings.pooling, TOKEN)[: 2 if tokens else 1], "seed": settings.seed}
     read["columns"] = tokens.columns if tokens else None
+    own = inputs.batches if inputs.own is None else inputs.own
     sides = [
-        collect(side.model, console.track(inputs.batches, f"reading {what}", len(inputs.batches)), where, **read)
-        for side, where, what in ((before, where_before, "dense"), (after, where_after, "pruned"))
-    ]
+        collect(side.model, console.track(batches, f"reading {what}", len(batches)), where, **read)
+        for side, batches, where, what in (
+            (before, inputs.batches, where_before, "dense"), (after, own, where_after, "pruned"),
+        )
+    ]  # fmt: skip
     features = [side[settings.pooling] for side in sides]
     labels = None if inputs.labels is None else np.asarray(inputs.labels)
-    stream = block_layers(before.model) if hasattr(before.model, "config") else {}
+    stream = block_layers(before.model) if has_row(before.model) else {}
 
     def measure(name: str) -> dict:
         record = {"name": name, "kind": "residual_stream" if name in stream else "module"}
@@ -95,7 +104,10 @@ def audit(
     # critics draw from torch's own generator, which threads would share
     with _side_by_side(1 if settings.pair else torch.get_num_threads()) as run:
         records = list(console.track(run(measure, where_before), "auditing layers", len(where_before)))
-    add_heads_(records, before.model, after.model, inputs.batches, plan=plan, special=inputs.special, console=console)
+    if inputs.own is None:  # heads look at tokens
+        add_heads_(
+            records, before.model, after.model, inputs.batches, plan=plan, special=inputs.special, console=console
+        )
     checks = hard_checks(untouched(before.model, after.model, where_before), *features, records)
     apply_checks_(records, checks)
     n = len(features[0][next(iter(where_before))])
@@ -106,7 +118,7 @@ def audit(
         "data": {
             "name": inputs.name,
             "n": n,
-            "split": "held_out",
+            "split": inputs.split,
             "dedup_removed": inputs.removed,
             "sha256": inputs.sha256,
             "overlap_with_pruning": inputs.overlap,

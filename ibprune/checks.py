@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 SIDES = ("before", "after")
 
@@ -58,12 +59,16 @@ def untouched(before: nn.Module, after: nn.Module, layers: dict[str, tuple[str, 
     }
     if not changed:
         return list(layers)
-    if not hasattr(before, "config"):
+    if not isinstance(before, PreTrainedModel):
         return []
-    order = list(mine)
+    places = {path: i for i, path in enumerate(path for path, _ in before.named_modules())}
+    order = sorted(mine, key=lambda name: places[name.rpartition(".")[0]])  # buffers beside their parameters
     found = []
     for layer, (path, side) in layers.items():
-        inside = [i for i, name in enumerate(order) if name.startswith(path + ".")]
+        inside: list[int] = []
+        while not inside and path:  # an activation reads what is made around it
+            inside = [i for i, name in enumerate(order) if name.startswith(path + ".")]
+            path = path.rpartition(".")[0]
         if inside and changed <= set(order[inside[0] if side == "in" else inside[-1] + 1 :]):
             found.append(layer)
     return found

@@ -24,8 +24,8 @@ class BadData(IBPruneError):
     """A data set, a column or a metric cannot be used."""
 
 
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Returns the end of an error message: the nearest valid name, then all of them.
+def did_you_mean(name: str, valid: Iterable[str], *, listed: Iterable[str] | None = None) -> str:
+    """Returns the end of an error message: the nearest valid name, then all of them, or those `listed` where given.
 
     Example:
         >>> did_you_mean("fischer", ["vib", "fisher"])
@@ -34,7 +34,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}Valid: {', '.join(valid)}"
+    return f"{hint}Valid: {', '.join(valid if listed is None else listed)}"
 
 
 def first_line(error: BaseException) -> str:

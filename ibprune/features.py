@@ -9,8 +9,8 @@ from torch import nn
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.losses import Batch
 from ibprune.rebuild import full_path
-from ibprune.sites import block_paths, find_family
-from ibprune.task_heads import complete
+from ibprune.sites import block_paths, find_family, has_row, reads_pictures
+from ibprune.stages import call, stage_layers
 
 POOLINGS = ("mean", "cls", "last", "random")
 TOKEN = "token"  # the pooling at columns that the caller chose
@@ -18,8 +18,11 @@ EMBEDDINGS = "embeddings"
 
 
 def default_pooling(model: nn.Module) -> str:
-    """The last token of a decoder, which alone has seen the whole text, and the mean over an encoder's."""
-    return "last" if find_family(model.config.model_type).causal else "mean"
+    """The last token of a decoder, which alone has seen the whole text, and the mean over an encoder's.
+
+    The mean over the patches of a picture too: until late, the token that a classifier reads has seen little of it.
+    """
+    return "last" if has_row(model) and find_family(model.config.model_type).causal else "mean"
 
 
 def block_layers(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -44,23 +47,36 @@ def block_layers(model: nn.Module) -> dict[str, tuple[str, str]]:
     return layers
 
 
-def find_layers(model: nn.Module, names: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
-    """Where to read each named layer; all blocks of a known family when no name is given.
+def find_layers(model: nn.Module, names: tuple[str, ...] = (), *, batch: Batch) -> dict[str, tuple[str, str]]:
+    """Where to read each named layer: {name: (module path, "in" or "out")}; sensible ones when no name is given.
 
-    A name is one of `block_layers` or the path of any module of the model.
+    A name is one of `block_layers`, where a row describes the model, or the path of any module of the model. The
+    default is the residual stream of a transformer, with the classifier's output where it reads pictures, and the
+    stages of any other network (`ibprune.stages`).
+
+    Args:
+        batch: That the model reads; some of it is, to see what runs when.
 
     Raises:
         BadRecipe: A name that is neither.
-        UnsupportedModel: No names given, and no family describes the model.
+        UnsupportedModel: No names given, and no layers to be found.
     """
-    known = block_layers(model) if hasattr(model, "config") or not names else {}
-    if not names:
-        return known
-    modules = dict(model.named_modules())
+    known = _default_layers(model, batch)
+    modules = [path for path, _ in model.named_modules()]
     for name in names:
         if name not in known and name not in modules:
-            raise BadRecipe(f"unknown layer '{name}': {did_you_mean(name, known or modules)}.")
-    return {name: known.get(name, (name, "out")) for name in names}
+            hint = did_you_mean(name, [*known, *modules], listed=[*known, "or the path of any module"])
+            raise BadRecipe(f"unknown layer '{name}': {hint}.")
+    return {name: known.get(name, (name, "out")) for name in names or known}
+
+
+def _default_layers(model: nn.Module, batch: Batch) -> dict[str, tuple[str, str]]:
+    if not has_row(model):
+        return {path: (path, "out") for path in stage_layers(model, batch)}
+    layers = block_layers(model)
+    if reads_pictures(model.config.model_type):  # what its classifier reads: a token, the mean, or both
+        layers |= {path: (path, "out") for path, child in model.named_children() if isinstance(child, nn.Linear)}
+    return layers
 
 
 @torch.no_grad()
@@ -112,10 +128,7 @@ def collect(
             chosen = None if columns is None else columns[start : start + size]
             start += size
             caught.clear()
-            if "inputs" in batch:
-                model(batch["inputs"])
-            else:
-                model(**complete(model, batch))
+            call(model, batch)
             for name in layers:
                 if name not in caught:
                     raise BadData(f"the layer '{name}' was never computed for these inputs.")
@@ -143,14 +156,15 @@ def collect(
 
 def _catch_input(caught: dict[str, torch.Tensor], name: str):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        caught.setdefault(name, args[0] if args else kwargs["hidden_states"])  # of the first run of a shared block
+        if name not in caught:  # of the first run of a shared block
+            caught[name] = (args[0] if args else kwargs["hidden_states"]).clone()
 
     return hook
 
 
 def _catch_output(caught: dict[str, torch.Tensor], name: str):
     def hook(module: nn.Module, args: tuple, output) -> None:
-        caught[name] = output[0] if isinstance(output, tuple) else output
+        caught[name] = (output[0] if isinstance(output, tuple) else output).clone()  # what follows may write into it
 
     return hook
 

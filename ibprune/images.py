@@ -1,6 +1,8 @@
 """Image data: folders of classes, npz arrays and tables with pictures, as rows, and rows as batches of pixels."""
 
+import hashlib
 import io
+import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -192,6 +194,17 @@ def _columns(rows: Dataset, source: str, label: str) -> Dataset:
     check_columns((label,), rows.column_names, source)
     rows = rows.select_columns([image, label]).rename_columns({image: IMAGE, label: LABEL})
     return rows.cast_column(IMAGE, _ROW[IMAGE])
+
+
+def stored_size(image: Mapping) -> int:
+    """Bytes of a picture as it is stored; a file is not read."""
+    return os.stat(image["path"]).st_size if image["bytes"] is None else len(image["bytes"])
+
+
+def stored_digest(image: Mapping) -> str:
+    """SHA-256 of a picture as it is stored: equal for equal files, or equal pixels of an array."""
+    stored = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    return hashlib.sha256(stored).hexdigest()
 
 
 def _open(image: Mapping, name: str) -> Picture.Image:

@@ -1,16 +1,19 @@
-"""The inputs of an audit: held-out texts encoded once, without duplicates, in a fixed order."""
+"""The inputs of an audit: held-out texts, pictures or tensors, without duplicates, in a fixed order."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ibprune.data import TextData
 from ibprune.errors import BadData
+from ibprune.images import IMAGE, CollatePictures, stored_digest, stored_size
 from ibprune.losses import Batch
+from ibprune.pairs import Pairs
 
 MOST_INPUTS = 2400
 COMPARABLE = 500_000  # training rows that are looked through for the audited texts
@@ -26,18 +29,23 @@ class Inputs:
         batches: Padded batches, in order; no labels inside.
         labels: Class of each input, or None for unlabelled data.
         removed: Duplicates left out.
-        overlap: Inputs whose text also occurs in the training rows; None where these are too many to look.
-        sha256: Of the token ids, in order.
+        overlap: Inputs that also occur in the training rows; None where these are too many to look, or not known.
+        sha256: Of the token ids, the stored pictures or the tensors, in order.
         special: Ids of the tokens that mark where texts begin and end.
+        split: Where they come from: "held_out" rows, or "given" by the caller.
+        own: The same texts, batch by batch, as a pruned model with a tokenizer of its own reads them; None where both
+            read the same.
     """
 
     name: str
-    batches: list[Batch]
+    batches: Sequence[Batch]
     labels: list[int] | None
     removed: int
     overlap: int | None
     sha256: str
     special: tuple[int, ...] = ()
+    split: str = "held_out"
+    own: Sequence[Batch] | None = None
 
     @property
     def n(self) -> int:
@@ -45,9 +53,19 @@ class Inputs:
 
 
 def encode_inputs(
-    data: TextData, tokenizer: PreTrainedTokenizerBase, *, max_length: int, most: int, batch_size: int = 64
+    data: TextData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    most: int,
+    own: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 64,
 ) -> Inputs:
     """Encodes at most `most` distinct held-out texts; batches hold texts of like length.
+
+    Args:
+        own: The tokenizer of the pruned model, where its vocabulary was cut. Texts are distinct, and cut at so many
+            tokens, as each tokenizer reads them.
 
     Raises:
         BadData: Fewer than 200 distinct texts.
@@ -55,7 +73,6 @@ def encode_inputs(
     rows = data.held_out.select(range(min(len(data.held_out), 4 * most)))  # a large split is not read whole
     columns = [[str(text or "") for text in rows[column]] for column in data.text_columns]
     encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
-    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     seen: set[tuple] = set()
     chosen = []
     for i, ids in enumerate(encoded["input_ids"]):
@@ -64,17 +81,13 @@ def encode_inputs(
             chosen.append(i)
     removed = len(columns[0]) - len(chosen)
     chosen = chosen[:most]
-    if len(chosen) < LEAST:
-        raise BadData(
-            f"expected at least {LEAST} distinct inputs to audit in '{data.name}', found {len(chosen)}: "
-            "give more text with --data."
-        )
+    _check_enough(len(chosen), data.name)
     chosen.sort(key=lambda i: len(encoded["input_ids"][i]))  # less padding; stable, so the order is fixed
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = [
-        _pad({key: [encoded[key][i] for i in part] for key in keys}, pad)
-        for part in (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
-    ]
+    parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    batches = _batches(encoded, parts, tokenizer)
+    again = None
+    if own is not None:
+        again = _batches(own(*columns, truncation=True, max_length=max_length, verbose=False), parts, own)
     labels = None
     if data.label_column and data.labels:
         column = rows[data.label_column]
@@ -84,7 +97,101 @@ def encode_inputs(
     if len(data.train) <= COMPARABLE:
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
-    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer))
+    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer), own=again)
+
+
+def _batches(encoded: BatchEncoding, parts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [_pad({key: [encoded[key][i] for i in part] for key in keys}, pad) for part in parts]
+
+
+class PictureBatches(Sequence):
+    """Batches of pictures {"pixel_values": (batch, channels, height, width)}, decoded whenever they are asked for.
+
+    2,400 pictures of 224 pixels would fill 1.4 GB.
+    """
+
+    def __init__(self, rows: Dataset, collate: CollatePictures, size: int):
+        self.rows, self.collate, self.size = rows, collate, size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = self.rows.select(range(i * self.size, min((i + 1) * self.size, len(self.rows))))
+        return {"pixel_values": self.collate(list(part))["pixel_values"]}
+
+
+def encode_pictures(collate: CollatePictures, *, most: int, batch_size: int = 64) -> Inputs:
+    """At most `most` distinct held-out pictures, evenly spaced: those of a folder lie class by class.
+
+    Pictures are the same if they are stored as the same bytes.
+
+    Args:
+        collate: That makes their pixels, without augmentation.
+
+    Raises:
+        BadData: Fewer than 200 distinct pictures.
+    """
+    data, total = collate.data, len(collate.data.held_out)
+    n = min(total, most)
+    rows = data.held_out.select([i * total // n for i in range(n)])
+    images = list(rows[IMAGE])
+    digests = [stored_digest(image) for image in images]
+    first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+    chosen = sorted(first.values())
+    _check_enough(len(chosen), data.name)
+    overlap = None
+    if len(data.train) <= COMPARABLE:
+        sizes = {stored_size(image) for image in images}
+        known = {stored_digest(image) for image in data.train[IMAGE] if stored_size(image) in sizes}
+        overlap = len(known & set(first))
+    rows = rows.select(chosen)
+    digest = hashlib.sha256("".join(digests[i] for i in chosen).encode()).hexdigest()
+    labels = [int(label) for label in rows[data.label_column]]
+    return Inputs(data.name, PictureBatches(rows, collate, batch_size), labels, n - len(chosen), overlap, digest)
+
+
+def encode_pairs(loader: Iterable, *, most: int) -> Inputs:
+    """The first `most` distinct inputs of a loader of (inputs, targets), held in memory; whole numbers are labels.
+
+    Raises:
+        BadData: Fewer than 200 distinct inputs, or no such loader.
+    """
+    pairs = Pairs(loader, "data")
+    seen: set[bytes] = set()
+    batches, targets, found = [], [], 0
+    for batch in pairs:
+        inputs, rows = batch["inputs"].detach().cpu(), []
+        for i, row in enumerate(inputs):
+            digest = hashlib.sha256(row.contiguous().numpy().tobytes()).digest()
+            if digest not in seen and len(seen) < most:
+                seen.add(digest)
+                rows.append(i)
+        if rows:
+            batches.append({"inputs": inputs[rows]})
+            targets.append(batch["labels"].detach().cpu()[rows])
+        found += len(inputs)
+        if len(seen) >= most:
+            break
+    name = type(getattr(loader, "dataset", loader)).__name__
+    _check_enough(len(seen), name)
+    labels = torch.cat(targets)
+    is_class = labels.ndim == 1 and not labels.is_floating_point()
+    whole = hashlib.sha256(b"".join(batch["inputs"].contiguous().numpy().tobytes() for batch in batches)).hexdigest()
+    return Inputs(
+        name, batches, labels.long().tolist() if is_class else None, found - len(seen), None, whole, split="given"
+    )
+
+
+def _check_enough(found: int, name: str) -> None:
+    if found < LEAST:
+        raise BadData(
+            f"expected at least {LEAST} distinct inputs to audit in '{name}', found {found}: give more held-out data."
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +214,13 @@ def draw_tokens(inputs: Inputs, most: int, *, seed: int = 0) -> Tokens:
     One of each, so that the samples are independent.
 
     Raises:
-        BadData: Inputs that are not tokens.
+        BadData: Inputs that are not tokens, or not the same for both models.
     """
+    if inputs.own is not None:
+        raise BadData(
+            "expected two models that read the same tokens to ask for tokens, but the vocabulary of one was cut: leave "
+            "--tokens out."
+        )
     if "input_ids" not in inputs.batches[0]:
         raise BadData("expected inputs of tokens to ask for tokens, found other inputs: leave --tokens out.")
     ids = torch.cat([batch["input_ids"][batch["attention_mask"] > 0] for batch in inputs.batches])

@@ -2,13 +2,12 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from ibprune.bench import time_forward
 from ibprune.budget import make_budget
@@ -17,9 +16,10 @@ from ibprune.console import Quiet
 from ibprune.costs import COSTS
 from ibprune.cutting import CALIBRATION, Choice, choose_and_compact_, loss_with, probe_steps
 from ibprune.errors import BadData, BadRecipe, did_you_mean
-from ibprune.losses import Batch, Objective
+from ibprune.losses import Objective
 from ibprune.models import check_finite
 from ibprune.module_files import save_module
+from ibprune.pairs import Pairs
 from ibprune.plans import PruningPlan, model_type
 from ibprune.report import Timer, versions
 from ibprune.scores import SCORES
@@ -141,7 +141,7 @@ def prune_module(
     timer = Timer()
     accelerator = make_accelerator("fp32", seed=settings.seed)
     device = accelerator.device
-    pairs = _Pairs(train_loader)
+    pairs = Pairs(train_loader)
     batches = pairs.first(CALIBRATION, device)
     example = batches[0]["inputs"][:2] if example is None else example
     dense = copy.deepcopy(model).to(device).eval()
@@ -212,45 +212,3 @@ def _judge(model: nn.Module, eval_fn: Callable[[nn.Module], Metrics] | None) -> 
         return {str(k): float(v) for k, v in found.items()} if isinstance(found, dict) else {"metric": float(found)}
     except (TypeError, ValueError) as error:
         raise BadData(f"expected eval_fn(model) to return a number or a dict of numbers, found {found!r}.") from error
-
-
-class _Pairs(IterableDataset):
-    """A user's loader of (inputs, targets) as batches of the trainer."""
-
-    def __init__(self, source: Iterable):
-        if not isinstance(source, Iterable) or iter(source) is source:
-            raise BadData(
-                f"expected a train_loader that can be gone through again, such as a DataLoader, found "
-                f"{type(source).__name__}."
-            )
-        self.source = source
-
-    def __iter__(self) -> Iterator[Batch]:
-        for pair in self.source:
-            parts = list(pair) if isinstance(pair, (tuple, list)) else [pair]
-            if len(parts) != 2 or not all(isinstance(part, torch.Tensor) for part in parts):
-                found = ", ".join(type(part).__name__ for part in parts)
-                raise BadData(f"expected batches (inputs, targets) of two tensors, found ({found}).")
-            if len(pair[0]) != len(pair[1]):
-                raise BadData(f"expected as many targets as inputs, found {len(pair[0])} and {len(pair[1])}.")
-            yield {"inputs": pair[0], "labels": pair[1]}
-
-    def loader(self, seed: int) -> DataLoader:
-        """The batches of one epoch; the source shuffles them, by torch's generator or its own."""
-        return DataLoader(self, batch_size=None)
-
-    def first(self, samples: int, device: torch.device) -> list[Batch]:
-        """Batches with at least so many samples, or all, on the device.
-
-        Raises:
-            BadData: There are none.
-        """
-        taken, count = [], 0
-        for batch in self:
-            taken.append({key: value.to(device) for key, value in batch.items()})
-            count += len(batch["inputs"])
-            if count >= samples:
-                break
-        if not taken:
-            raise BadData("expected batches from train_loader, found none.")
-        return taken

@@ -21,11 +21,11 @@ from ibprune.features import default_pooling
 from ibprune.feeding import Feed
 from ibprune.groups import Site
 from ibprune.images import ImageData
-from ibprune.inputs import MOST_INPUTS, encode_inputs
+from ibprune.inputs import MOST_INPUTS, encode_inputs, encode_pictures
 from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
-from ibprune.models import Loaded, check_finite
+from ibprune.models import check_finite
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
@@ -79,9 +79,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     if own_feed is not feed:  # the vocabulary was cut
         texts = [text for column in data.text_columns for text in data.held_out[:TEXTS][column]]
     with timer("audit"):
-        audited, why_not = None, "the two models read different tokens, because the vocabulary was cut."
-        if not texts:
-            audited, why_not = _audit(dense, student, plan, data, loaded, recipe, console)
+        audited, why_not = _audit(dense, student, plan, data, (feed, own_feed), recipe, console)
         if why_not and recipe.audit:
             console.say(f"No audit: {why_not}")
     with timer("bench"):
@@ -156,19 +154,25 @@ def _audit(
     student: PreTrainedModel,
     plan: PruningPlan,
     data: TextData | ImageData,
-    loaded: Loaded,
+    feeds: tuple[Feed, Feed],
     recipe: Recipe,
     console: Quiet,
 ) -> tuple[dict | None, str]:
-    """The audit of both models on the held-out texts, or None and why there is none: no run is lost for it."""
+    """The audit of both models, each with its feed, on the held-out rows.
+
+    Or None and why there is none: no run is lost for it.
+    """
     if not recipe.audit:
         return None, "--no-audit"
-    if isinstance(data, ImageData):
-        return None, "the audit does not cover image models yet."
     settings = AuditSettings(pooling=default_pooling(dense), seed=recipe.seed)
     sides = AuditSide(recipe.model, dense), AuditSide(recipe.output, student)
     try:
-        inputs = encode_inputs(data, loaded.tokenizer, max_length=recipe.max_length, most=MOST_INPUTS)
+        if isinstance(data, ImageData):
+            inputs = encode_pictures(feeds[0].collate.judging(), most=MOST_INPUTS)
+        else:
+            tokenizer, own = (feed.preprocessor for feed in feeds)
+            own = None if own is tokenizer else own
+            inputs = encode_inputs(data, tokenizer, max_length=recipe.max_length, most=MOST_INPUTS, own=own)
         return audit(*sides, inputs, settings=settings, plan=plan, console=console), ""
     except (BadData, BadSamples) as error:
         return None, str(error)

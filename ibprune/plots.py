@@ -192,4 +192,5 @@ def _legend(axes) -> None:
 
 def _short(name: str) -> str:
     head, _, tail = name.rpartition(".")
-    return f"block {tail}" if tail.isdigit() and head.count(".") <= 1 else name
+    plain = head and head.count(".") <= 1 and not any(letter.isdigit() for letter in head)  # one list of blocks
+    return f"block {tail}" if tail.isdigit() and plain else name

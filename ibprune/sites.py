@@ -31,6 +31,12 @@ def reads_pictures(model_type: str) -> bool:
     return is_traced(model_type) or not find_family(model_type).embedding
 
 
+def has_row(model: nn.Module) -> bool:
+    """Whether a row describes a module: it is a transformer, and neither a CNN nor a plain module."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return any(model_type in family.model_types for family in FAMILIES)
+
+
 def is_traced(model_type: str) -> bool:
     """Whether a model type is a CNN, whose channels are traced instead of described by a row."""
     return model_type in TRACED

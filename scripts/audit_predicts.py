@@ -42,7 +42,7 @@ def read_layers(model, inputs: Inputs, dense: dict | None) -> tuple[dict, dict]:
 
     The first model read sets the noise.
     """
-    where = find_layers(model) | {"classifier": ("classifier", "out")}
+    where = find_layers(model, batch=inputs.batches[0]) | {"classifier": ("classifier", "out")}
     features = collect(model, inputs.batches, where, poolings=("mean",))["mean"]
     logits = torch.from_numpy(features.pop("classifier"))
     names = list(features)[1:]  # the embeddings are no block

@@ -13,10 +13,11 @@ import torch
 import transformers
 
 import ibprune
+from ibprune.embeddings import factorize_
 from ibprune.inject import inject_, remove_
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
-from ibprune.surgery import compact_, factorize_
+from ibprune.surgery import compact_
 
 
 def measure(name: str, rounds: int, step: Callable, prepare: Callable = tuple) -> None:

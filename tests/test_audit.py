@@ -135,7 +135,8 @@ def test_tokens_of_a_vision_model_are_pooled_as_tokens(family, head, last):
     pixels = inputs_of(model)["pixel_values"]
     poolings = ("mean", "cls")
     found = [
-        collect(model, [{key: pixels}], find_layers(model), poolings=poolings) for key in ("pixel_values", "inputs")
+        collect(model, [{key: pixels}], find_layers(model, batch={key: pixels}), poolings=poolings)
+        for key in ("pixel_values", "inputs")
     ]
     with torch.no_grad():
         stream = model(pixels, output_hidden_states=True).hidden_states[-1]
@@ -151,7 +152,7 @@ def test_padding_changes_no_feature(pooling):
     plain = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
     wide = torch.cat([ids, torch.zeros(6, 3, dtype=torch.long)], 1)
     padded = [{"input_ids": wide, "attention_mask": (torch.arange(8) < 5).long().expand(6, 8)}]
-    layers = find_layers(model)
+    layers = find_layers(model, batch=plain[0])
     first, second = (collect(model, batches, layers, poolings=(pooling,))[pooling] for batches in (plain, padded))
     for name in layers:
         assert np.allclose(first[name], second[name], atol=1e-5)

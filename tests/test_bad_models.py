@@ -12,12 +12,13 @@ from test_cli import refused
 
 import ibprune
 from ibprune.costs import count_params, params_model
+from ibprune.embeddings import factorize_
 from ibprune.errors import IBPruneError, UnsupportedModel
 from ibprune.export import write_model
 from ibprune.models import Source, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
-from ibprune.surgery import compact_, factorize_
+from ibprune.surgery import compact_
 
 
 def set_config(folder: Path, **values: object) -> None:

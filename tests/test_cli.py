@@ -199,7 +199,7 @@ def test_a_vision_model_is_planned_from_its_config_and_asks_for_pictures(stories
     flags = ["--model", tmp_path / "vit", "--budget", "0.5", "--output", output, *common]
     assert "expected pictures" in refused(capsys, *flags)
     assert "picture" in refused(capsys, *flags, "--data", stories)
-    assert "read pictures" in refused(capsys, "audit", tmp_path / "vit", tmp_path / "vit", "--data", stories, *common)
+    assert "picture" in refused(capsys, "audit", tmp_path / "vit", tmp_path / "vit", "--data", stories, *common)
     assert not output.exists()
 
 

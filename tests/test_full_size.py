@@ -7,10 +7,11 @@ from conftest import random_keep
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibprune.costs import count_params, macs_model, params_model
+from ibprune.embeddings import factorize_
 from ibprune.examples import example_inputs
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
-from ibprune.surgery import compact_, factorize_
+from ibprune.surgery import compact_
 
 LENGTH = 128
 _LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-5)

@@ -6,10 +6,11 @@ import transformers
 from conftest import CASES, FLOAT32, TINY, build, random_keep, token_ids
 
 import ibprune
+from ibprune.embeddings import factorize_
 from ibprune.export import write_model
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
-from ibprune.surgery import compact_, factorize_
+from ibprune.surgery import compact_
 from ibprune.task_heads import auto_class
 
 WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")

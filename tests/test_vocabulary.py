@@ -16,11 +16,12 @@ import ibprune
 from ibprune import cli
 from ibprune.collating import Collate
 from ibprune.costs import count_params, macs_model, params_model
-from ibprune.data import TextData
+from ibprune.data import TextData, load_data
 from ibprune.embeddings import cut_vocab_, factorize_, named_rows
-from ibprune.errors import BadData, BadRecipe, PlanMismatch, UnsupportedModel
+from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel
 from ibprune.export import tier_of, verify, write_model
 from ibprune.inject import inject_
+from ibprune.inputs import encode_inputs
 from ibprune.losses import Objective, _word_means, dense_batch, distill_loss, forward
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
@@ -427,12 +428,27 @@ def test_the_dry_run_knows_the_kind_and_the_default_leaves_it_out():
         assert "vocab" not in choose_kinds(build(family, head), ())
 
 
-def test_a_folder_with_a_cut_vocabulary_is_not_audited_as_if_it_read_the_same_tokens(spelt, tmp_path):
-    out = tmp_path / "out"
+def test_a_cut_vocabulary_is_audited_text_by_text_with_each_model_s_tokenizer(spelt, tmp_path):
+    out, dense = tmp_path / "out", spelt["BertForSequenceClassification"]
     steps = dict(mask_steps=0, recover_steps=0, kinds="vocab", output=str(out))
-    ibprune.prune(spelt["BertForSequenceClassification"], 0.9, data=spelt["data"], **steps)
-    with pytest.raises(BadData, match="cannot be audited yet"):
-        ibprune.audit(spelt["BertForSequenceClassification"], str(out), data=spelt["data"])
+    report = ibprune.prune(dense, 0.9, data=spelt["data"], **steps).report
+    assert report["audit"] == "audit.json" and report["audit_note"] == ""
+    written = json.loads((out / "audit.json").read_text())
+    found = ibprune.audit(dense, str(out), data=spelt["data"])
+    assert found["layers"] == written["layers"] and not [c for c in found["checks"] if c["status"] == "fail"]
+    assert found["checks"][0]["status"] == "not_applicable"  # no layer reads equal inputs
+    for layer in found["layers"]:
+        assert layer["heads"] is None and layer["V_token"] is None and layer["V_LY"]["before"]["value"] is not None
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (dense, out)]
+    data, n = load_data(spelt["data"], text_columns=(), label_column="", seed=0), 240
+    inputs = encode_inputs(data, tokenizers[0], max_length=64, most=n, own=tokenizers[1])
+    for mine, other in zip(inputs.batches, inputs.own, strict=True):
+        texts = [[t.decode(row, skip_special_tokens=True) for row in batch["input_ids"]]
+                 for t, batch in zip(tokenizers, (mine, other))]  # fmt: skip
+        assert [text.split() for text in texts[0]] == [text.split() for text in texts[1]]
+    for options, message in (({"tokens": 5}, "leave --tokens out"), ({"pooling": "random"}, "'random' takes the same")):
+        with pytest.raises(IBPruneError, match=message):
+            ibprune.audit(dense, str(out), data=spelt["data"], **options)
 
 
 @pytest.mark.data
