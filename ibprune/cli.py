@@ -77,6 +77,7 @@ def _prune_parser() -> _Parser:
     add("--finetune-steps", type=int, help="steps to train the dense model first (default: if its head is new)")
     add("--mask-steps", type=int, help="steps of mask learning (default: by objective)")
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
+    add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
     add("--no-distill", dest="distill", action="store_false", default=None, help="do not learn from the dense model")
     add("--no-audit", dest="audit", action="store_false", default=None, help="skip the information audit")
     add("--quiet", action="store_true", help="no progress, only the closing table")
