@@ -115,7 +115,8 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
                 return None
             raise UnsupportedModel(
                 f"expected a module '{pattern}' in {type(model).__name__}, found none: the model was renamed, "
-                "wrapped or quantised. Load the plain transformers model."
+                f"wrapped or quantised, or is a variant of '{model.config.model_type}' that is not covered. Load the "
+                "plain transformers model."
             )
         cuts += [replace(cut, path=path) for path in found]
     cuts = [cut for cut in dict.fromkeys(cuts) if cut.axis == "whole" or axis_dims(modules[cut.path], cut.axis)]
@@ -138,7 +139,8 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
         if cut.axis != "whole" and axis_width(model, cut) % (n_units * cut.chunks):
             raise UnsupportedModel(
                 f"expected the {cut.axis} features of '{cut.path}' to be a multiple of {n_units * cut.chunks} "
-                f"({group.kind}), found {axis_width(model, cut)}."
+                f"({group.kind}), found {axis_width(model, cut)}: a variant of '{model.config.model_type}' that is "
+                "not covered."
             )
     cuts = [_placed(cut, axis_width(model, cut), n_units) if cut.chunks > 1 else cut for cut in cuts]
     sizes = []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, outputs, random_keep
+from conftest import TINY, build, outputs, random_keep
 from safetensors.torch import load_file, save_file
 from test_cli import refused
 
@@ -142,3 +142,13 @@ def test_weights_that_differ_although_the_config_ties_them_stay_apart(family, he
     small = ibprune.load(tmp_path / "small")
     assert count_params(small) == count_params(loaded)
     assert torch.allclose(outputs(small), outputs(loaded), atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [{"word_embed_proj_dim": 16}, {"do_layer_norm_before": False}])
+def test_variants_of_opt_that_no_row_covers_are_refused_as_such(variant):
+    """OPT-350m has both: narrow embeddings, and norms behind the sub-layers."""
+    config = TINY["opt"]()
+    for key, value in variant.items():
+        setattr(config, key, value)
+    with pytest.raises(UnsupportedModel, match="a variant of 'opt' that is not covered"):
+        ibprune.plan(config, 0.7)
