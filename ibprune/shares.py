@@ -39,8 +39,8 @@ def probe_shares(
 
     Args:
         loss_of: The loss right after a cut.
-        recovered_loss_of: The loss after a cut and a short recovery. It has the last word between few candidates
-            (`finalists`): what hurts most at once is not what stays lost.
+        recovered_loss_of: The loss after a cut and a short recovery. It has the last word between few candidates:
+            what hurts most at once is not what stays lost.
     """
     tried: dict[tuple, tuple[float, Keep]] = {}
     best: tuple[float, Keep, dict[str, float]] | None = None
@@ -88,50 +88,49 @@ def probe_shares(
     list(steps)
     if recovered_loss_of is None:
         return best[1]
-    return _after_recovery(recovered_loss_of, list(tried.values()), best[1], sites, console)
 
+    def spare(pressure: dict[str, float], kind: str) -> tuple[Keep, dict[str, float]] | None:
+        less = pressure | {kind: 0.5 * pressure.get(kind, 0.0)}
+        try:
+            return solve_by_shares(scores, sites, model, budget, less), less
+        except BadRecipe:
+            return None
 
-def finalists(tried: list[tuple[float, Keep]], keep: Keep, sites: dict[str, Site]) -> list[Keep]:
-    """For each kind the best cut among those that spare it: they keep at least a quarter more of it than `keep`.
-
-    Args:
-        tried: Losses and cuts.
-    """
-    kept = fractions_kept(keep, sites)
-    found: list[Keep] = []
-    for kind in kept:
-        sparing = [pair for pair in tried if fractions_kept(pair[1], sites)[kind] >= 1.25 * kept[kind]]
-        if sparing:
-            found.append(min(sparing, key=lambda pair: pair[0])[1])
-    return found
+    return _after_recovery(recovered_loss_of, best[1], best[2], spare, sites, console)
 
 
 def _after_recovery(
     recovered_loss_of: Callable[[Keep], float],
-    tried: list[tuple[float, Keep]],
     keep: Keep,
+    pressure: dict[str, float],
+    spare: Callable[[dict[str, float], str], tuple[Keep, dict[str, float]] | None],
     sites: dict[str, Site],
     console: Quiet,
 ) -> Keep:
-    """Climbs from a cut to the finalists around it while a short recovery leaves less loss, over `MOST_RECOVERED`."""
-    losses: dict[int, float] = {}
+    """Climbs from a cut by sparing one kind at a time, while a short recovery leaves less loss.
+
+    Every kind that was cut is tried once, then the best of them again and again; `MOST_RECOVERED` cuts in all.
+    """
+    losses: dict[tuple, float] = {}
 
     def recovered(cut: Keep) -> float:
-        if id(cut) not in losses:
-            losses[id(cut)] = recovered_loss_of(cut)
+        key = tuple(len(units) for units in cut.values())
+        if key not in losses:
+            losses[key] = recovered_loss_of(cut)
             kept = ", ".join(f"{kind} {share:.0%}" for kind, share in fractions_kept(cut, sites).items())
-            console.say(f"after a short recovery: loss {losses[id(cut)]:.4f} with {kept}")
-        return losses[id(cut)]
+            console.say(f"after a short recovery: loss {losses[key]:.4f} with {kept}")
+        return losses[key]
 
+    kinds = [kind for kind, share in fractions_kept(keep, sites).items() if share < 1.0]
+    if len(kinds) < 2:
+        return keep
     while True:
-        around = [cut for cut in finalists(tried, keep, sites) if id(cut) not in losses]
+        around = [(cut, kind) for kind in kinds if (cut := spare(pressure, kind))]
         around = around[: MOST_RECOVERED - max(1, len(losses))]
-        if not around:
+        (best, less), kind = min(around, key=lambda found: recovered(found[0][0]), default=((keep, pressure), ""))
+        if not around or recovered(best) >= recovered(keep):
             return keep
-        best = min([keep, *around], key=recovered)
-        if best is keep:
-            return keep
-        keep = best
+        keep, pressure, kinds = best, less, [kind]
 
 
 def _by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:
