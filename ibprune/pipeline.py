@@ -10,6 +10,7 @@ from ibprune.auditing import Side as AuditSide
 from ibprune.auditing import audit
 from ibprune.bench import measure_latency, time_forward
 from ibprune.budget import Budget
+from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
 from ibprune.cutting import cut, loss_with, train_settings
@@ -143,13 +144,14 @@ def _export(
     student.float()
     report.dense.file_bytes = count_params(dense) * dtype.itemsize
     report.pruned.file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    report.save(folder / "report.json")
     auto = auto_class(type(student).__name__, student.config.model_type)
     card = model_card(report.to_dict(), auto_class=auto, folder=final.name)
     if audited is not None:
         write_audit(audited, folder)
         card += "\n" + audit_section(audited)
     (folder / "README.md").write_text(card)
+    report.sha256 = checksums(folder)
+    report.save(folder / "report.json")
 
 
 def _audit(

@@ -46,6 +46,7 @@ class Report:
         pictures: Where pictures are read, the shape that MACs and latency are of, and how they were normalised and
             augmented.
         refused: Channels of a CNN that cannot be cut, with the reason.
+        sha256: Checksums of the folder's other files, by `ibprune.checksums`.
         audit: The file of the audit; None, with the reason in `audit_note`, where there is none.
     """
 
@@ -72,6 +73,7 @@ class Report:
     verify: dict = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     schema: str = SCHEMA
 
     def to_dict(self) -> dict:
