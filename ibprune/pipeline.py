@@ -21,6 +21,7 @@ from ibprune.export import check_output, staged, verify, write_model
 from ibprune.features import default_pooling
 from ibprune.feeding import Feed
 from ibprune.groups import Site
+from ibprune.hub_folders import check_target, push
 from ibprune.images import ImageData
 from ibprune.inputs import MOST_INPUTS, encode_inputs
 from ibprune.losses import Objective
@@ -51,8 +52,10 @@ class PruneResult:
 
 
 def run(recipe: Recipe, console: Quiet) -> PruneResult:
-    """Carries out a recipe. The output folder appears complete, or not at all."""
+    """Carries out a recipe. The output folder appears complete, or not at all; then it is pushed, if asked for."""
     folder = check_output(recipe.output, model=recipe.model)
+    if recipe.push_to_hub:
+        check_target(recipe.push_to_hub, private=recipe.private, revision=recipe.revision, empty=True)
     timer = Timer()
     with timer("load"):
         accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
@@ -116,6 +119,11 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
         _export(student, dense, subject, own_feed, plan, report, audited, texts, temporary, folder)
+    if recipe.push_to_hub:
+        console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
+        url = push(folder, recipe.push_to_hub, private=recipe.private, revision=recipe.revision,
+                   commit_message=recipe.commit_message)  # fmt: skip
+        console.say(f"pushed: {url}")
     return PruneResult(student.eval(), plan, report.to_dict())
 
 

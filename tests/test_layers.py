@@ -30,7 +30,7 @@ LAYERS = (
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots", "onnx_files"),
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
     ("auditing", "audit_output", "head_patterns"),
-    ("cutting",),
+    ("cutting", "hub_folders"),
     ("subject",),
     ("training",),
     ("planning", "pipeline", "module_pipeline", "comparing"),
