@@ -13,9 +13,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from ibprune.checksums import REPORT, check_files, sha256
+from ibprune.checksums import CARD, REPORT, check_files, sha256
 from ibprune.errors import BadRecipe, IBPruneError
 from ibprune.hub import hub_reachable
+from ibprune.model_card import renamed_card
 
 NEEDED = ("*.json", "*.safetensors", "modeling_ibprune.py")  # the last is compared with its sum, and never run
 OF_THE_HUB = ".gitattributes"
@@ -32,13 +33,13 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
         BadRecipe: Neither a folder nor a repo that can be read.
     """
     folder = Path(name)
-    if folder.exists() or not _is_repo_id(str(name)):
+    if isinstance(name, Path) or folder.exists() or not _is_repo_id(name):
         if revision is not None:
             raise BadRecipe(f"expected a Hub repo such as 'user/model' beside revision=, found the folder '{name}'.")
         return folder
     try:
         offline = not hub_reachable()
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=NEEDED, local_files_only=offline))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED, local_files_only=offline))
     except Exception as error:  # noqa: BLE001 - the client's error classes differ between releases of huggingface_hub
         where = "its cache, as the Hub is out of reach" if offline else constants.ENDPOINT
         raise BadRecipe(
@@ -59,7 +60,8 @@ def push(
     """Sends an exported folder to a Hub repo, which is created if it is not there; returns the commit's URL.
 
     The folder is compared with its checksums first. The files appear in one commit (of very many files, in several);
-    what had arrived when an upload was interrupted is not sent again. Hidden files stay here.
+    what had arrived when an upload was interrupted is not sent again. Hidden files stay here. A generated card names
+    the repo there; one that was edited goes as it is.
 
     Args:
         repo: "user/model".
@@ -81,7 +83,7 @@ def push(
     check_files(folder, needed=("*",))
     check_target(repo, private=private, revision=revision)
     api = HfApi()
-    with _staged(folder) as staged:
+    with _staged(folder, repo) as staged:
         with _one_line(f"could not open the repo '{repo}'"):
             api.create_repo(repo, private=private or None, exist_ok=True)
             _branch(api, repo, revision)
@@ -178,12 +180,15 @@ def _check_same(there: dict[str, RepoFile], staged: Path, repo: str, revision: s
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder of links to what is sent."""
+def _staged(folder: Path, repo: str) -> Iterator[Path]:
+    """A temporary folder of links to what is sent, with a card that names the repo."""
+    card = renamed_card(folder, repo)
     with tempfile.TemporaryDirectory() as temporary:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder)
-            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            if name.as_posix() == CARD and card is not None:
+                (Path(temporary) / name).write_text(card)
+            elif path.is_file() and not any(part.startswith(".") for part in name.parts):
                 link = Path(temporary) / name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 os.symlink(path.absolute(), link)

@@ -1,6 +1,7 @@
 """The recipe: everything that decides a run, as one strict record read from YAML and flags."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Literal, Self
 
@@ -101,6 +102,17 @@ class Recipe(BaseModel):
     def save(self, path: Path) -> None:
         """Writes the recipe without its output folder and Hub repo, which are taken when the run is repeated."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude=WHERE), sort_keys=False))
+
+    def command(self) -> str:
+        """The command line of the run, but for where its result goes."""
+        words = ["ibprune"]
+        for name, value in self.model_dump(exclude=WHERE, exclude_defaults=True).items():
+            flag = name.replace("_", "-")
+            if value is False:
+                words.append(f"--no-{flag}")
+            else:
+                words += [f"--{flag}", ",".join(value) or "none" if isinstance(value, tuple) else f"{value}"]
+        return shlex.join(words)
 
 
 def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from cnn_models import NETS, build_net
-from conftest import build, inputs_of, random_keep
-from loopback_hub import USER, loopback_hub
+from conftest import WORDS, build, inputs_of, random_keep
+from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import ModelCard
+from loopback_hub import USER, check_card, loopback_hub
 from safetensors.torch import save_file
 
 import ibprune
@@ -23,7 +28,9 @@ from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.export import write_model
 from ibprune.hub_folders import fetch
+from ibprune.model_card import renamed_card
 from ibprune.plans import PruningPlan
+from ibprune.recipe import make_recipe
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_, compact_traced_
 from ibprune.task_heads import auto_class
@@ -178,6 +185,22 @@ def test_a_branch_is_its_own_and_can_be_loaded_from(loopback, small, capsys):
         fetch(small, revision="v2")
 
 
+def test_a_run_whose_result_could_not_be_pushed_does_not_begin(loopback, small, capsys, monkeypatch, tmp_path):
+    ibprune.push(small, f"{USER}/small")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "no/model", "--budget", "0.5", "--quiet"]
+    for more, expected in (
+        (["--push-to-hub", f"{USER}/small"], "new or empty repo"),
+        (["--push-to-hub", f"{USER}/small", "--private"], "found a public one"),
+        (["--push-to-hub", "small"], "user/model"),
+        (["--private"], "expected --push-to-hub REPO beside --private"),
+        (["--revision", "v2"], "beside --revision"),
+    ):
+        assert cli.main([*flags, *more]) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "pruned").exists() and not loopback.count("GET /api/models/no/model")
+
+
 def test_an_interrupted_upload_goes_on_where_it_was(loopback, small, capsys):
     loopback.hang_up = "/commit/"
     message = refused(capsys, small, f"{USER}/small")
@@ -272,3 +295,77 @@ def test_repos_that_cannot_be_loaded(loopback, small, tmp_path, monkeypatch):
     assert (fetch(f"{USER}/small") / "config.json").read_text() == "{}"  # from the cache
     with pytest.raises(PlanMismatch):
         ibprune.load(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def named(loopback, tmp_path, tokenizer) -> dict[str, str]:
+    """A tiny BERT and a tiny SST-2 on the Hub under their real names, in the layout of the real ones."""
+    build("bert", "BertForMaskedLM", dtype=torch.float32).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    loopback.serve_folder("models", "google-bert/bert-base-uncased", tmp_path / "bert")
+    glue = tmp_path / "glue"
+    (glue / "sst2").mkdir(parents=True)
+    classes = ClassLabel(names=["negative", "positive"])
+    features = Features(sentence=Value("string"), label=classes, idx=Value("int32"))
+    files = []
+    for split, rows in (("train", 64), ("validation", 32), ("test", 8)):
+        labels = [-1 if split == "test" else i % 2 for i in range(rows)]
+        words = [f"the film is {'good' if i % 2 else 'bad'} and {WORDS[i % 9]}" for i in range(rows)]
+        table = Dataset.from_dict({"sentence": words, "label": labels, "idx": list(range(rows))}, features=features)
+        table.to_parquet(glue / "sst2" / f"{split}-00000-of-00001.parquet")
+        files.append({"split": split, "path": f"sst2/{split}-*"})
+    card = yaml.safe_dump({"license": "other", "configs": [{"config_name": "sst2", "data_files": files}]})
+    (glue / "README.md").write_text(f"---\n{card}---\n")
+    loopback.serve_folder("datasets", "nyu-mll/glue", glue)
+    return os.environ | loopback.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
+
+
+def test_bert_base_on_sst2_by_their_names_and_back_to_the_hub(named, loopback, tmp_path):
+    steps = ["--finetune-steps", "4", "--mask-steps", "2", "--recover-steps", "2", "--batch-size", "16"]
+    command = [sys.executable, "-m", "ibprune", "--model", "bert-base", "--budget", "0.3", "--task", "sst2", *steps]
+    command += ["--max-length", "16", "--no-audit", "--quiet", "--push-to-hub", f"{USER}/bert-small", "--private"]
+    found = subprocess.run(command, capture_output=True, text=True, env=named, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-3000:]
+    folder, there = tmp_path / "pruned", loopback.files(f"{USER}/bert-small")
+    assert set(there) == sent(folder) and loopback.repos["models", f"{USER}/bert-small"].private
+    report = json.loads(there["report.json"])
+    assert report["hub"] == {"model": "google-bert/bert-base-uncased", "data": "nyu-mll/glue:sst2"}
+    assert report["command"] == " ".join(["ibprune", *command[3:-4]]).replace(" --quiet", "")
+    card = ModelCard(there["README.md"].decode())
+    assert check_card(str(card)) == [] and card.data.base_model == "google-bert/bert-base-uncased"
+    assert card.data.base_model_relation == "finetune" and card.data.datasets == ["nyu-mll/glue"]
+    assert card.data.library_name == "transformers" and card.data.tags == ["ibprune", "pruned"]
+    (result,) = card.data.eval_results
+    assert result.metric_type == "accuracy" and result.metric_value == report["pruned"]["metrics"]["accuracy"]
+    assert (result.task_type, result.dataset_type) == ("text-classification", "nyu-mll/glue")
+    assert result.dataset_config == "sst2"
+    assert f'ibprune.load("{USER}/bert-small")' in card.text and report["command"] in card.text
+    assert card.text.replace(f"{USER}/bert-small", "pruned") == ModelCard.load(folder / "README.md").text
+    repeated = make_recipe({}, file=folder / "recipe.yaml")
+    assert repeated.push_to_hub is None and not repeated.private
+    assert ibprune.load(f"{USER}/bert-small").config.id2label == {0: "negative", 1: "positive"}
+    keep_card(folder, tmp_path / "model_cards" / "bert-small")
+    check_kept(tmp_path / "model_cards" / "bert-small")
+    (folder / "README.md").write_text(f"{card.text}\nMy own words about pruned.")
+    ibprune.push(folder, f"{USER}/bert-small", overwrite=True)
+    assert loopback.files(f"{USER}/bert-small")["README.md"] == (folder / "README.md").read_bytes()
+
+
+def keep_card(run: Path, kept: Path) -> None:
+    runpy.run_path(str(ROOT / "scripts" / "model_card.py"))["main"](str(run), str(kept))
+
+
+def check_kept(folder: Path) -> None:
+    """What model_cards/ holds of a run: the card that its report gives, with the command, and no weights."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    audit = {name for name in files if name == "audit.json" or name.startswith("audit/")}
+    assert files - audit == {"README.md", "report.json"}
+    card = (folder / "README.md").read_text()
+    assert renamed_card(folder, folder.name) == card and check_card(card) == []
+    assert json.loads((folder / "report.json").read_text())["command"] in card
+    assert {name for name in files if name.endswith(".png")} == set(re.findall(r"!\[[^]]*\]\(([^)]*)\)", card))
+
+
+def test_the_project_s_own_cards_are_what_their_reports_give():
+    for report in (ROOT / "model_cards").glob("*/report.json"):
+        check_kept(report.parent)
