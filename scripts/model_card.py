@@ -17,9 +17,8 @@ def main(run: str, kept: str) -> None:
     card = renamed_card(source, target.name)
     if card is None:
         raise SystemExit(f"expected a generated {CARD} and its {REPORT} in '{run}', found none.")
-    if target.exists():
-        shutil.rmtree(target)  # an older run's
-    target.mkdir(parents=True)
+    shutil.rmtree(target / "audit", ignore_errors=True)  # an older run's
+    target.mkdir(parents=True, exist_ok=True)
     (target / CARD).write_text(card)
     shutil.copy2(source / REPORT, target)
     if (source / "audit.json").is_file():
