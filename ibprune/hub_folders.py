@@ -91,9 +91,10 @@ def push(
         if not overwrite:
             _check_same(there, staged, repo, revision)
         here = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
+        again = f"ibprune push {folder} {repo}" + (f" --revision {revision}" if revision else "")
         with _one_line(
             f"the upload to '{repo}' was interrupted, and what arrived stays there; the same command goes on "
-            f"from it (`ibprune push {folder} {repo}`)"
+            f"from it (`{again}{' --overwrite' if overwrite else ''}`)"
         ):
             commit = api.upload_folder(
                 repo_id=repo, folder_path=staged, revision=revision,
