@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, train, load, audit."""
+"""The public Python functions: prune, plan, train, load, push, audit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import nn
 from ibprune.comparing import audit
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
+from ibprune.hub_folders import fetch, push
 from ibprune.loading import load as load_transformer
 from ibprune.module_files import is_module_folder, load_module
 from ibprune.module_pipeline import ModuleResult, make_settings, prune_module
@@ -17,7 +18,7 @@ from ibprune.planning import plan
 from ibprune.recipe import make_recipe
 from ibprune.training import train_dense
 
-__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune", "train"]
+__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune", "push", "train"]
 
 
 def prune(
@@ -89,20 +90,26 @@ def load(
     *,
     model: nn.Module | Callable[[], nn.Module] | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
-    """The pruned model of a folder, in eval mode; no code of the folder is run.
+    """The pruned model of a folder or of a Hub repo, in eval mode; no code of the folder is run.
 
     Args:
         model: For a folder that `ModuleResult.save` wrote: what makes the dense module, or the module itself.
         dtype: Of the weights; as they are stored by default.
+        revision: Branch, tag or commit of the repo.
 
     Raises:
-        PlanMismatch: No such folder, an unknown structure, or a tensor missing, extra or misshapen.
+        PlanMismatch: A file that differs from its checksum in `report.json`, an unknown structure, or a tensor
+            missing, extra or misshapen.
+        BadRecipe: A repo that cannot be read.
 
     Example:
         >>> model = load("pruned")  # doctest: +SKIP
         >>> model = load("small", model=LeNet)  # doctest: +SKIP
+        >>> model = load("user/model", revision="v1")  # doctest: +SKIP
     """
+    folder = fetch(folder, revision=revision)
     if model is None and is_module_folder(folder):
         raise BadRecipe(f"expected model= for '{folder}', a plain module's folder: give its constructor.")
     if model is None:

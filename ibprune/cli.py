@@ -10,6 +10,7 @@ VERBS = {
     "prune": "make a trained model smaller and write a folder that loads (the default verb)",
     "plan": "say what can be cut and what a budget reaches, from the config alone",
     "train": "train a dense model, also from a config alone, and write a folder that loads",
+    "push": "send a folder that ibprune wrote to the Hub",
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
     "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
@@ -64,6 +65,13 @@ def _data(parser: _Parser) -> None:
     parser.add_argument("--label-column", help="the column with the label")
 
 
+def _pushing(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--private", action="store_true", default=None, help="make the Hub repo a private one")
+    add("--revision", help="branch of the Hub repo (default: main)")
+    add("--commit-message", help="of the commit on the Hub")
+
+
 def _prune_parser() -> _Parser:
     parser = _Parser(prog="ibprune", description="Prune a trained model to a budget.", allow_abbrev=False)
     _common(parser)
@@ -79,6 +87,8 @@ def _prune_parser() -> _Parser:
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
     add("--no-distill", dest="distill", action="store_false", default=None, help="do not learn from the dense model")
+    add("--push-to-hub", metavar="REPO", help="send the folder to this Hub repo, such as user/model, at the end")
+    _pushing(parser)
     add("--no-audit", dest="audit", action="store_false", default=None, help="skip the information audit")
     add("--quiet", action="store_true", help="no progress, only the closing table")
     add("--json", action="store_true", help="print the report as JSON instead of the table")
@@ -102,6 +112,16 @@ def _train_parser() -> _Parser:
     parser.add_argument("--finetune-steps", type=int, help="steps to train (default: one epoch, at most 2000)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the closing line")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the line")
+    return parser
+
+
+def _push_parser() -> _Parser:
+    parser = _Parser(prog="ibprune push", description=VERBS["push"].capitalize() + ".", allow_abbrev=False)
+    parser.add_argument("folder", help="what ibprune wrote")
+    parser.add_argument("repo", help="user/model")
+    _pushing(parser)
+    parser.add_argument("--overwrite", action="store_true", default=None, help="replace what the repo holds")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -153,16 +173,17 @@ def main(argv: list[str] | None = None) -> int:
 
             sys.stdout.write(f"ibprune {__version__}\n")
             return 0
-        return {"prune": _prune, "plan": _plan, "train": _train, "audit": _audit, "mi-benchmark": _mi_benchmark}[verb](
-            argv
-        )
+        return {
+            "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit,
+            "mi-benchmark": _mi_benchmark,
+        }[verb](argv)  # fmt: skip
     except IBPruneError as error:
         if "--debug" in argv:
             raise
         sys.stderr.write(f"ibprune: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("ibprune: stopped; nothing was written.\n")
+        sys.stderr.write("ibprune: stopped; nothing half-written was left.\n")
         return 130
 
 
@@ -232,6 +253,14 @@ def _train(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
         print_training(report, values.get("output", "trained"))
+    return 0
+
+
+def _push(argv: list[str]) -> int:
+    values = _given(_push_parser().parse_args(argv), without=("debug",))
+    from ibprune.hub_folders import push
+
+    sys.stdout.write(f"pushed: {push(**values)}\n")
     return 0
 
 

@@ -27,6 +27,7 @@ GLUE = {  # task: (text columns, metrics); the validation split of mnli has its 
     "stsb": (("sentence1", "sentence2"), ("spearmanr",)),
     "wnli": (("sentence1", "sentence2"), ("accuracy",)),
 }
+GLUE_REPO = "nyu-mll/glue"
 PROSE = "prose"
 TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",), ("text",), ("content",))
 LABEL_COLUMNS = ("label", "labels", "score")
@@ -65,7 +66,7 @@ def load_task(task: str) -> TextData:
     """
     if task not in GLUE:
         raise BadData(f"expected a GLUE task, found '{task}': {did_you_mean(task, GLUE)}. Other data: --data.")
-    splits = _from_hub("nyu-mll/glue", task)
+    splits = _from_hub(GLUE_REPO, task)
     columns, metrics = GLUE[task]
     return _describe(task, splits, columns, "label", metrics)
 
@@ -133,6 +134,18 @@ def check_columns(columns: Iterable[str], names: list[str], source: str) -> None
 def data_name(source: str) -> str:
     """What the report calls the data: the file's or folder's own name, or the Hub id."""
     return Path(source).name if Path(source).exists() else source
+
+
+def hub_data(task: str | None, source: str | None) -> str | None:
+    """The Hub data set behind a run's --task or --data, as "repo" or "repo:config"; None for local data.
+
+    Example:
+        >>> hub_data("sst2", None), hub_data(None, "imdb"), hub_data(None, "prose")
+        ('nyu-mll/glue:sst2', 'imdb', None)
+    """
+    if task is not None:
+        return f"{GLUE_REPO}:{task}"
+    return None if source in (None, PROSE) or Path(source).exists() else source
 
 
 def load_prose(*, seed: int = 0, limit: int = 24_000, console: Quiet | None = None) -> TextData:

@@ -307,4 +307,5 @@ def verify(
     worst = max(result.values())
     if not worst <= allowed:
         raise PlanMismatch(f"the reloaded model differs by {worst:.2e}, more than {allowed:.0e}: {result}.")
-    return {"tier": tier, "max_abs_diff": worst, "ways": sorted(result), "transformers": transformers.__version__}
+    found = {"tier": tier, "auto_class": auto, "max_abs_diff": worst, "ways": sorted(result)}
+    return found | {"transformers": transformers.__version__}

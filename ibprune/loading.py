@@ -8,24 +8,29 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ibprune.checksums import check_files
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.models import check_finite
 from ibprune.rebuild import Pruned
 from ibprune.sites import check_model_type
 from ibprune.surgery import FORMAT, SPEC, SPEC_KEYS
 
+NEEDED = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The pruned model of an exported folder, in eval mode; no code of the folder is run.
 
     Raises:
-        PlanMismatch: No such folder, an unknown structure, or a tensor missing, extra or misshapen.
+        PlanMismatch: No such folder, a file that differs from its checksum, an unknown structure, or a tensor missing,
+            extra or misshapen.
 
     Example:
         >>> model = load("pruned")  # doctest: +SKIP
     """
     folder = Path(folder)
     path = folder / "config.json"
+    check_files(folder, needed=NEEDED)
     raw, spec = _read(folder, path)
     name = spec["architecture"] if spec else (raw.get("architectures") or [""])[0]
     model_type = spec["model_type"] if spec else raw.get("model_type")

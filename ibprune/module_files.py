@@ -1,7 +1,6 @@
 """A pruned module as a folder, safetensors and JSON over the user's constructor: saved whole, loaded strictly."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ibprune.checksums import REPORT, check_files, checksums, sha256
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.export import check_output, staged
 from ibprune.models import check_finite
@@ -52,13 +52,14 @@ def save_module(
             "shapes": {name: list(tensor.shape) for name, tensor in state.items()},
             "selected": [path for path, module in model.named_modules() if isinstance(module, SelectedLinear)],
             "plan": plan.to_dict(),
-            "sha256": _digest(temporary / WEIGHTS),
+            "sha256": sha256(temporary / WEIGHTS),
         }
         (temporary / SPEC_FILE).write_text(json.dumps(spec, indent=1) + "\n")
         if onnx_example is not None:
             write_onnx(model, onnx_example, temporary / ONNX)
         if report is not None:
-            (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            report = report | {"sha256": checksums(temporary)}
+            (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def is_module_folder(folder: str | Path) -> bool:
@@ -80,13 +81,16 @@ def load_module(folder: str | Path, model: nn.Module | Callable[[], nn.Module]) 
     """
     folder = Path(folder)
     shapes, selected, digest = _read(folder)
+    check_files(folder, needed=(WEIGHTS,))
     if isinstance(model, nn.Module):
         module = copy.deepcopy(model)
     else:
         module = model()
     if not isinstance(module, nn.Module):
         raise PlanMismatch(f"expected model= to make an nn.Module, found {type(module).__name__}.")
-    if _digest(folder / WEIGHTS) != digest:
+    if not (folder / WEIGHTS).is_file():
+        raise PlanMismatch(f"expected {folder / WEIGHTS}, found none.")
+    if sha256(folder / WEIGHTS) != digest:
         raise PlanMismatch(f"expected sha256 {digest} for {folder / WEIGHTS}, found another: the file was altered.")
     try:
         state = load_file(folder / WEIGHTS)
@@ -143,10 +147,3 @@ def _resize_(module: nn.Module, state: dict[str, torch.Tensor], shapes: dict[str
         if tuple(old.shape) != shape or old.dtype != tensor.dtype:
             changed[key] = tensor
     resize_(module, {k: list(t.shape) for k, t in changed.items()}, {k: t.dtype for k, t in changed.items()})
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise PlanMismatch(f"expected {path}, found none.") from error

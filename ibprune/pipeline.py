@@ -5,21 +5,23 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ibprune.audit_output import audit_section, write_audit
+from ibprune.audit_output import write_audit
 from ibprune.auditing import Side as AuditSide
 from ibprune.auditing import audit
 from ibprune.bench import measure_latency, time_forward
 from ibprune.budget import Budget
+from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
 from ibprune.cutting import cut, loss_with, on_kept_features, train_settings
-from ibprune.data import TextData
+from ibprune.data import TextData, hub_data
 from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
 from ibprune.export import check_output, staged, verify, write_model
 from ibprune.features import default_pooling
 from ibprune.feeding import Feed
 from ibprune.groups import Site
+from ibprune.hub_folders import check_target, push
 from ibprune.images import ImageData
 from ibprune.inputs import MOST_INPUTS, encode_inputs, encode_pictures
 from ibprune.measures import AuditSettings
@@ -31,7 +33,6 @@ from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
 from ibprune.structure import Costs
 from ibprune.subject import Subject, known_tokens, load_subject
-from ibprune.task_heads import auto_class
 from ibprune.trainer import make_accelerator, train
 from ibprune.training import finetune_
 from ibprune.vocabulary import compare_tokenizers
@@ -49,8 +50,11 @@ class PruneResult:
 
 
 def run(recipe: Recipe, console: Quiet) -> PruneResult:
-    """Carries out a recipe. The output folder appears complete, or not at all."""
+    """Carries out a recipe. The output folder appears complete, or not at all; then it is pushed, if asked for."""
     folder = check_output(recipe.output, model=recipe.model)
+    if recipe.push_to_hub:
+        check_target(recipe.push_to_hub, private=recipe.private, revision=recipe.revision, empty=True)
+    command = recipe.command()
     timer = Timer()
     with timer("load"):
         accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
@@ -97,6 +101,11 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         objective=feed.objective.name,
         macs_length=costs.macs.length,
         latency_input=shape,
+        command=command,
+        hub={
+            "model": None if Path(source.name).is_dir() else source.name,
+            "data": hub_data(recipe.task, recipe.data),
+        },
         kept=kept_by_kind(plan, structure.everything),
         vocabulary=compare_tokenizers(feed.preprocessor, own_feed.preprocessor, texts) if texts else None,
         pictures=feed.pictures(),
@@ -112,6 +121,11 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
         _export(student, dense, subject, own_feed, plan, report, audited, texts, temporary, folder)
+    if recipe.push_to_hub:
+        console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
+        url = push(folder, recipe.push_to_hub, private=recipe.private, revision=recipe.revision,
+                   commit_message=recipe.commit_message)  # fmt: skip
+        console.say(f"pushed: {url}")
     return PruneResult(student.eval(), plan, report.to_dict())
 
 
@@ -140,13 +154,11 @@ def _export(
     student.float()
     report.dense.file_bytes = count_params(dense) * dtype.itemsize
     report.pruned.file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    report.save(folder / "report.json")
-    auto = auto_class(type(student).__name__, student.config.model_type)
-    card = model_card(report.to_dict(), auto_class=auto, folder=final.name)
     if audited is not None:
         write_audit(audited, folder)
-        card += "\n" + audit_section(audited)
-    (folder / "README.md").write_text(card)
+    report.sha256 = checksums(folder)
+    report.save(folder / "report.json")
+    (folder / "README.md").write_text(model_card(report.to_dict(), audited, name=final.name))
 
 
 def _audit(

@@ -1,17 +1,19 @@
 """The recipe: everything that decides a run, as one strict record read from YAML and flags."""
 
 import os
+import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ibprune.errors import BadRecipe, did_you_mean, first_line
 from ibprune.groups import KINDS
 
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
+WHERE = {"output", "push_to_hub", "private", "revision", "commit_message"}  # where a result goes, not what it is
 
 
 class Recipe(BaseModel):
@@ -49,6 +51,10 @@ class Recipe(BaseModel):
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
     distill: bool = Field(True, description="learn from the dense model's outputs too")
+    push_to_hub: str | None = Field(None, description="Hub repo that gets the folder, such as user/model")
+    private: bool = Field(False, description="make that repo a private one")
+    revision: str | None = Field(None, description="branch of that repo; default: main")
+    commit_message: str | None = Field(None, description="of the commit there")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto")
     audit: bool = Field(True, description="audit the retained information")
 
@@ -89,9 +95,27 @@ class Recipe(BaseModel):
                 raise ValueError(f"found '{name}': {did_you_mean(name, (*AUGMENTATIONS, 'none'))}")
         return tuple(name for name in value if name != "none")
 
+    @model_validator(mode="after")
+    def _pushed(self) -> Self:
+        for name in ("private", "revision", "commit_message"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
+        return self
+
     def save(self, path: Path) -> None:
-        """Writes the recipe without its output folder, which is taken when the run is repeated."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude={"output"}), sort_keys=False))
+        """Writes the recipe without its output folder and Hub repo, which are taken when the run is repeated."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude=WHERE), sort_keys=False))
+
+    def command(self) -> str:
+        """The command line of the run, but for where its result goes."""
+        words = ["ibprune"]
+        for name, value in self.model_dump(exclude=WHERE, exclude_defaults=True).items():
+            flag = name.replace("_", "-")
+            if value is False:
+                words.append(f"--no-{flag}")
+            else:
+                words += [f"--{flag}", ",".join(value) or "none" if isinstance(value, tuple) else f"{value}"]
+        return shlex.join(words)
 
 
 def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
@@ -122,12 +146,14 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
 def _one_line(error: ValidationError) -> str:
     # a misspelt key first: it is why its right name is missing
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    key = str(first["loc"][0]) if first["loc"] else "recipe"
+    key = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return f"unknown recipe key '{key}': {did_you_mean(key, Recipe.model_fields)}."
     if first["type"] == "missing":
         return f"expected --{key.replace('_', '-')} (recipe key '{key}'), found none."
     reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"{reason}."
     if first["type"] == "literal_error":
         expected = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         reason = f"found '{first['input']}': {did_you_mean(str(first['input']), expected)}"

@@ -46,6 +46,10 @@ class Report:
         pictures: Where pictures are read, the shape that MACs and latency are of, and how they were normalised and
             augmented.
         refused: Channels of a CNN that cannot be cut, with the reason.
+        command: The command line that made it.
+        hub: What the run took from the Hub: the id of the "model", and of the "data" as "repo" or "repo:config"; None
+            where it was local.
+        sha256: Checksums of the folder's other files, by `ibprune.checksums`.
         audit: The file of the audit; None, with the reason in `audit_note`, where there is none.
     """
 
@@ -64,6 +68,8 @@ class Report:
     device: str
     precision: str
     shares: str
+    command: str
+    hub: dict[str, str | None]
     vocabulary: dict[str, list[float]] | None = None
     pictures: dict | None = None
     refused: dict[str, str] = field(default_factory=dict)
@@ -72,6 +78,7 @@ class Report:
     verify: dict = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     schema: str = SCHEMA
 
     def to_dict(self) -> dict:

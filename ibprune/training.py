@@ -6,6 +6,7 @@ from dataclasses import replace
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.cutting import loss_with, train_settings
@@ -90,5 +91,6 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         model.to(loaded.dtype)
         tier = write_model(model, feed.preprocessor, None, temporary)
         report["verify"] = verify(model, temporary, tier, feed.probe())
+        report["sha256"] = checksums(temporary)
         (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -20,6 +20,7 @@ from ibprune.features import collect, find_layers
 from ibprune.inputs import Inputs, draw_tokens
 from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
+from ibprune.model_card import model_card
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
@@ -170,7 +171,10 @@ def test_the_command_and_its_folder(folders, tmp_path, capsys):
     source = folders["BertModel"]
     ibprune.prune(source, 0.5, data=str(data), output=str(small), mask_steps=0, recover_steps=0, max_length=16)
     assert json.loads((small / "audit.json").read_text())["schema"] == "ibprune.mi_audit/1"
-    assert "What each layer kept" in (small / "README.md").read_text()
+    card = (small / "README.md").read_text()
+    assert "What each layer kept" in card and "![retained](audit/retained.png)" in card
+    report = json.loads((small / "report.json").read_text())
+    assert card == model_card(report, json.loads((small / "audit.json").read_text()), name="small")
     out = tmp_path / "audit"
     command = ["audit", source, str(small), "--data", str(data), "--output", str(out), "--quiet", "--json"]
     assert cli.main(command) == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,19 @@ def test_every_recipe_key_is_a_flag_and_every_flag_a_key():
     actions = {a.dest for a in cli._prune_parser()._actions if not isinstance(a, argparse._HelpAction)}
     assert actions - {"recipe", "debug", "quiet", "json"} == set(Recipe.model_fields)
     assert {a.dest for a in cli._plan_parser()._actions} - {"help", "debug", "json"} <= set(Recipe.model_fields)
+
+
+def test_the_command_of_a_recipe_makes_the_same_recipe():
+    """It stands on the model card, without where the result went."""
+    for values in (
+        {"task": "sst2"},
+        {"data": "my films.tsv", "text_columns": ("a b", "c"), "audit": False, "distill": False, "lr": 1e-5},
+        {"data": "photos", "augment": (), "image_size": 32, "kinds": "channels", "cost": "macs", "seed": 7},
+    ):
+        recipe = make_recipe({"model": "bert-base", "budget": 0.3} | values)
+        words = shlex.split(make_recipe(recipe.model_dump() | {"output": "o", "push_to_hub": "a/b"}).command())
+        given = cli._given(cli._prune_parser().parse_args(words[1:]), without=())
+        assert words[0] == "ibprune" and make_recipe({k: given[k] for k in given if k in Recipe.model_fields}) == recipe
 
 
 def test_every_recipe_file_parses():

@@ -12,6 +12,7 @@ from conftest import CASES, LANGUAGE_MODELS, build, outputs, random_keep, token_
 from safetensors.torch import load_file, save_file
 
 import ibprune
+from ibprune.checksums import checksums
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch
 from ibprune.export import check_output, staged, tier_of, verify, write_model
@@ -412,3 +413,73 @@ def test_another_format_and_nan_weights_are_refused(folder, tmp_path):
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IBPruneError, match="NaN"):
         ibprune.load(tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def summed(folder, tmp_path_factory):
+    """The folder with a report that holds its checksums, as a run leaves it."""
+    path = tmp_path_factory.mktemp("summed") / "copy"
+    shutil.copytree(folder, path)
+    (path / "audit").mkdir()
+    (path / "audit" / "plot.png").write_bytes(b"plot")
+    (path / "README.md").write_text("card")
+    (path / "report.json").write_text(json.dumps({"sha256": checksums(path)}))
+    return path
+
+
+def test_one_flipped_byte_of_any_file_is_refused(summed, tmp_path):
+    sums = json.loads((summed / "report.json").read_text())["sha256"]
+    assert set(sums) >= {"model.safetensors", "config.json", "plan.json", "modeling_ibprune.py", "audit/plot.png"}
+    assert not {"report.json", "README.md"} & set(sums)
+    assert ibprune.load(summed)
+    shutil.copytree(summed, tmp_path / "copy")
+    for name in sums:
+        file = tmp_path / "copy" / name
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        for spoiled in (flipped, whole[:-1], b""):
+            file.write_bytes(spoiled)
+            with pytest.raises(PlanMismatch, match=f"{name}, as in report.json.*altered or cut short"):
+                ibprune.load(tmp_path / "copy")
+        file.write_bytes(whole)
+    assert ibprune.load(tmp_path / "copy")
+
+
+def test_files_that_a_user_adds_edits_or_drops_do_not_stop_a_folder_from_loading(summed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(summed, copy)
+    (copy / "onnx").mkdir()
+    (copy / "onnx" / "model.onnx").write_bytes(b"mine")
+    (copy / "README.md").write_text("my own words")
+    (copy / "plan.json").unlink()
+    assert ibprune.load(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(PlanMismatch, match="'model.safetensors'.*found none"):
+        ibprune.load(copy)
+    (copy / "report.json").unlink()
+    with pytest.raises(PlanMismatch):
+        ibprune.load(copy)
+
+
+@pytest.mark.parametrize(
+    "report", ["{", "[1]", '{"sha256": [1]}', '{"sha256": {"../config.json": "0"}}', '{"sha256": {"config.json": 1}}']
+)
+def test_reports_that_are_none_are_refused(report, summed, tmp_path):
+    shutil.copytree(summed, tmp_path / "copy")
+    (tmp_path / "copy" / "report.json").write_text(report)
+    with pytest.raises(PlanMismatch, match="folder again"):
+        ibprune.load(tmp_path / "copy")
+
+
+def test_with_new_checksums_the_shapes_still_have_to_agree(summed, tmp_path):
+    """Who changes a file can change its sum: the strict loader is what stands behind it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(summed, copy)
+    raw = json.loads((copy / "config.json").read_text())
+    name = next(iter(raw["ibprune"]["shapes"]))
+    raw["ibprune"]["shapes"][name][0] += 1
+    (copy / "config.json").write_text(json.dumps(raw))
+    (copy / "report.json").write_text(json.dumps({"sha256": checksums(copy)}))
+    with pytest.raises(PlanMismatch, match="does not load|mismatched"):
+        ibprune.load(copy)

@@ -30,6 +30,8 @@ def check(result, folder, keep):
     assert set(p.name for p in folder.iterdir()) >= {
         "config.json", "model.safetensors", "plan.json", "report.json", "README.md", "recipe.yaml", "tokenizer.json",
     }  # fmt: skip
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(report["sha256"]) == names - {"report.json", "README.md"}
     assert torch.allclose(outputs(ibprune.load(folder)), outputs(result.model), atol=1e-5)
 
 
