@@ -124,13 +124,17 @@ def _after_recovery(
     kinds = [kind for kind, share in fractions_kept(keep, sites).items() if share < 1.0]
     if len(kinds) < 2:
         return keep
+    least = recovered(keep)
     while True:
-        around = [(cut, kind) for kind in kinds if (cut := spare(pressure, kind))]
-        around = around[: MOST_RECOVERED - max(1, len(losses))]
-        (best, less), kind = min(around, key=lambda found: recovered(found[0][0]), default=((keep, pressure), ""))
-        if not around or recovered(best) >= recovered(keep):
+        best = None
+        for kind in kinds:
+            found = spare(pressure, kind) if len(losses) < MOST_RECOVERED else None
+            if found and recovered(found[0]) < least:
+                least, best = recovered(found[0]), (kind, *found)
+        if best is None:
             return keep
-        keep, pressure, kinds = best, less, [kind]
+        kind, keep, pressure = best
+        kinds = [kind]
 
 
 def _by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:
