@@ -89,27 +89,30 @@ def probe_shares(
     if recovered_loss_of is None:
         return best[1]
 
-    def spare(pressure: dict[str, float], kind: str) -> tuple[Keep, dict[str, float]] | None:
-        less = pressure | {kind: 0.5 * pressure.get(kind, 0.0)}
+    def solved(pressure: dict[str, float]) -> tuple[Keep, dict[str, float]] | None:
         try:
-            return solve_by_shares(scores, sites, model, budget, less), less
+            return solve_by_shares(scores, sites, model, budget, pressure), pressure
         except BadRecipe:
             return None
 
-    return _after_recovery(recovered_loss_of, best[1], best[2], spare, sites, console)
+    return _after_recovery(recovered_loss_of, best[1:], solved, sites, console)
 
 
 def _after_recovery(
     recovered_loss_of: Callable[[Keep], float],
-    keep: Keep,
-    pressure: dict[str, float],
-    spare: Callable[[dict[str, float], str], tuple[Keep, dict[str, float]] | None],
+    first: tuple[Keep, dict[str, float]],
+    solved: Callable[[dict[str, float]], tuple[Keep, dict[str, float]] | None],
     sites: dict[str, Site],
     console: Quiet,
 ) -> Keep:
-    """Climbs from a cut by sparing one kind at a time, while a short recovery leaves less loss.
+    """The cut with the least loss after a short recovery, of at most `MOST_RECOVERED`.
 
-    Every kind that was cut is tried once, then the best of them again and again; `MOST_RECOVERED` cuts in all.
+    It starts from the first cut, or from equal shares of the kinds that this one cuts, and spares one kind at a time:
+    every kind once, then the best of them again and again.
+
+    Args:
+        first: A cut and its pressures.
+        solved: The cut, and its pressures, that meets the budget under some pressures, if one does.
     """
     losses: dict[tuple, float] = {}
 
@@ -121,20 +124,20 @@ def _after_recovery(
             console.say(f"after a short recovery: loss {losses[key]:.4f} with {kept}")
         return losses[key]
 
-    kinds = [kind for kind, share in fractions_kept(keep, sites).items() if share < 1.0]
+    kinds = [kind for kind, share in fractions_kept(first[0], sites).items() if share < 1.0]
     if len(kinds) < 2:
-        return keep
-    least = recovered(keep)
+        return first[0]
+    equal = solved({kind: share if kind in kinds else 0.0 for kind, share in equal_pressure(sites).items()})
+    best = min([first, equal] if equal else [first], key=lambda found: recovered(found[0]))
     while True:
-        best = None
+        chosen, again = best, []
         for kind in kinds:
-            found = spare(pressure, kind) if len(losses) < MOST_RECOVERED else None
-            if found and recovered(found[0]) < least:
-                least, best = recovered(found[0]), (kind, *found)
-        if best is None:
-            return keep
-        kind, keep, pressure = best
-        kinds = [kind]
+            spared = solved(best[1] | {kind: 0.5 * best[1].get(kind, 0.0)}) if len(losses) < MOST_RECOVERED else None
+            if spared and recovered(spared[0]) < recovered(chosen[0]):
+                chosen, again = spared, [kind]
+        if chosen is best:
+            return best[0]
+        best, kinds = chosen, again
 
 
 def _by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:
