@@ -26,12 +26,16 @@ from ibprune.vocabulary import check_tokenizer
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a recipe leaves open. An encoder's are sized so that MiniLM takes minutes on two CPU cores."""
+    """What a recipe leaves open. An encoder's are sized so that MiniLM takes minutes on two CPU cores.
+
+    Without labels a recovery serves its own texts, not what the encoder is for: it does not choose between cuts.
+    """
 
     lr: float
     max_length: int
     mask_steps: int = 300
     recover_steps: int = 900
+    probe_steps: int | None = None
 
 
 DEFAULTS = {
@@ -39,7 +43,7 @@ DEFAULTS = {
     "regression": Defaults(5e-5, 128),
     "causal_lm": Defaults(5e-4, 256),
     "masked_lm": Defaults(1e-4, 128),
-    "encoder": Defaults(3e-4, 64, mask_steps=80, recover_steps=400),
+    "encoder": Defaults(3e-4, 64, mask_steps=80, recover_steps=400, probe_steps=0),
     "images": Defaults(1e-3, 0),
     "images by patches": Defaults(1e-4, 0),
 }
@@ -261,7 +265,8 @@ def _fixed_shape(model: PreTrainedModel, size: int | None) -> tuple[int, int]:
 
 
 def _with_defaults(recipe: Recipe, defaults: Defaults) -> Recipe:
-    steps = {key: getattr(defaults, key) for key in ("mask_steps", "recover_steps") if getattr(recipe, key) is None}
+    keys = ("mask_steps", "recover_steps", "probe_steps")
+    steps = {key: getattr(defaults, key) for key in keys if getattr(recipe, key) is None}
     return recipe.model_copy(update={"lr": recipe.lr or defaults.lr, **steps})
 
 
