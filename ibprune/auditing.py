@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -72,9 +72,13 @@ def audit(
             f"expected the same layers in both models, found {len(where_before)} and {len(where_after)}: "
             "name common ones with --layers."
         )
+    if inputs.columns is not None:  # labels are tags of words: layers are read where these words begin
+        if settings.tokens:
+            raise BadData("--tokens: words with tags are asked for their tags already: leave it out.")
+        settings = replace(settings, pooling=TOKEN)
     tokens = draw_tokens(inputs, settings.tokens, seed=settings.seed) if settings.tokens else None
     read = {"poolings": (settings.pooling, TOKEN)[: 2 if tokens else 1], "seed": settings.seed}
-    read["columns"] = tokens.columns if tokens else None
+    read["columns"] = tokens.columns if tokens else inputs.columns
     sides = [
         collect(side.model, console.track(inputs.batches, f"reading {what}", len(inputs.batches)), where, **read)
         for side, where, what in ((before, where_before, "dense"), (after, where_after, "pruned"))

@@ -93,6 +93,8 @@ def audit(
     limits = [family.max_tokens(model.config) or max_length for model in (before, after)]
     inputs = encode_inputs(rows, loaded.tokenizer, max_length=min(max_length, *limits), most=max_inputs)
     _check_vocabulary(inputs, before, after)
+    if pooling and inputs.columns is not None:
+        raise BadData("--pooling: layers are read at one tagged word of each text: leave it out.")
     settings = AuditSettings(
         pooling=pooling or default_pooling(before), probe=Probe(probe), tokens=tokens, pair=pair, seed=seed
     )

@@ -1,6 +1,7 @@
 """The inputs of an audit: held-out texts encoded once, without duplicates, in a fixed order."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ibprune.annotations import as_text, first_pieces
+from ibprune.collating import pad_ids
 from ibprune.data import TextData
 from ibprune.errors import BadData
 from ibprune.losses import Batch
+from ibprune.mi.probes import LEAST_PER_CLASS
+from ibprune.task_heads import TAGS
 
 MOST_INPUTS = 2400
 COMPARABLE = 500_000  # training rows that are looked through for the audited texts
@@ -24,11 +29,12 @@ class Inputs:
     Attributes:
         name: Of the data.
         batches: Padded batches, in order; no labels inside.
-        labels: Class of each input, or None for unlabelled data.
+        labels: Class of each input, or the tag of one of its words, or None for unlabelled data.
         removed: Duplicates left out.
         overlap: Inputs whose text also occurs in the training rows; None where these are too many to look.
         sha256: Of the token ids, in order.
         special: Ids of the tokens that mark where texts begin and end.
+        columns: Where the tagged word begins in the padded batch, (n,); None where labels are of whole inputs.
     """
 
     name: str
@@ -38,6 +44,7 @@ class Inputs:
     overlap: int | None
     sha256: str
     special: tuple[int, ...] = ()
+    columns: np.ndarray | None = None
 
     @property
     def n(self) -> int:
@@ -49,12 +56,15 @@ def encode_inputs(
 ) -> Inputs:
     """Encodes at most `most` distinct held-out texts; batches hold texts of like length.
 
+    Of words with tags one word of each text is asked for its tag (`_draw_words`). Answers are not asked for.
+
     Raises:
         BadData: Fewer than 200 distinct texts.
     """
     rows = data.held_out.select(range(min(len(data.held_out), 4 * most)))  # a large split is not read whole
-    columns = [[str(text or "") for text in rows[column]] for column in data.text_columns]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
+    columns = [[as_text(text) for text in rows[column]] for column in data.text_columns]
+    tagged = data.objective == TAGS
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False, return_offsets_mapping=tagged)
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
     seen: set[tuple] = set()
     chosen = []
@@ -63,6 +73,10 @@ def encode_inputs(
             seen.add(tuple(ids))
             chosen.append(i)
     removed = len(columns[0]) - len(chosen)
+    words: dict[int, tuple[int, int]] = {}
+    if tagged:
+        words = _draw_words(rows, data, chosen, encoded["offset_mapping"])
+        chosen = [i for i in chosen if i in words]
     chosen = chosen[:most]
     if len(chosen) < LEAST:
         raise BadData(
@@ -70,13 +84,14 @@ def encode_inputs(
             "give more text with --data."
         )
     chosen.sort(key=lambda i: len(encoded["input_ids"][i]))  # less padding; stable, so the order is fixed
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = [
-        _pad({key: [encoded[key][i] for i in part] for key in keys}, pad)
+        pad_ids({key: [encoded[key][i] for i in part] for key in keys}, tokenizer)
         for part in (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
     ]
     labels = None
-    if data.label_column and data.labels:
+    if tagged:
+        labels = [words[i][1] for i in chosen]
+    elif data.label_column and data.labels and not data.objective:
         column = rows[data.label_column]
         labels = [int(column[i]) for i in chosen]
     digest = hashlib.sha256(repr([encoded["input_ids"][i] for i in chosen]).encode()).hexdigest()
@@ -84,7 +99,38 @@ def encode_inputs(
     if len(data.train) <= COMPARABLE:
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
-    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer))
+    places = np.array([words[i][0] for i in chosen]) if tagged else None
+    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer), places)
+
+
+def _draw_words(
+    rows: Dataset, data: TextData, chosen: list[int], offsets: list[list[tuple[int, int]]]
+) -> dict[int, tuple[int, int]]:
+    """One word of each chosen text at random, by row: the column of its first token, and its tag.
+
+    First one of the text's tags is drawn, then a word that has it, or "O" would be nearly all there is to tell. Tags
+    that are drawn fewer than ten times are left out, and with them texts that have no other.
+    """
+    text_words, text_tags = list(rows[data.text_columns[0]]), list(rows[data.label_column])
+    places: dict[int, dict[int, list[int]]] = {}  # by row and tag
+    for i in chosen:
+        by_tag = places.setdefault(i, {})
+        for column, word in enumerate(first_pieces(text_words[i], offsets[i])):
+            if word >= 0:
+                by_tag.setdefault(text_tags[i][word], []).append(column)
+    allowed = {tag for by_tag in places.values() for tag in by_tag}
+    while True:
+        draw, found = np.random.default_rng(0), {}
+        for i, by_tag in places.items():
+            tags = sorted(allowed & set(by_tag))
+            if tags:
+                tag = tags[int(draw.integers(len(tags)))]
+                found[i] = by_tag[tag][int(draw.integers(len(by_tag[tag])))], tag
+        counts = Counter(tag for _, tag in found.values())
+        rare = {tag for tag in allowed if counts[tag] < LEAST_PER_CLASS}
+        if not rare:
+            return found
+        allowed -= rare
 
 
 @dataclass(frozen=True)
@@ -152,15 +198,4 @@ def spread(batches: list[Batch], most: int) -> list[Batch]:
 
 
 def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return set(zip(*([str(text or "") for text in rows[column]] for column in columns)))
-
-
-def _pad(parts: dict[str, list[list[int]]], pad: int) -> Batch:
-    ids = parts["input_ids"]
-    width = max(len(row) for row in ids)
-    batch = {
-        key: torch.tensor([row + [pad if key == "input_ids" else 0] * (width - len(row)) for row in rows])
-        for key, rows in parts.items()
-    }
-    batch["attention_mask"] = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-    return batch
+    return set(zip(*([as_text(text) for text in rows[column]] for column in columns)))
