@@ -105,8 +105,9 @@ def check_answers(name: str, split: str, rows: Dataset, text: tuple[str, ...], a
     """
     _check_columns(name, split, rows, (*text, answers))
     for column in text:
-        if rows.features[column].dtype not in TEXT:
-            raise BadData(f"expected text in '{column}' of '{name}', found {rows.features[column].dtype}.")
+        kind = getattr(rows.features[column], "dtype", "lists")
+        if kind not in TEXT:
+            raise BadData(f"expected text in '{column}' of '{name}', found {kind}.")
     if not _holds_answers(rows.features[answers]):
         raise BadData(f"expected 'text' and 'answer_start' in '{answers}' of '{name}', found neither.")
     kept, texts, starts = [], [], []
@@ -219,7 +220,7 @@ def _check_columns(name: str, split: str, rows: Dataset, columns: Iterable[str])
 
 
 def _pairs(value, where: str) -> list[tuple[str, int]]:
-    """Text and start of each answer, whichever way they are nested; blank ones are none."""
+    """Text, without spaces around it, and start of each answer, whichever way they are nested; blank ones are none."""
     if isinstance(value, list):
         pairs = [(answer["text"], answer["answer_start"]) for answer in value]
     else:
@@ -230,7 +231,9 @@ def _pairs(value, where: str) -> list[tuple[str, int]]:
         pairs = list(zip(texts, starts))
     if any(text and start is None for text, start in pairs):
         raise BadData(f"expected a start for every answer, found none in {where}.")
-    return [(text, int(start)) for text, start in pairs if text and text.strip()]
+    return [
+        (text.strip(), int(start) + len(text) - len(text.lstrip())) for text, start in pairs if (text or "").strip()
+    ]
 
 
 def _short(text: str) -> str:

@@ -98,9 +98,9 @@ def answer_windows(
 
     def split(batch: dict, numbers: list[int]) -> dict:
         found = tokenizer(
-            [_first_tokens(tokenizer, text, max_length // 3) for text in batch[question]], batch[context],
-            truncation="only_second", max_length=max_length, stride=max_length // 4, return_overflowing_tokens=True,
-            return_offsets_mapping=True, verbose=False,
+            _shortened(tokenizer, batch[question], max_length // 3), batch[context], truncation="only_second",
+            max_length=max_length, stride=max_length // 4, return_overflowing_tokens=True, return_offsets_mapping=True,
+            verbose=False,
         )  # fmt: skip
         kept = {key: found[key] for key in ("input_ids", "token_type_ids") if key in found} | {"labels": []}
         kept |= {"row": [], "offsets": []} if judged else {}
@@ -125,15 +125,17 @@ def no_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
     return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> str:
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return text if len(offsets) <= most else text[: offsets[most - 1][1]]
+def _shortened(tokenizer: PreTrainedTokenizerBase, texts: list[str], most: int) -> list[str]:
+    """The texts, cut after `most` tokens."""
+    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return [text if len(at) <= most else text[: at[most - 1][1]] for text, at in zip(texts, found)]
 
 
 def _place(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:
-    """First and last token of the characters from `start` to `end` (exclusive); None unless all of them are there."""
-    inside = [i for i, (a, b) in enumerate(offsets) if a < b and b > start and 0 <= a < end]
-    if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
+    """First and last token of the characters from `start` to `end` (exclusive); None unless all are in the window."""
+    context = [i for i, (a, b) in enumerate(offsets) if 0 <= a < b]
+    inside = [i for i in context if offsets[i][1] > start and offsets[i][0] < end]
+    if not inside or offsets[context[0]][0] > start or offsets[context[-1]][1] < end:
         return None
     return inside[0], inside[-1]
 
