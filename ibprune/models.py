@@ -174,7 +174,17 @@ def model_class(config: PreTrainedConfig, *, classify: bool, objective: str = ""
         )
     if type(config) not in mapping:
         raise UnsupportedModel(f"transformers has no {what} for model_type '{config.model_type}'.")
-    return mapping[type(config)]
+    cls = mapping[type(config)]
+    if (
+        objective
+        and cls.base_model_prefix != found.base_model_prefix
+        and found is not transformers.MODEL_MAPPING[type(config)]
+    ):
+        raise UnsupportedModel(  # LLaMA and its like call their layers "transformer" there, and "model" elsewhere
+            f"transformers cannot read the weights of a {found.__name__} into its {cls.__name__}: save the base model "
+            "with AutoModel.from_pretrained(…).save_pretrained(…), and give that."
+        )
+    return cls
 
 
 def build_model(config: PreTrainedConfig, cls: type[PreTrainedModel], *, device: str) -> PreTrainedModel:
