@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -78,9 +78,13 @@ def audit(
         )
     if inputs.own is not None and settings.pooling == "random":
         raise BadRecipe("--pooling: 'random' takes the same token of both models, but the vocabulary of one was cut.")
+    if inputs.columns is not None:  # labels are tags of words: layers are read where these words begin
+        if settings.tokens:
+            raise BadData("--tokens: words with tags are asked for their tags already: leave it out.")
+        settings = replace(settings, pooling=TOKEN)
     tokens = draw_tokens(inputs, settings.tokens, seed=settings.seed) if settings.tokens else None
     read = {"poolings": (settings.pooling, TOKEN)[: 2 if tokens else 1], "seed": settings.seed}
-    read["columns"] = tokens.columns if tokens else None
+    read["columns"] = tokens.columns if tokens else inputs.columns
     own = inputs.batches if inputs.own is None else inputs.own
     sides = [
         collect(side.model, console.track(batches, f"reading {what}", len(batches)), where, **read)

@@ -109,6 +109,8 @@ def audit(
     model = found.before.model
     if pooling not in (None, "mean") and not has_row(model):
         raise BadRecipe(f"--pooling: '{pooling}' is of tokens; the maps of {type(model).__name__} are averaged.")
+    if pooling and found.inputs.columns is not None:
+        raise BadData("--pooling: layers are read at one tagged word of each text: leave it out.")
     settings = AuditSettings(
         pooling=pooling or default_pooling(model), probe=Probe(probe), tokens=tokens, pair=pair, seed=seed
     )

@@ -89,7 +89,8 @@ def cut(
         kinds = choose_kinds(dense, recipe.kinds)
         if find_family(dense.config.model_type).embedding:
             batches = USAGE if "vocab" in kinds else 100
-            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=batches)
+            masked = feed.objective.name == "masked_lm"
+            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=batches, masked=masked)
         structure = prepare_(student, kinds, counts)
     cost_model = structure.costs.of(recipe.cost)
     choice = Choice(

@@ -9,12 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset
 from huggingface_hub import constants
 
+from ibprune.annotations import (
+    check_answers,
+    check_tags,
+    find_annotations,
+    flatten_squad,
+    is_squad,
+    read_conll,
+    tag_metrics,
+)
 from ibprune.console import Quiet
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
+from ibprune.task_heads import ANSWERS, TAGS
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),
@@ -32,6 +42,7 @@ PROSE = "prose"
 TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",), ("text",), ("content",))
 LABEL_COLUMNS = ("label", "labels", "score")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+READERS |= {".conll": "conll"}
 AUDITABLE = 400  # rows held out of small data where a fifth allows it: an audit of fewer than 200 says nothing
 SPLITS = {"train": ("train",), "held_out": ("validation", "dev", "valid", "validation_matched")}
 
@@ -43,9 +54,11 @@ class TextData:
     Attributes:
         name: What the report calls it.
         train, held_out: Columns `text_columns` and, when labelled, `label_column`.
-        labels: Class names; empty for unlabelled texts and for regression.
+        labels: Class names; empty for unlabelled texts and for regression. Of answers the two outputs.
         metrics: Names of the metrics the task is judged by.
         note: What the user must know about the rows, or "".
+        objective: `TAGS`, where the text is a list of words and the label one of tags; `ANSWERS`, where the texts are
+            question and context and the label the answers; "" for texts, where the model decides.
     """
 
     name: str
@@ -56,6 +69,7 @@ class TextData:
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     note: str = ""
+    objective: str = ""
 
 
 def load_task(task: str) -> TextData:
@@ -83,8 +97,13 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
     splits = hold_out(find_splits(source), source, seed=seed)
     names = splits["train"].column_names
     check_columns((*text_columns, *((label_column,) if label_column else ())), names, source)
-    if not text_columns:
-        text_columns = next((c for c in TEXT_COLUMNS if set(c) <= set(names)), ())
+    plain = next((c for c in TEXT_COLUMNS if set(c) <= set(names)), ())
+    objective, text_columns, label_column = find_annotations(
+        splits["train"].features, text_columns, label_column, source, plain=bool(plain)
+    )
+    if objective:
+        return _describe_annotated(data_name(source), splits, text_columns, label_column, objective)
+    text_columns = text_columns or plain
     if not text_columns:
         raise BadData(f"expected a text column in '{source}', found {', '.join(names)}: name it with --text-columns.")
     label_column = label_column or next((c for c in LABEL_COLUMNS if c in names), "")
@@ -225,7 +244,7 @@ def _from_files(path: Path, names: Mapping[str, tuple[str, ...]]) -> dict[str, D
 
 
 def read_file(path: Path) -> Dataset:
-    """The rows of one file; a txt file is split at <|endoftext|> marks or blank lines.
+    """The rows of one file; a txt file is split at <|endoftext|> marks or blank lines, SQuAD's nesting unfolded.
 
     Raises:
         BadData: Another ending, or a file its reader cannot parse.
@@ -238,8 +257,11 @@ def read_file(path: Path) -> Dataset:
             mark = "<|endoftext|>" if "<|endoftext|>" in text else r"\n\s*\n"
             parts = re.split(re.escape(mark) if mark.startswith("<") else mark, text)
             return Dataset.from_dict({"text": [part.strip() for part in parts if part.strip()]})
+        if path.suffix == ".conll":
+            return read_conll(path.read_text(encoding="utf-8"))
         options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
-        return load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+        rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+        return flatten_squad(rows) if is_squad(rows.features) else rows
     except BadData:
         raise
     except Exception as error:  # datasets wraps every parser's own error class
@@ -288,6 +310,21 @@ def _describe(
     return TextData(name, train, held_out, text, label, labels, metrics, note)
 
 
+def _describe_annotated(
+    name: str, splits: dict[str, Dataset], text: tuple[str, ...], label: str, objective: str
+) -> TextData:
+    check = check_tags if objective == TAGS else check_answers
+    columns = (text[0], label) if objective == TAGS else (text, label)
+    parts = [check(name, split, splits[split], *columns) for split in ("train", "held_out")]
+    train, held_out = (rows for rows, _ in parts)
+    left_out = sum(count for _, count in parts)
+    note = f"Left out {left_out:,} rows of '{name}' without text." if left_out else ""
+    if objective == ANSWERS:
+        return TextData(name, train, held_out, text, "answers", ("start", "end"), ("squad",), note, ANSWERS)
+    train, held_out, labels = number_classes(name, train, held_out, label)
+    return TextData(name, train, held_out, text, label, labels, tag_metrics(labels), note, TAGS)
+
+
 def number_classes(
     name: str, train: Dataset, held_out: Dataset, label: str
 ) -> tuple[Dataset, Dataset, tuple[str, ...]]:
@@ -297,11 +334,12 @@ def number_classes(
         BadData: A class of the held-out rows never occurs in training, or there is only one.
     """
     feature = train.features[label]
+    feature = feature.feature if isinstance(feature, List | LargeList) else feature  # a list of tags
     labels = tuple(getattr(feature, "names", None) or ())
     if not labels and not feature.dtype.startswith("float"):
-        values = sorted(set(train.unique(label)))
+        values = sorted(_unique(train, label))
         labels = tuple(str(value) for value in values)
-        unknown = set(held_out.unique(label)) - set(values)
+        unknown = _unique(held_out, label) - set(values)
         if unknown:
             raise BadData(f"'{name}': the held-out labels {sorted(map(str, unknown))[:5]} never occur in training.")
         if values != list(range(len(values))):
@@ -312,10 +350,20 @@ def number_classes(
     return train, held_out, labels
 
 
+def _unique(rows: Dataset, column: str) -> set:
+    if isinstance(rows.features[column], List | LargeList):
+        return {value for row in rows[column] for value in row}
+    return set(rows.unique(column))
+
+
 def recode(rows: Dataset, column: str, code: Callable, kind: str) -> Dataset:
-    """The rows with one column's values replaced by a function of them, of a type such as "int64"."""
-    values = [code(value) for value in rows[column]]
-    return rows.remove_columns(column).add_column(column, values, feature=Value(kind))
+    """The rows with one column's values, or those in its lists, replaced by a function of them, now of type `kind`."""
+    feature = Value(kind)
+    if isinstance(rows.features[column], List | LargeList):
+        values, feature = [[code(value) for value in row] for row in rows[column]], List(feature)
+    else:
+        values = [code(value) for value in rows[column]]
+    return rows.remove_columns(column).add_column(column, values, feature=feature)
 
 
 def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label: str) -> tuple[Dataset, int]:

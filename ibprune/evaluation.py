@@ -4,10 +4,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ibprune.collating import no_answer
 from ibprune.console import Quiet
 from ibprune.feeding import Feed
-from ibprune.losses import Objective, dense_batch, forward, pooled
+from ibprune.losses import Objective, dense_batch, forward, pooled, span_logits
 from ibprune.metrics import load_metric
+from ibprune.task_heads import ANSWERS, TAGS
+
+LONGEST_ANSWER = 30  # tokens
 
 
 @torch.no_grad()
@@ -22,10 +26,11 @@ def evaluate_model(
 ) -> dict[str, float]:
     """Metrics on the held-out batches, in eval mode and full precision.
 
-    Classification and regression: the named metrics. Language models: perplexity, exp of the mean
-    negative log-likelihood a token. Encoders: mean cosine of the pooled embedding to the dense
-    model's (1 for the dense model itself), and recall@1 of each text's second half among all second
-    halves, looked up by its first half.
+    Classification and regression: the named metrics. Tags: accuracy and F1 over the tagged words that are read.
+    Questions: exact match and F1 of the best span over all windows of the context. Language models: perplexity, exp
+    of the mean negative log-likelihood a token. Encoders: mean cosine of the pooled embedding to the dense model's
+    (1 for the dense model itself), and recall@1 of each text's second half among all second halves, looked up by
+    its first half.
 
     Args:
         dense: The dense model, for encoders; None when `model` is it.
@@ -37,6 +42,10 @@ def evaluate_model(
     on_device = ({key: value.to(device) for key, value in batch.items()} for batch in batches)
     if objective.name in ("classification", "regression"):
         return _labelled(model, on_device, objective, feed.metrics)
+    if objective.name == TAGS:
+        return _tagged(model, on_device, feed)
+    if objective.name == ANSWERS:
+        return _answered(model, on_device, feed)
     if objective.name in ("causal_lm", "masked_lm"):
         return _perplexity(model, on_device, objective)
     return _encoder(model, on_device, feed, objective, dense)
@@ -49,10 +58,62 @@ def _labelled(model: nn.Module, batches, objective: Objective, metrics: tuple[st
         predicted = logits.argmax(-1) if objective.name == "classification" else logits.squeeze(-1)
         predictions += predicted.cpu().tolist()
         references += batch["labels"].cpu().tolist()
+    return _compute(metrics, predictions, references)
+
+
+def _compute(metrics: tuple[str, ...], predictions: list, references: list) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in metrics:
         found |= load_metric(name).compute(predictions=predictions, references=references)
     return {name: float(value) for name, value in found.items()}
+
+
+def _tagged(model: nn.Module, batches, feed: Feed) -> dict[str, float]:
+    predictions, references = [], []  # tags of each text's words
+    for batch in batches:
+        predicted, labels = forward(model, batch).logits.argmax(-1), batch["labels"]
+        for ours, theirs in zip(predicted, labels):
+            predictions.append(ours[theirs != -100].tolist())
+            references.append(theirs[theirs != -100].tolist())
+    names, found = feed.collate.data.labels, {}
+    for name in feed.metrics:
+        code = (lambda rows: [[names[tag] for tag in row] for row in rows]) if name == "entity_f1" else _flat
+        found |= _compute((name,), code(predictions), code(references))
+    return found
+
+
+def _flat(rows: list[list[int]]) -> list[int]:
+    return [value for row in rows for value in row]
+
+
+def _answered(model: nn.Module, batches, feed: Feed) -> dict[str, float]:
+    """The best span of a question is taken over its windows; "" where no answer scores higher, if data have such."""
+    data, start = feed.collate.data, 0
+    spans: dict[int, tuple[float, int, int]] = {}  # by question: score, first and last character
+    nowhere: dict[int, float] = {}
+    for batch in batches:
+        logits = span_logits(forward(model, batch), batch)
+        rows = feed.held_out_set[start : start + len(logits)]
+        start += len(logits)
+        for number, offsets, both, ids in zip(rows["row"], rows["offsets"], logits, rows["input_ids"]):
+            first, last = both[:, : len(offsets)]
+            inside = torch.tensor([a < b for a, b in offsets], device=both.device)
+            scores = first[:, None] + last[None, :]
+            allowed = inside[:, None] & inside[None, :]
+            allowed &= torch.ones_like(allowed).triu() & ~torch.ones_like(allowed).triu(LONGEST_ANSWER)
+            scores = scores.masked_fill(~allowed, -torch.inf)
+            i, j = divmod(int(scores.argmax()), len(offsets))
+            found = float(scores[i, j]), offsets[i][0], offsets[j][1]
+            spans[number] = max(spans.get(number, found), found)
+            none = no_answer(feed.preprocessor, ids)
+            nowhere[number] = min(nowhere.get(number, torch.inf), float(first[none] + last[none]))
+    unanswerable = any(not answers for answers in data.train[data.label_column])
+    contexts, references = (data.held_out[column] for column in (data.text_columns[1], data.label_column))
+    predictions = []
+    for number, context in enumerate(contexts):
+        score, a, b = spans[number]
+        predictions.append("" if unanswerable and nowhere[number] > score else context[a:b])
+    return _compute(feed.metrics, predictions, references)
 
 
 def _perplexity(model: nn.Module, batches, objective: Objective) -> dict[str, float]:

@@ -10,7 +10,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ibprune.collating import Collate, CollateIds, CollateMasked, make_loader, windows
+from ibprune.collating import (
+    Collate,
+    CollateIds,
+    CollateMasked,
+    CollateWindows,
+    answer_windows,
+    make_loader,
+    windows,
+)
 from ibprune.console import Quiet
 from ibprune.data import PROSE, TextData, load_data, load_prose, load_task
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel
@@ -20,7 +28,7 @@ from ibprune.images import CollatePictures, ImageData, blank_shape, load_images,
 from ibprune.losses import Batch, Objective
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
-from ibprune.task_heads import auto_class, is_headless
+from ibprune.task_heads import ANSWERS, TAGS, auto_class, is_headless
 from ibprune.vocabulary import check_tokenizer
 
 
@@ -43,12 +51,18 @@ DEFAULTS = {
     "regression": Defaults(5e-5, 128),
     "causal_lm": Defaults(5e-4, 256),
     "masked_lm": Defaults(1e-4, 128),
+    TAGS: Defaults(5e-5, 128),
+    ANSWERS: Defaults(5e-5, 384),
     "encoder": Defaults(3e-4, 64, mask_steps=80, recover_steps=400, probe_steps=0),
     "images": Defaults(1e-3, 0),
     "images by patches": Defaults(1e-4, 0),
 }
 
 
+ANNOTATED = {
+    "AutoModelForTokenClassification": "words with tags",
+    "AutoModelForQuestionAnswering": "questions with answers that stand in a context",
+}
 JUDGED_TEXTS = 600  # an encoder's recall is among so many: a number of its own for every count
 
 
@@ -70,7 +84,7 @@ class Feed:
     metrics: tuple[str, ...]
     train_set: Dataset
     held_out_set: Dataset
-    collate: Collate | CollateIds | CollateMasked | CollatePictures
+    collate: Collate | CollateIds | CollateMasked | CollateWindows | CollatePictures
     batch_size: int
     seed: int
     preprocessor: PreTrainedTokenizerBase | BaseImageProcessor
@@ -167,6 +181,12 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
     """
     name = type(model).__name__
     auto = auto_class(name, model.config.model_type)
+    if data.objective:  # the model was loaded for them
+        return data.objective
+    if auto in ANNOTATED:
+        raise BadData(
+            f"{name} needs {ANNOTATED[auto]}, found none in '{data.name}': name the columns, or other --data."
+        )
     if auto == "AutoModelForSequenceClassification":
         if not data.label_column:
             raise BadData(f"{name} needs labelled data, '{data.name}' has no label column: use --task or --data.")
@@ -191,12 +211,18 @@ def make_feed(
     """The feed, and the recipe with the defaults that its objective decides filled in."""
     name = objective_name(model, data)
     if "vocab" in recipe.kinds:
-        if name in ("causal_lm", "masked_lm"):
+        if name in ("causal_lm", "masked_lm", TAGS, ANSWERS):
             raise BadRecipe(
-                "'vocab' is cut in classifiers, regressors and encoders without a head: a language model is trained "
-                "and judged token by token, and its tokens would not be the dense model's. Leave it out of --kinds."
+                "'vocab' is cut in sequence classifiers, regressors and encoders without a head: other models are "
+                "trained and judged token by token, and their tokens would not be the dense model's. Leave it out of "
+                "--kinds."
             )
         check_tokenizer(tokenizer)
+    if data.objective and not tokenizer.is_fast:
+        raise BadRecipe(
+            f"expected a fast tokenizer, which says where each token stands, found {type(tokenizer).__name__}: "
+            "save the model with a tokenizer.json."
+        )
     if name == "encoder" and not recipe.distill:
         raise BadRecipe("an encoder without a head is recovered by distillation alone: leave --no-distill out.")
     defaults = DEFAULTS[name]
@@ -213,6 +239,12 @@ def make_feed(
         collate = CollateIds(tokenizer) if name == "causal_lm" else CollateMasked(tokenizer, recipe.seed)
         if name == "masked_lm" and tokenizer.mask_token_id is None:
             raise BadData("a masked language model needs a tokenizer with a mask token, found none.")
+    elif name == ANSWERS:
+        train_set, held_out_set = (
+            answer_windows(rows, data, tokenizer, max_length, judged=judged)
+            for rows, judged in ((train_set, False), (held_out_set, True))
+        )
+        collate = CollateWindows(tokenizer, data)
     else:
         if name == "encoder":  # every text column is text to embed; labels play no part
             train_set, held_out_set = (_stack(rows, data.text_columns) for rows in (train_set, held_out_set))

@@ -1,6 +1,7 @@
 """The inputs of an audit: held-out texts, pictures or tensors, without duplicates, in a fixed order."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,15 @@ import torch
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from ibprune.annotations import as_text, first_pieces
+from ibprune.collating import pad_ids
 from ibprune.data import TextData
 from ibprune.errors import BadData
 from ibprune.images import IMAGE, CollatePictures, stored_digest, stored_size
 from ibprune.losses import Batch
+from ibprune.mi.probes import LEAST_PER_CLASS
 from ibprune.pairs import Pairs
+from ibprune.task_heads import TAGS
 
 MOST_INPUTS = 2400
 COMPARABLE = 500_000  # training rows that are looked through for the audited texts
@@ -27,7 +32,7 @@ class Inputs:
     Attributes:
         name: Of the data.
         batches: Padded batches, in order; no labels inside.
-        labels: Class of each input, or None for unlabelled data.
+        labels: Class of each input, or the tag of one of its words, or None for unlabelled data.
         removed: Duplicates left out.
         overlap: Inputs that also occur in the training rows; None where these are too many to look, or not known.
         sha256: Of the token ids, the stored pictures or the tensors, in order.
@@ -35,6 +40,7 @@ class Inputs:
         split: Where they come from: "held_out" rows, or "given" by the caller.
         own: The same texts, batch by batch, as a pruned model with a tokenizer of its own reads them; None where both
             read the same.
+        columns: Where the tagged word begins in the padded batch, (n,); None where labels are of whole inputs.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Inputs:
     special: tuple[int, ...] = ()
     split: str = "held_out"
     own: Sequence[Batch] | None = None
+    columns: np.ndarray | None = None
 
     @property
     def n(self) -> int:
@@ -63,6 +70,8 @@ def encode_inputs(
 ) -> Inputs:
     """Encodes at most `most` distinct held-out texts; batches hold texts of like length.
 
+    Of words with tags one word of each text is asked for its tag (`_draw_words`). Answers are not asked for.
+
     Args:
         own: The tokenizer of the pruned model, where its vocabulary was cut. Texts are distinct, and cut at so many
             tokens, as each tokenizer reads them.
@@ -71,8 +80,9 @@ def encode_inputs(
         BadData: Fewer than 200 distinct texts.
     """
     rows = data.held_out.select(range(min(len(data.held_out), 4 * most)))  # a large split is not read whole
-    columns = [[str(text or "") for text in rows[column]] for column in data.text_columns]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
+    columns = [[as_text(text) for text in rows[column]] for column in data.text_columns]
+    tagged = data.objective == TAGS
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False, return_offsets_mapping=tagged)
     seen: set[tuple] = set()
     chosen = []
     for i, ids in enumerate(encoded["input_ids"]):
@@ -80,6 +90,10 @@ def encode_inputs(
             seen.add(tuple(ids))
             chosen.append(i)
     removed = len(columns[0]) - len(chosen)
+    words: dict[int, tuple[int, int]] = {}
+    if tagged:
+        words = _draw_words(rows, data, chosen, encoded["offset_mapping"])
+        chosen = [i for i in chosen if i in words]
     chosen = chosen[:most]
     _check_enough(len(chosen), data.name)
     chosen.sort(key=lambda i: len(encoded["input_ids"][i]))  # less padding; stable, so the order is fixed
@@ -89,7 +103,9 @@ def encode_inputs(
     if own is not None:
         again = _batches(own(*columns, truncation=True, max_length=max_length, verbose=False), parts, own)
     labels = None
-    if data.label_column and data.labels:
+    if tagged:
+        labels = [words[i][1] for i in chosen]
+    elif data.label_column and data.labels and not data.objective:
         column = rows[data.label_column]
         labels = [int(column[i]) for i in chosen]
     digest = hashlib.sha256(repr([encoded["input_ids"][i] for i in chosen]).encode()).hexdigest()
@@ -97,13 +113,15 @@ def encode_inputs(
     if len(data.train) <= COMPARABLE:
         known = _texts(data.train, data.text_columns)
         overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
-    return Inputs(data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer), own=again)
+    places = np.array([words[i][0] for i in chosen]) if tagged else None
+    return Inputs(
+        data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer), own=again, columns=places
+    )
 
 
 def _batches(encoded: BatchEncoding, parts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
     keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return [_pad({key: [encoded[key][i] for i in part] for key in keys}, pad) for part in parts]
+    return [pad_ids({key: [encoded[key][i] for i in part] for key in keys}, tokenizer) for part in parts]
 
 
 class PictureBatches(Sequence):
@@ -194,6 +212,36 @@ def _check_enough(found: int, name: str) -> None:
         )
 
 
+def _draw_words(
+    rows: Dataset, data: TextData, chosen: list[int], offsets: list[list[tuple[int, int]]]
+) -> dict[int, tuple[int, int]]:
+    """One word of each chosen text at random, by row: the column of its first token, and its tag.
+
+    First one of the text's tags is drawn, then a word that has it, or "O" would be nearly all there is to tell. Tags
+    that are drawn fewer than ten times are left out, and with them texts that have no other.
+    """
+    text_words, text_tags = list(rows[data.text_columns[0]]), list(rows[data.label_column])
+    places: dict[int, dict[int, list[int]]] = {}  # by row and tag
+    for i in chosen:
+        by_tag = places.setdefault(i, {})
+        for column, word in enumerate(first_pieces(text_words[i], offsets[i])):
+            if word >= 0:
+                by_tag.setdefault(text_tags[i][word], []).append(column)
+    allowed = {tag for by_tag in places.values() for tag in by_tag}
+    while True:
+        draw, found = np.random.default_rng(0), {}
+        for i, by_tag in places.items():
+            tags = sorted(allowed & set(by_tag))
+            if tags:
+                tag = tags[int(draw.integers(len(tags)))]
+                found[i] = by_tag[tag][int(draw.integers(len(by_tag[tag])))], tag
+        counts = Counter(tag for _, tag in found.values())
+        rare = {tag for tag in allowed if counts[tag] < LEAST_PER_CLASS}
+        if not rare:
+            return found
+        allowed -= rare
+
+
 @dataclass(frozen=True)
 class Tokens:
     """One token of each input, and the one after it.
@@ -264,15 +312,4 @@ def spread(batches: list[Batch], most: int) -> list[Batch]:
 
 
 def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return set(zip(*([str(text or "") for text in rows[column]] for column in columns)))
-
-
-def _pad(parts: dict[str, list[list[int]]], pad: int) -> Batch:
-    ids = parts["input_ids"]
-    width = max(len(row) for row in ids)
-    batch = {
-        key: torch.tensor([row + [pad if key == "input_ids" else 0] * (width - len(row)) for row in rows])
-        for key, rows in parts.items()
-    }
-    batch["attention_mask"] = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-    return batch
+    return set(zip(*([as_text(text) for text in rows[column]] for column in columns)))

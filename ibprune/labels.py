@@ -6,17 +6,19 @@ from typing import TypeVar
 
 from transformers import PreTrainedConfig
 
+from ibprune.annotations import tag_metrics
 from ibprune.data import TextData, recode
 from ibprune.errors import BadData
 from ibprune.images import ImageData
-from ibprune.task_heads import CLASSIFIERS
+from ibprune.task_heads import ANSWERS, HEADS, TAGS
 
 Data = TypeVar("Data", TextData, ImageData)
-OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+OTHER_HEADS = ("ForMultipleChoice", "ForNextSentencePrediction")
+NEEDED = {"": "labelled texts", TAGS: "words with tags", ANSWERS: "questions with answers"}
 
 
 def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
-    """The data with the class numbers that the model was trained with; unchanged for other models.
+    """The data with the class numbers, or those of tags, that the model was trained with; unchanged for other models.
 
     A class is found by its name in `label2id`, else by its number; names that the model does not know
     are numbered in alphabetical order, which the note says.
@@ -27,15 +29,18 @@ def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
     if not data.label_column:
         return data
     architecture = str((config.architectures or [""])[0])
-    if architecture.endswith(OTHER_HEADS):
+    objective = data.objective if isinstance(data, TextData) else ""
+    others = (*OTHER_HEADS, *(end for heads in HEADS.values() for end in heads if heads is not HEADS[objective]))
+    if architecture.endswith(others):
+        wanted = HEADS[objective][0].removeprefix("For")
         raise BadData(
-            f"'{name}' is a {architecture}, whose head labelled texts cannot train: give a sequence classifier or a "
-            "base model."
+            f"'{name}' is a {architecture}, whose head {NEEDED[objective]} cannot train: give a model for {wanted}, or "
+            "a base model."
         )
-    if not architecture.endswith(CLASSIFIERS):
+    if not architecture.endswith(HEADS[objective]) or objective == ANSWERS:
         return data
     n = config.num_labels
-    if n == 1:
+    if n == 1 and not objective:
         return replace(_recoded(data, float), labels=(), metrics=("spearmanr",))
     known = {str(key): int(value) for key, value in (config.label2id or {}).items()}
     found = data.labels or tuple(_whole_numbers(data))
@@ -56,6 +61,10 @@ def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
     labels = tuple(names.get(i, str((config.id2label or {}).get(i, i))) for i in range(n))
     old = dict(enumerate(data.labels)) if data.labels else {float(label): label for label in found}
     metrics = data.metrics if data.labels else ("accuracy",)
+    if objective == TAGS:
+        if all(label.isdigit() for label in found):  # the model names what the data number
+            labels = tuple(str((config.id2label or {}).get(i, i)) for i in range(n))
+        metrics = tag_metrics(labels)
     return replace(_recoded(data, lambda value: codes[old[value]]), labels=labels, metrics=metrics)
 
 

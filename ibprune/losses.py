@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ibprune.errors import BadData
-from ibprune.task_heads import complete
+from ibprune.task_heads import ANSWERS, TAGS, complete
 
-OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", "encoder", "custom")
+OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", TAGS, ANSWERS, "encoder", "custom")
 Batch = dict[str, torch.Tensor]
 WORDS = "words"  # the key of the word that each token belongs to, -1 for none
 DENSE = "dense_"  # begins the keys of what the dense model reads, where its tokens are not the pruned model's
@@ -76,6 +76,12 @@ def pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
 
 
+def span_logits(outputs, batch: Batch) -> torch.Tensor:
+    """Logits of where an answer starts and where it ends, (batch, 2, length), without hope at padding."""
+    logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
+    return logits.masked_fill(batch["attention_mask"].unsqueeze(1) == 0, -1e4)
+
+
 def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor:
     """Loss on the labels, per sequence, (batch,); zeros for an encoder, which has none."""
     match objective.name:
@@ -85,8 +91,11 @@ def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor
             return (outputs.logits.float().squeeze(-1) - batch["labels"]).square()
         case "causal_lm":
             return _token_loss(outputs.logits[:, :-1], batch["labels"][:, 1:])
-        case "masked_lm":
+        case "masked_lm" | "token_classification":
             return _token_loss(outputs.logits, batch["labels"])
+        case "question_answering":  # the mean of start and end
+            each = F.cross_entropy(span_logits(outputs, batch).transpose(1, 2), batch["labels"], reduction="none")
+            return each.mean(1)
         case "custom":
             losses = objective.loss(outputs.logits, batch["labels"])
             if losses.shape != (len(batch["labels"]),):
@@ -107,7 +116,9 @@ def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # 
 def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
     """How far the student is from the dense model, per sequence, (batch,).
 
-    Classifiers and language models: T^2 KL(teacher || student) of the logits. Regression: squared
+    Classifiers and language models: T^2 KL(teacher || student) of the logits, of a token classifier at the tokens that
+    have a tag: at the others nobody reads its outputs, and nothing trained the teacher's. Question answering: the mean
+    KL of both ends, over the tokens of the window. Regression: squared
     difference. Encoders: cosine distance of tokens and of pooled embeddings, the KL between their
     similarities to the other sequences of the batch, and the squared difference of the pooler output.
     Where the two models read different tokens, words take the place of tokens.
@@ -120,7 +131,10 @@ def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.
         case "causal_lm":
             real = batch["attention_mask"].float()
             return (_kl(student.logits, teacher.logits, objective.temperature) * real).sum(1) / real.sum(1)
-        case "masked_lm":
+        case "question_answering":
+            both = (span_logits(outputs, batch) for outputs in (student, teacher))
+            return _kl(*both, objective.temperature).mean(1)
+        case "masked_lm" | "token_classification":
             real = (batch["labels"] != -100).float()
             each = _kl(student.logits, teacher.logits, objective.temperature)
             return (each * real).sum(1) / real.sum(1).clamp_min(1)

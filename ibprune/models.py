@@ -18,7 +18,7 @@ from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, Unsup
 from ibprune.hub import hub_reachable
 from ibprune.images import load_processor
 from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
-from ibprune.task_heads import CLASSIFIERS
+from ibprune.task_heads import ANSWERS, HEADS, TAGS
 
 ALIASES = {
     "bert-base": "google-bert/bert-base-uncased",
@@ -147,8 +147,12 @@ def load_config(source: Source) -> PreTrainedConfig:
     return config
 
 
-def model_class(config: PreTrainedConfig, *, classify: bool) -> type[PreTrainedModel]:
-    """The transformers class to prune: the one the config names, or its classifier for a labelled task and for CNNs."""
+def model_class(config: PreTrainedConfig, *, classify: bool, objective: str = "") -> type[PreTrainedModel]:
+    """The transformers class to prune: the one the config names, or its classifier for a labelled task and for CNNs.
+
+    Args:
+        objective: That of the data (`TextData.objective`), which decides what is classified.
+    """
     names = config.architectures or [transformers.MODEL_MAPPING[type(config)].__name__]
     found = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is not type(config):
@@ -162,7 +166,30 @@ def model_class(config: PreTrainedConfig, *, classify: bool) -> type[PreTrainedM
         wanted = classifiers[type(config)]
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)  # DeiT has two
         return found if found in wanted else wanted[0]
-    return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)] if classify else found
+    if not classify:
+        return found
+    mapping, what = {
+        TAGS: (transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, "token classifier"),
+        ANSWERS: (transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING, "model for question answering"),
+    }.get(objective, (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "sequence classifier"))
+    if objective and config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"ibprune cannot train a {what} of the encoder-decoder '{config.model_type}' yet: of these it trains "
+            "sequence classifiers, and T5EncoderModel."
+        )
+    if type(config) not in mapping:
+        raise UnsupportedModel(f"transformers has no {what} for model_type '{config.model_type}'.")
+    cls = mapping[type(config)]
+    if (
+        objective
+        and cls.base_model_prefix != found.base_model_prefix
+        and found is not transformers.MODEL_MAPPING[type(config)]
+    ):
+        raise UnsupportedModel(  # LLaMA and its like call their layers "transformer" there, and "model" elsewhere
+            f"transformers cannot read the weights of a {found.__name__} into its {cls.__name__}: save the base model "
+            "with AutoModel.from_pretrained(…).save_pretrained(…), and give that."
+        )
+    return cls
 
 
 def build_model(config: PreTrainedConfig, cls: type[PreTrainedModel], *, device: str) -> PreTrainedModel:
@@ -185,13 +212,19 @@ def has_weights(source: Source) -> bool:
 
 
 def load_dense(
-    source: Source, *, n_labels: int | None = None, regression: bool = False, untrained: bool = False
+    source: Source,
+    *,
+    n_labels: int | None = None,
+    regression: bool = False,
+    untrained: bool = False,
+    objective: str = "",
 ) -> Loaded:
     """Loads model and tokenizer or image processor; every tensor must be there and finite.
 
     Args:
         n_labels: Load as a classifier with so many outputs; None loads what the config names.
         untrained: Take random weights instead of the checkpoint's.
+        objective: As in `model_class`.
 
     Raises:
         IBPruneError: A tensor is missing, of another shape, or holds NaN or infinity.
@@ -203,8 +236,8 @@ def load_dense(
             f"expected weights (model.safetensors) beside the config of '{source.name}', found none: `ibprune train` "
             "makes them."
         )
-    cls = model_class(config, classify=n_labels is not None)
-    trained = (config.architectures or [""])[0].endswith(CLASSIFIERS)
+    cls = model_class(config, classify=n_labels is not None, objective=objective)
+    trained = (config.architectures or [""])[0].endswith(HEADS[objective])
     if trained and not untrained and n_labels is not None and n_labels != config.num_labels:
         raise BadData(
             f"'{source.name}' was trained for {config.num_labels} output(s), the data have {n_labels}: give data of "

@@ -63,7 +63,8 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         raise BadData(f"expected a classifier of pictures in '{source.name}', found one with a single output.")
     n_labels = (len(data.labels) or 1) if data.label_column else None
     regression = bool(data.label_column and not data.labels)
-    loaded = load_dense(source, n_labels=n_labels, regression=regression, untrained=fresh)
+    objective = "" if pictures else data.objective
+    loaded = load_dense(source, n_labels=n_labels, regression=regression, untrained=fresh, objective=objective)
     if loaded.new_head and data.labels:
         loaded.model.config.id2label = dict(enumerate(data.labels))
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}

@@ -11,6 +11,8 @@ CLASSIFIERS = (  # how the names of such classes end
     "ForImageClassification",
     "ForImageClassificationWithTeacher",
 )
+TAGS, ANSWERS = "token_classification", "question_answering"  # objectives that the data alone decide
+HEADS = {"": CLASSIFIERS, TAGS: ("ForTokenClassification",), ANSWERS: ("ForQuestionAnswering",)}
 _MAPPINGS = (
     ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),

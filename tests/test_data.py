@@ -99,7 +99,7 @@ def test_masking_hides_a_seventh_and_never_special_tokens(tokenizer):
 def test_token_counts_see_behind_masks_and_leave_padding_out(tokenizer):
     rows = [{"input_ids": [2, *[7] * n, 3]} for n in (3, 10)]
     batches = [CollateMasked(tokenizer, seed=0)(rows)]
-    counts = token_counts(batches, 26, batches=5)
+    counts = token_counts(batches, 26, batches=5, masked=True)
     assert counts[7] == 13 and counts[2] == counts[3] == 2 and counts.sum() == 17
 
 
