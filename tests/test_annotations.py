@@ -471,7 +471,7 @@ def test_nothing_is_written_for_what_does_not_fit(
     assert "'vocab' is cut in sequence classifiers" in refused(dense, sentences, "--kinds", "ffn,vocab")
     assert "cannot train" in refused(folders["BertForSequenceClassification"], sentences)
     assert "at least 24" in refused(dense, questions, "--max-length", "16")
-    assert "of the encoder-decoder 't5'" in refused(folders["T5EncoderModel"], sentences)
+    assert "of the encoder-decoder 'bart'" in refused(folders["BartForConditionalGeneration"], questions)
     tagger = tmp_path / "tagger"
     build("bert", "BertForTokenClassification", dtype=torch.float32).save_pretrained(tagger)
     tokenizer.save_pretrained(tagger)
