@@ -1,11 +1,7 @@
-"""Text data: GLUE tasks, Hub data sets, local files, and prose that every Python carries."""
+"""Text data: GLUE tasks, Hub data sets and local files."""
 
-import ast
-import itertools
-import random
 import re
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +17,6 @@ from ibprune.annotations import (
     read_conll,
     tag_metrics,
 )
-from ibprune.console import Quiet
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.task_heads import ANSWERS, TAGS
@@ -38,7 +33,7 @@ GLUE = {  # task: (text columns, metrics); the validation split of mnli has its 
     "wnli": (("sentence1", "sentence2"), ("accuracy",)),
 }
 GLUE_REPO = "nyu-mll/glue"
-PROSE = "prose"
+PROSE = "prose"  # the data set of `ibprune.prose`
 TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",), ("text",), ("content",))
 LABEL_COLUMNS = ("label", "labels", "score")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
@@ -165,58 +160,6 @@ def hub_data(task: str | None, source: str | None) -> str | None:
     if task is not None:
         return f"{GLUE_REPO}:{task}"
     return None if source in (None, PROSE) or Path(source).exists() else source
-
-
-def load_prose(*, seed: int = 0, limit: int = 24_000, console: Quiet | None = None) -> TextData:
-    """English that is already on this machine: Python's language reference and library docstrings.
-
-    Sentences of 8 to 40 words from `pydoc_data.topics` and from the docstrings of the standard library
-    and of packages that ibprune needs. Nothing is imported or run; a tenth (at most 2,000) is held out.
-    """
-    passages = list(dict.fromkeys(itertools.islice(_sentences(console or Quiet()), limit)))
-    order = list(range(len(passages)))
-    random.Random(seed).shuffle(order)
-    cut = min(2000, len(order) // 10)
-    held_out, train = order[:cut], order[cut:]
-    return TextData(
-        name=PROSE,
-        train=Dataset.from_dict({"text": [passages[i] for i in train]}),
-        held_out=Dataset.from_dict({"text": [passages[i] for i in held_out]}),
-        text_columns=("text",),
-    )
-
-
-def _sentences(console: Quiet) -> Iterator[str]:
-    import pydoc_data.topics
-
-    for text in pydoc_data.topics.topics.values():
-        yield from _english(text)
-    library = Path(sysconfig.get_path("stdlib"))
-    site = Path(sysconfig.get_path("purelib"))
-    skip = {"site-packages", "tests", "test", "externals"}
-    chosen: list[Path] = []
-    for root in [site / name for name in ("sklearn", "scipy", "numpy", "transformers", "datasets")] + [library]:
-        files = sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
-        chosen += files[:: max(1, len(files) // 150)]
-    for file in console.track(chosen, "reading prose", len(chosen)):
-        try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
-            continue  # a file of broken syntax is not prose
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                yield from _english(ast.get_docstring(node) or "")
-
-
-def _english(text: str) -> Iterator[str]:
-    """Sentences that read as English: 8 to 40 words, mostly letters."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph):
-            words = sentence.split()
-            line = " ".join(words)
-            letters = sum(c.isalpha() or c == " " for c in line)
-            if 8 <= len(words) <= 40 and letters > 0.88 * len(line) and ">>>" not in line:
-                yield line
 
 
 def held_out_size(rows: int) -> int:

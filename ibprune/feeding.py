@@ -20,12 +20,13 @@ from ibprune.collating import (
     windows,
 )
 from ibprune.console import Quiet
-from ibprune.data import PROSE, TextData, load_data, load_prose, load_task
+from ibprune.data import PROSE, TextData, load_data, load_task
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable
 from ibprune.images import CollatePictures, ImageData, blank_shape, load_images, make_processor, resize_
 from ibprune.losses import Batch, Objective
+from ibprune.prose import load_prose
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
 from ibprune.task_heads import ANSWERS, TAGS, auto_class, is_headless

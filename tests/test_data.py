@@ -7,10 +7,11 @@ from datasets import Dataset
 from transformers import BertConfig
 
 from ibprune.collating import Collate, CollateIds, CollateMasked, make_loader, token_counts, windows
-from ibprune.data import TextData, load_data, load_prose
+from ibprune.data import TextData, load_data
 from ibprune.errors import BadData
 from ibprune.labels import match_labels
 from ibprune.metrics import load_metric
+from ibprune.prose import load_prose
 
 
 def test_a_folder_gives_its_own_split_and_quotes_are_literal(tmp_path):

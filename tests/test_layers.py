@@ -26,7 +26,7 @@ LAYERS = (
     ("embeddings",),
     ("surgery",),
     ("recipe", "data", "report", "channels"),
-    ("collating", "images", "structure"),
+    ("collating", "prose", "images", "structure"),
     ("scores", "shares", "models", "feeding", "pairs", "labels", "bench"),
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots", "onnx_files"),
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
