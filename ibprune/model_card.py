@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ibprune.audit_output import audit_section, layer_status
 from ibprune.checksums import CARD, REPORT
 from ibprune.report import SCHEMA, macs_input, rows
+from ibprune.task_heads import ANSWERS, TAGS
 
 NAME = re.compile(r'\.from_pretrained\("([^"]+)"')  # what a card calls its folder
 TASKS = {  # by objective, as the Hub calls them
@@ -18,6 +19,8 @@ TASKS = {  # by objective, as the Hub calls them
     "regression": "text-classification",
     "causal_lm": "text-generation",
     "masked_lm": "fill-mask",
+    TAGS: "token-classification",
+    ANSWERS: "question-answering",
     "encoder": "feature-extraction",
 }
 LOADING = {
