@@ -212,8 +212,9 @@ def test_the_example_of_the_readme_runs(data, tmp_path, capsys, monkeypatch):
     (tmp_path / "photos").symlink_to(data)
     lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
     commands = [line for line in lines if line.startswith("ibprune") and "--data photos" in line]
-    assert len(commands) == 2
-    for command in commands:
+    *runs, audit = commands
+    assert len(runs) == 2 and audit.startswith("ibprune audit dense small")  # test_picture_audit.py runs it
+    for command in runs:
         flags = shlex.split(command)[1:]
         flags += ["--finetune-steps", "3"] if flags[0] == "train" else SHORT
         assert cli.main([*flags, "--quiet"]) == 0, capsys.readouterr().err

@@ -77,7 +77,11 @@ def trace(model: torch.nn.Module) -> torch_pruning.DependencyGraph:
         )
 
 
-@pytest.mark.parametrize("family", [family for family in TINY if family != "gpt2"])
+# Stacked experts are parameters of three dimensions, which the graph does not follow.
+BEYOND_THE_GRAPH = ("gpt2", "mixtral", "qwen3_moe", "qwen3_moe-sparse")
+
+
+@pytest.mark.parametrize("family", [family for family in TINY if family not in BEYOND_THE_GRAPH])
 def test_the_graph_couples_what_a_row_cuts(family):
     """FFN units, and features of the residual stream; of heads it knows single features only."""
     model = base_model(family)
