@@ -42,7 +42,7 @@ def probe_shares(
         recovered_loss_of: The loss after a cut and a short recovery. It has the last word between few candidates:
             what hurts most at once is not what stays lost.
     """
-    tried: dict[tuple, tuple[float, Keep]] = {}
+    tried: dict[tuple, float] = {}
     best: tuple[float, Keep, dict[str, float]] | None = None
 
     def consider(pressure: dict[str, float] | None) -> bool:
@@ -58,10 +58,10 @@ def probe_shares(
         key = tuple(len(units) for units in keep.values())
         if key in tried:
             return False
-        tried[key] = loss_of(keep), keep
-        if best is None or tried[key][0] < best[0]:
+        tried[key] = loss_of(keep)
+        if best is None or tried[key] < best[0]:
             kept = fractions_kept(keep, sites)
-            best = tried[key][0], keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}
+            best = tried[key], keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}
             return True
         return False
 
