@@ -1,7 +1,7 @@
 """How much of a cut's damage a recovery of so many steps mends, by how the cut is shared between kinds.
 
     python scripts/recoverability.py --model runs/minilm-sst2 --data ../shared/data/sst2 --budget 0.3 \\
-        --pressures "heads=1,ffn=1,embedding_rank=1.3;heads=0.4,ffn=1,embedding_rank=2.2" --steps 0,25,50,100,160,500
+        --pressures "heads=0.38,ffn=1,embedding_rank=2.03;heads=1,ffn=1,embedding_rank=1.26" --steps 0,25,50,100,160,500
 
 Every cell cuts the dense model anew by one-shot Fisher scores, recovers it for that many steps (a schedule of its own)
 and prints the distilled loss on the calibration rows and the metrics on the held-out ones. Kind k keeps the share
