@@ -11,13 +11,9 @@ from ibprune.examples import example_inputs
 from ibprune.losses import Batch, forward
 
 
-def measure_latency(
-    dense: nn.Module, pruned: nn.Module, *, batch: int, length: int, rounds: int = 15, console: Quiet
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of a forward pass of two transformers on the same made-up inputs: {"median", "iqr"} each."""
-    smaller = min(dense, pruned, key=lambda model: getattr(model.config, "vocab_size", 0))  # its token ids are both's
-    inputs = example_inputs(smaller, batch=batch, length=length)
-    return time_forward(dense, pruned, inputs, rounds=rounds, console=console)
+def timed_text(model: nn.Module, batch_size: int, max_length: int) -> Batch:
+    """Made-up texts on which a transformer is timed: of at most 16 sequences and 64 tokens."""
+    return example_inputs(model, batch=min(batch_size, 16), length=min(max_length, 64))
 
 
 @torch.inference_mode()
@@ -37,9 +33,9 @@ def time_forward(
     times: tuple[list[float], list[float]] = ([], [])
     for _ in console.track(range(rounds), "timing", rounds):
         for model, found in zip(models, times):
-            start = _now(device)
+            start = now(device)
             forward(model, batch)
-            found.append(1000 * (_now(device) - start))
+            found.append(1000 * (now(device) - start))
     shares: tuple[list[float], list[float]] = ([], [])
     for _ in range(max(1, rounds // 3)):
         for model, found in zip(models, shares):
@@ -47,7 +43,8 @@ def time_forward(
     return tuple(_summary(*pair) for pair in zip(times, shares))
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -60,20 +57,20 @@ def _share_of_layers(model: nn.Module, batch: Batch) -> float:
 
     def enter(module: nn.Module, args: tuple) -> None:
         nonlocal started
-        started = _now(device)
+        started = now(device)
 
     def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         nonlocal spent
-        spent += _now(device) - started
+        spent += now(device) - started
 
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.modules.conv._ConvNd))]
     handles = [
         handle for m in layers for handle in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))
     ]
     try:
-        start = _now(device)
+        start = now(device)
         forward(model, batch)
-        return spent / (_now(device) - start)
+        return spent / (now(device) - start)
     finally:
         for handle in handles:
             handle.remove()

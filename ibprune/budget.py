@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ibprune.costs import CostModel
+from ibprune.costs import CostModel, amount
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 
@@ -20,7 +20,7 @@ class Budget:
     """What the pruned model may cost.
 
     Attributes:
-        cost: "params" or "macs".
+        cost: "params", "macs" or "latency".
         keep: Share of the dense cost that may stay, in (0, 1].
         scope: "model" counts everything, "blocks" leaves embeddings and heads out, as papers do.
         limit: The same in the unit of the cost.
@@ -49,8 +49,8 @@ def make_budget(model: CostModel, sites: dict[str, Site], *, keep: float, scope:
     if limit < reachable:
         share = np.ceil(reachable / dense * 1e4) / 1e4
         raise BadRecipe(
-            f"the budget {keep:g} allows {limit:,} {model.cost}, but cutting {_kinds(sites)} cannot go below "
-            f"{reachable:,}: ask for at least {share:g}, or cut more kinds."
+            f"the budget {keep:g} allows {amount(limit, model.cost)}, but cutting {_kinds(sites)} cannot go below "
+            f"{amount(reachable, model.cost)}: ask for at least {share:g}, or cut more kinds."
             if full
             else f"expected at least one kind to cut for the budget {keep:g}, found none."
         )
@@ -61,7 +61,7 @@ def least_cost(model: CostModel, sites: dict[str, Site], *, scope: str, round_to
     """The smallest cost the sites can reach; sites that are not given keep everything."""
     kept = dict(model.n_units)
     kept |= {name: site.min_units for name, site in sites.items()}
-    kept |= {n: _allowed(s.min_units, s, round_to, up=True) for n, s in sites.items() if s.kind in WIDTH_KINDS}
+    kept |= {n: allowed_width(s.min_units, s, round_to, up=True) for n, s in sites.items() if s.kind in WIDTH_KINDS}
     return min(model(kept, scope=scope), model(model.n_units, scope=scope))
 
 
@@ -82,7 +82,7 @@ def solve_by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budg
         best, best_ratio, best_count = -1, np.inf, 0
         for spot in spots:
             site = sites[table.names[spot]]
-            lower = _allowed(int(kept[spot]) - 1, site, budget.round_to)
+            lower = allowed_width(int(kept[spot]) - 1, site, budget.round_to)
             if lower < site.min_units or lower >= kept[spot] or unit_costs[spot] <= 0:
                 continue
             removed = site.n_units - kept[spot]
@@ -114,7 +114,7 @@ def solve_by_shares(
     if _cost(keep, model, budget) > budget.limit:
         raise BadRecipe(
             f"cutting {', '.join(kind for kind, p in pressure.items() if p > 0)} alone leaves "
-            f"{_cost(keep, model, budget):,} {model.cost}, above the limit {budget.limit:,}: "
+            f"{amount(_cost(keep, model, budget), model.cost)}, above the limit {amount(budget.limit, model.cost)}: "
             "use --shares probe."
         )
     return fill(keep, scores, sites, model, budget)
@@ -188,7 +188,7 @@ class Ranking:
             total = max(floor, int(fractions[kind] * len(owner) + 1e-9))
             for i, site in enumerate(members):
                 units = unit[:total][owner[:total] == i]
-                units = units[: max(_allowed(len(units), site, round_to), site.min_units)]
+                units = units[: max(allowed_width(len(units), site, round_to), site.min_units)]
                 keep[site.name] = tuple(sorted(units.tolist()))
         return keep
 
@@ -206,7 +206,7 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
     inside = {name: _inner_sites(model, sites, name) for name, site in sites.items() if site.kind == "layers"}
     dormant = {inner for name, inners in inside.items() if not keep[name] for inner in inners}
     for name in dormant:
-        keep[name] = tuple(sorted(order[name][: _allowed(0, sites[name], budget.round_to, up=True)].tolist()))
+        keep[name] = tuple(sorted(order[name][: allowed_width(0, sites[name], budget.round_to, up=True)].tolist()))
     kept = np.array([len(keep[name]) if name in keep else model.n_units[name] for name in table.names])
     left = {name: order[name][~np.isin(order[name], keep[name])].tolist() for name in sites}
     closed: set[str] = set()
@@ -215,7 +215,7 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
         for name, site in sites.items():
             if name in closed or name in dormant or name in inside or len(keep[name]) == site.n_units:
                 continue
-            step = _allowed(len(keep[name]) + 1, site, budget.round_to, up=True) - len(keep[name])
+            step = allowed_width(len(keep[name]) + 1, site, budget.round_to, up=True) - len(keep[name])
             trial = kept.copy()
             trial[spot[name]] += step
             if table.total(trial) > budget.limit:
@@ -300,7 +300,7 @@ class _CostTable:
         return np.bincount(self.sites.ravel(), weights=per_unit.ravel(), minlength=len(padded))[:-1]
 
 
-def _allowed(count: int, site: Site, round_to: int, *, up: bool = False) -> int:
+def allowed_width(count: int, site: Site, round_to: int, *, up: bool = False) -> int:
     """The nearest permitted count at or below (or above) `count`; the dense width is always permitted."""
     step = round_to if site.kind in WIDTH_KINDS and site.n_units >= 16 * round_to else 1
     if count >= site.n_units:

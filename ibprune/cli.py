@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 def _common(parser: _Parser) -> None:
     _model(parser)
     parser.add_argument("--budget", type=float, help="share of the dense cost to keep, in (0, 1]")
-    parser.add_argument("--cost", help="what the budget counts: params (default) or macs")
+    parser.add_argument("--cost", help="what the budget counts: params (default), macs or latency")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
     parser.add_argument("--kinds", help=f"comma list: {kinds}")
@@ -78,6 +78,7 @@ def _prune_parser() -> _Parser:
     add = parser.add_argument
     add("--recipe", help="YAML file with these flags as keys; flags override it")
     _data(parser)
+    add("--latency-table", metavar="FILE", help="a latency.json measured on this device before (--cost latency)")
     add("--score", help="what ranks the units: vib (default), fisher, magnitude or random")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
     add("--output", help="folder to write (default: pruned)")

@@ -15,7 +15,8 @@ from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_pat
 from ibprune.sites import block_paths, find_family
 from ibprune.task_heads import reads_end
 
-COSTS = ("params", "macs")
+COSTS = ("params", "macs", "latency")
+FEMTOSECONDS_PER_MS = 10**12
 SCOPES = ("model", "blocks")
 
 
@@ -39,7 +40,8 @@ class CostModel:
     """Sum over tensors (params) or products (MACs) of size x kept fractions; exact, one formula.
 
     Attributes:
-        cost: "params", or "macs" of one sequence of `length` tokens, of one image where the model reads images.
+        cost: "params", or "macs" of one sequence of `length` tokens, of one image where the model reads images; or
+            "latency" in femtoseconds (`ibprune.latency`).
     """
 
     cost: str
@@ -79,10 +81,21 @@ class CostModel:
         return total
 
 
+def amount(value: int, cost: str) -> str:
+    """A cost with its unit, for people.
+
+    Example:
+        >>> amount(1200, "params"), amount(2_500_000_000_000, "latency")
+        ('1,200 params', '2.500 ms of latency')
+    """
+    return f"{value / FEMTOSECONDS_PER_MS:,.3f} ms of latency" if cost == "latency" else f"{value:,} {cost}"
+
+
+Product = tuple[int, tuple[str, ...]]  # coefficient, the sites whose kept units multiply it
 Owners = dict[tuple[str, int], list[tuple[str, int]]]  # (parameter name, dimension): sites, features per unit
 
 
-def _owners(model: nn.Module, sites: dict[str, Site]) -> tuple[Owners, dict[str, list[str]]]:
+def dimension_owners(model: nn.Module, sites: dict[str, Site]) -> tuple[Owners, dict[str, list[str]]]:
     """Which sites cut each dimension of each parameter, and which sub-layer sites hold each module."""
     dims: Owners = {}
     whole: dict[str, list[str]] = {}
@@ -104,13 +117,13 @@ def _owners(model: nn.Module, sites: dict[str, Site]) -> tuple[Owners, dict[str,
     return dims, whole
 
 
-def _products(name: str, shape: torch.Size, n_units: dict[str, int], dims: Owners) -> list[tuple[int, tuple[str, ...]]]:
+def parameter_products(name: str, shape: torch.Size, n_units: dict[str, int], dims: Owners) -> list[Product]:
     """The size of a parameter as a sum of (coefficient, sites): coefficient x the units the sites keep.
 
     A dimension that several sites share has as many features as they keep together, plus what nobody
     owns; multiplying the dimensions out gives the sum.
     """
-    products: list[tuple[int, tuple[str, ...]]] = [(1, ())]
+    products: list[Product] = [(1, ())]
     for dim, size in enumerate(shape):
         owners = dims.get((name, dim), [])
         parts = [(width, (site,)) for site, width in owners]
@@ -126,7 +139,7 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
 
     The counts equal `sum(p.numel() for p in model.parameters())` after compaction, exactly.
     """
-    dims, whole = _owners(model, sites)
+    dims, whole = dimension_owners(model, sites)
     n_units = {name: site.n_units for name, site in sites.items()}
     rank = _rank_site(sites)
     terms = []
@@ -134,7 +147,7 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
         if name.startswith("vib_masks"):
             continue
         owner = name.rpartition(".")[0]
-        for coefficient, cutters in _products(name, parameter.shape, n_units, dims):
+        for coefficient, cutters in parameter_products(name, parameter.shape, n_units, dims):
             in_rank = rank if rank and rank in cutters else ""
             factors = (*cutters, *whole.get(owner, ()))
             terms.append(Term(coefficient, factors, _in_blocks(sites, owner), in_rank))
@@ -148,7 +161,7 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
 
 def _hidden(projection: str, size: int, n_units: dict[str, int], dims: Owners) -> tuple[int, tuple[str, ...]]:
     """The output features of a factorised embedding as (coefficient, sites)."""
-    (product,) = _products(projection, torch.Size([size]), n_units, dims)
+    (product,) = parameter_products(projection, torch.Size([size]), n_units, dims)
     return product
 
 
@@ -160,7 +173,7 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
     with eager attention. One MAC is two FLOPs. Where the model reads images, it is one image of the
     config's size, and the result's `length` is the most rows that a layer sees.
     """
-    dims, whole = _owners(model, sites)
+    dims, whole = dimension_owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
     n_units = {name: site.n_units for name, site in sites.items()}
     rank = _rank_site(sites)
@@ -171,7 +184,7 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
         rows = row_counts.pop(path)  # each runs through one expert, however many there are
         for name, tensor in model.get_submodule(path).named_parameters(prefix=path, recurse=False):
             each = {key: owners for key, owners in dims.items() if key != (name, 0)}
-            for coefficient, cutters in _products(name, torch.Size([1, *tensor.shape[1:]]), n_units, each):
+            for coefficient, cutters in parameter_products(name, torch.Size([1, *tensor.shape[1:]]), n_units, each):
                 factors = (*cutters, *whole.get(path, ()))
                 terms.append(Term(rows * coefficient, factors, _in_blocks(sites, path)))
     for path, rows in row_counts.items():
@@ -183,14 +196,14 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             if isinstance(module, FactorizedUnembedding):
                 tensors.append(weight)
         for tensor in tensors:
-            for coefficient, cutters in _products(names[id(tensor)], tensor.shape, n_units, dims):
+            for coefficient, cutters in parameter_products(names[id(tensor)], tensor.shape, n_units, dims):
                 in_rank = rank if rank in cutters else ""
                 factors = (*cutters, *whole.get(path, ()))
                 terms.append(Term(rows * coefficient, factors, _in_blocks(sites, path), in_rank))
         if isinstance(module, FactorizedUnembedding):
             merged = names[id(module.projection.weight)], names[id(weight)]
             width, hidden = _hidden(merged[0], module.projection.weight.shape[0], n_units, dims)
-            ((tokens, vocab),) = _products(merged[1], weight.shape[:1], n_units, dims)
+            ((tokens, vocab),) = parameter_products(merged[1], weight.shape[:1], n_units, dims)
             terms.append(Term(rows * tokens * width, (*vocab, *hidden), False, rank, dense=True))
     for attention, path in _attentions(model, family):
         made = products.get(attention, 0)
@@ -200,7 +213,7 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             ((name, dim),) = axis_dims(module, "in")
             features = axis_width(model, Cut(path, "in"))
             owned = {(name, 0): dims.get((names[id(get_tensor(module, name))], dim), [])}
-            for coefficient, cutters in _products(name, torch.Size([features]), n_units, owned):
+            for coefficient, cutters in parameter_products(name, torch.Size([features]), n_units, owned):
                 factors = (*cutters, *whole.get(path, ()))
                 terms.append(Term(made // features * coefficient, factors, True))
     if image_shape(model) is not None:
@@ -215,13 +228,13 @@ def module_macs_model(model: nn.Module, sites: dict[str, Site], example: torch.T
     convolution. The positions come from one forward pass on the example, (batch, ...). Products of
     activations with each other, as in an attention, belong to no layer and are left out.
     """
-    dims, _ = _owners(model, sites)
+    dims, _ = dimension_owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
     n_units = {name: site.n_units for name, site in sites.items()}
     terms = []
     for path, count in _positions(model, example).items():
         weight = model.get_submodule(path).weight
-        for coefficient, cutters in _products(names[id(weight)], weight.shape, n_units, dims):
+        for coefficient, cutters in parameter_products(names[id(weight)], weight.shape, n_units, dims):
             terms.append(Term(count // len(example) * coefficient, cutters, False))
     return CostModel("macs", tuple(terms), n_units)
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ibprune.bench import timed_text
 from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
 from ibprune.channels import Found
 from ibprune.collating import token_counts
@@ -25,7 +26,7 @@ from ibprune.recipe import Recipe
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
-from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_
+from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
 from ibprune.surgery import compact_traced_
 from ibprune.trainer import TrainSettings, train
 from ibprune.vib import learn_masks
@@ -86,12 +87,17 @@ def cut(
         example = feed.example()["pixel_values"].to(accelerator.device)
         structure = prepare_traced_(student, found.sites, example, compact_traced_)
     else:
-        kinds = choose_kinds(dense, recipe.kinds)
+        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost)
         if find_family(dense.config.model_type).embedding:
             batches = USAGE if "vocab" in kinds else 100
             masked = feed.objective.name == "masked_lm"
             counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=batches, masked=masked)
         structure = prepare_(student, kinds, counts)
+    if recipe.cost == "latency":
+        structure = with_latency(
+            structure, student, timed_inputs(dense, recipe, feed), table=recipe.latency_table, seed=recipe.seed,
+            round_to=recipe.round_to, console=console,
+        )  # fmt: skip
     cost_model = structure.costs.of(recipe.cost)
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
@@ -121,6 +127,13 @@ def cut(
     student, plan = choose_and_compact_(student, rest, budget, choice)
     plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
     return student, plan, budget, structure, feed
+
+
+def timed_inputs(model: PreTrainedModel, recipe: Recipe, feed: Feed) -> Batch:
+    """What a forward pass is timed on: made-up texts, or held-out pictures."""
+    if feed.probe() is None:
+        return timed_text(model, recipe.batch_size, recipe.max_length)
+    return feed.example(min(recipe.batch_size, 16))
 
 
 def choose_and_compact_(

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ibprune.audit_output import audit_section, layer_status
 from ibprune.checksums import CARD, REPORT
-from ibprune.report import SCHEMA, macs_input, rows
+from ibprune.report import SCHEMA, budget_line, macs_input, rows
 from ibprune.task_heads import ANSWERS, TAGS
 
 NAME = re.compile(r'\.from_pretrained\("([^"]+)"')  # what a card calls its folder
@@ -52,8 +52,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         f"# {base}, pruned to {budget['keep']:.0%} of its {budget['cost']}",
         "",
         f"Made by ibprune from `{report['model']}` on the data `{report['data']}` (score `{report['score']}`, "
-        f"seed {report['seed']}). The budget counts {where}: {budget['achieved']:,} of at most {budget['limit']:,} "
-        f"{budget['cost']}.",
+        f"seed {report['seed']}). The budget counts {where}: {budget_line(budget)}.",
         "",
         "## How to load it",
         "",

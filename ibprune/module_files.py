@@ -13,6 +13,7 @@ from torch import nn
 from ibprune.checksums import REPORT, check_files, checksums, sha256
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.export import check_output, staged
+from ibprune.latency import LATENCY, LatencyTable
 from ibprune.models import check_finite
 from ibprune.onnx_files import write_onnx
 from ibprune.plans import PruningPlan
@@ -31,9 +32,10 @@ def save_module(
     folder: str | Path,
     *,
     report: dict | None = None,
+    latency: LatencyTable | None = None,
     onnx_example: torch.Tensor | None = None,
 ) -> None:
-    """Writes `model.safetensors`, `ibprune.json` and, where given, `report.json`; all of them or nothing.
+    """Writes `model.safetensors`, `ibprune.json` and, where given, `report.json` and `latency.json`: all, or nothing.
 
     Args:
         onnx_example: An input; with one, `model.onnx` is written too, by `ibprune.onnx_files.write_onnx`.
@@ -57,6 +59,8 @@ def save_module(
         (temporary / SPEC_FILE).write_text(json.dumps(spec, indent=1) + "\n")
         if onnx_example is not None:
             write_onnx(model, onnx_example, temporary / ONNX)
+        if latency is not None:
+            latency.save(temporary / LATENCY)
         if report is not None:
             report = report | {"sha256": checksums(temporary)}
             (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n")

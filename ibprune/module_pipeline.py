@@ -16,6 +16,7 @@ from ibprune.console import Quiet
 from ibprune.costs import COSTS
 from ibprune.cutting import CALIBRATION, Choice, choose_and_compact_, loss_with, probe_steps
 from ibprune.errors import BadData, BadRecipe, did_you_mean
+from ibprune.latency import LatencyTable
 from ibprune.losses import Objective
 from ibprune.models import check_finite
 from ibprune.module_files import save_module
@@ -24,7 +25,7 @@ from ibprune.plans import PruningPlan, model_type
 from ibprune.report import Timer, versions
 from ibprune.scores import SCORES
 from ibprune.shares import SHARES
-from ibprune.structure import prepare_traced_
+from ibprune.structure import prepare_traced_, with_latency
 from ibprune.surgery import compact_module_
 from ibprune.trainer import TrainSettings, make_accelerator, train
 
@@ -38,7 +39,8 @@ class ModuleSettings:
 
     Attributes:
         budget: Share of the dense cost to keep, in (0, 1].
-        cost: "params" or "macs" (of one sample, its size from the example).
+        cost: "params", "macs" (of one sample, its size from the example) or "latency" (of the example, as it is).
+        latency_table: A latency.json measured on this device before (cost "latency").
         score: "vib", "fisher", "magnitude" or "random".
         shares: How the cut is spread: "cost" by score per cost, "equal" by score alone with the same share of each
             kind, "probe" by the measured loss of candidates.
@@ -54,6 +56,7 @@ class ModuleSettings:
 
     budget: float
     cost: str = "params"
+    latency_table: str | None = None
     score: str = "vib"
     shares: str = "probe"
     kinds: tuple[str, ...] = ("channels",)
@@ -86,20 +89,22 @@ class ModuleSettings:
 class ModuleResult:
     """What `ibprune.prune` returns for a module: the compacted module in eval mode, the plan, and the report.
 
-    `example` is the input that it was measured on.
+    `example` is the input that it was measured on, `latency` the table of a budget on latency.
     """
 
     model: nn.Module
     plan: PruningPlan
     report: dict
     example: torch.Tensor
+    latency: LatencyTable | None = None
 
     def save(self, folder: str | Path, *, onnx: bool = False) -> None:
         """Writes a folder that `ibprune.load(folder, model=...)` reads, on request with `model.onnx`.
 
         See `ibprune.module_files.save_module` for what it raises.
         """
-        save_module(self.model, self.plan, folder, report=self.report, onnx_example=self.example if onnx else None)
+        save_module(self.model, self.plan, folder, report=self.report, latency=self.latency,
+                    onnx_example=self.example if onnx else None)  # fmt: skip
 
 
 def make_settings(values: dict) -> ModuleSettings:
@@ -157,6 +162,12 @@ def prune_module(
         student = copy.deepcopy(dense)
         structure = prepare_traced_(student, found.sites, example, compact_module_)
         costs = structure.costs
+        if settings.cost == "latency":
+            structure = with_latency(
+                structure, student, {"inputs": example}, table=settings.latency_table, round_to=settings.round_to,
+                seed=settings.seed, console=console,
+            )  # fmt: skip
+            costs = structure.costs
         cost_model = costs.of(settings.cost)
         budget = make_budget(cost_model, found.sites, keep=settings.budget, scope="model", round_to=settings.round_to)
         choice = Choice(
@@ -184,10 +195,7 @@ def prune_module(
         "model": model_type(model),
         "dense": sides[0],
         "pruned": sides[1],
-        "budget": {
-            "cost": budget.cost, "keep": budget.keep, "limit": budget.limit,
-            "achieved": costs.of(budget.cost)(plan.kept()),
-        },
+        "budget": costs.achieved(budget, plan),
         "kept": {name: [len(units), plan.n_units[name]] for name, units in plan.keep.items()},
         "refused": found.refused,
         "settings": {field.name: getattr(settings, field.name) for field in fields(settings)},
@@ -196,7 +204,7 @@ def prune_module(
         "timings_s": timer.seconds,
         "versions": versions(),
     }  # fmt: skip
-    return ModuleResult(student.eval(), plan, report, example.cpu())
+    return ModuleResult(student.eval(), plan, report, example.cpu(), costs.latency)
 
 
 def _training(settings: ModuleSettings, steps: int) -> TrainSettings:

@@ -8,12 +8,11 @@ from transformers import PreTrainedModel
 from ibprune.audit_output import write_audit
 from ibprune.auditing import Side as AuditSide
 from ibprune.auditing import audit
-from ibprune.bench import measure_latency, time_forward
-from ibprune.budget import Budget
+from ibprune.bench import time_forward
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
-from ibprune.costs import CostModel, count_params
-from ibprune.cutting import cut, loss_with, on_kept_features, train_settings
+from ibprune.costs import count_params
+from ibprune.cutting import cut, loss_with, on_kept_features, timed_inputs, train_settings
 from ibprune.data import TextData, hub_data
 from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
@@ -24,6 +23,7 @@ from ibprune.groups import Site
 from ibprune.hub_folders import check_target, push
 from ibprune.images import ImageData
 from ibprune.inputs import MOST_INPUTS, encode_inputs, encode_pictures
+from ibprune.latency import LATENCY, LatencyTable
 from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
@@ -92,7 +92,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     report = Report(
         dense=_side(costs, costs.params.n_units, dense_metrics, latencies[0]),
         pruned=_side(costs, plan.kept(), metrics, latencies[1]),
-        budget=_budget_record(budget, costs.of(budget.cost), plan),
+        budget=costs.achieved(budget, plan),
         score=recipe.score,
         shares=recipe.shares,
         seed=recipe.seed,
@@ -120,7 +120,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     )
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
-        _export(student, dense, subject, own_feed, plan, report, audited, texts, temporary, folder)
+        _export(student, dense, subject, own_feed, plan, report, audited, texts, costs.latency, temporary, folder)
     if recipe.push_to_hub:
         console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
         url = push(folder, recipe.push_to_hub, private=recipe.private, revision=recipe.revision,
@@ -138,6 +138,7 @@ def _export(
     report: Report,
     audited: dict | None,
     texts: list[str],
+    latency: LatencyTable | None,
     folder: Path,
     final: Path,
 ) -> None:
@@ -150,6 +151,8 @@ def _export(
     student = student.to(dtype)
     tier = write_model(student, feed.preprocessor, plan, folder)
     subject.recipe.save(folder / "recipe.yaml")
+    if latency is not None:
+        latency.save(folder / LATENCY)
     report.verify = verify(student, folder, tier, feed.probe(), tokenizer=feed.preprocessor, texts=texts)
     student.float()
     report.dense.file_bytes = count_params(dense) * dtype.itemsize
@@ -194,12 +197,10 @@ def _latency(
     dense: PreTrainedModel, student: PreTrainedModel, recipe: Recipe, feed: Feed, console: Quiet
 ) -> tuple[dict[str, int], tuple[dict[str, float], dict[str, float]]]:
     """What both models read, and their milliseconds."""
-    batch = min(recipe.batch_size, 16)
-    if feed.probe() is None:
-        shape = {"batch": batch, "length": min(recipe.max_length, 64)}
-        return shape, measure_latency(dense, student, **shape, console=console)
-    inputs = feed.example(batch)
-    shape = dict(zip(("batch", "channels", "height", "width"), inputs["pixel_values"].shape))
+    smaller = min(dense, student, key=lambda model: getattr(model.config, "vocab_size", 0))  # its token ids are both's
+    inputs = timed_inputs(smaller, recipe, feed)
+    names = ("batch", "length") if feed.probe() is None else ("batch", "channels", "height", "width")
+    shape = dict(zip(names, next(iter(inputs.values())).shape))
     return shape, time_forward(dense, student, inputs, console=console)
 
 
@@ -213,16 +214,6 @@ def _side(costs: Costs, kept: dict[str, int], metrics: dict[str, float], latency
         params_blocks=costs.params(kept, scope="blocks"),
         macs_blocks=costs.macs(kept, scope="blocks"),
     )
-
-
-def _budget_record(budget: Budget, model: CostModel, plan: PruningPlan) -> dict:
-    return {
-        "cost": budget.cost,
-        "scope": budget.scope,
-        "keep": budget.keep,
-        "limit": budget.limit,
-        "achieved": model(plan.kept(), scope=budget.scope),
-    }
 
 
 def kept_by_kind(plan: PruningPlan, sites: dict[str, Site]) -> dict[str, float]:

@@ -50,6 +50,8 @@ def plan(
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
                           "round_to": round_to, "image_size": image_size})  # fmt: skip
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
+    if cost == "latency":
+        raise BadRecipe("--cost: a latency is measured in the run itself: plan with params or macs.")
     source = find_source(recipe.model) if named else None
     config = load_config(source) if source else copy.deepcopy(model)
     cls = model_class(config, classify=False)

@@ -26,8 +26,9 @@ class Recipe(BaseModel):
 
     model: str = Field(description="Hub id, folder or alias of the dense model")
     budget: float = Field(description="share of the dense cost to keep, in (0, 1]")
-    cost: Literal["params", "macs"] = Field("params", description="what the budget counts")
+    cost: Literal["params", "macs", "latency"] = Field("params", description="what the budget counts")
     scope: Literal["model", "blocks"] = Field("model", description="blocks leaves embeddings and heads out")
+    latency_table: str | None = Field(None, description="a latency.json measured before (cost latency)")
     task: str | None = Field(None, description="a GLUE task by name")
     data: str | None = Field(None, description="file, folder or Hub data set; default: prose on this machine")
     text_columns: tuple[str, ...] = Field((), description="columns with the text, if not the usual names")
@@ -100,6 +101,14 @@ class Recipe(BaseModel):
         for name in ("private", "revision", "commit_message"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
+        return self
+
+    @model_validator(mode="after")
+    def _timed(self) -> Self:
+        if self.latency_table and self.cost != "latency":
+            raise ValueError(f"expected --cost latency beside --latency-table, found {self.cost}")
+        if self.cost == "latency" and self.scope != "model":
+            raise ValueError("--scope: a latency is that of the whole model: leave it out")
         return self
 
     def save(self, path: Path) -> None:

@@ -127,6 +127,16 @@ def macs_input(found: dict) -> str:
     return " x ".join(str(size) for size in found["pictures"]["shape"])
 
 
+def budget_line(budget: dict) -> str:
+    """The cost that was reached and the one allowed, from a report's or a plan's budget."""
+    if budget["cost"] == "latency":
+        return (
+            f"{budget['achieved']:,.2f} of at most {budget['limit']:,.2f} ms, by a measured table that is "
+            f"{budget['error']:.1%} off on other widths"
+        )
+    return f"{budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']}"
+
+
 def rows(report: dict) -> list[tuple[str, str, str, str]]:
     """The closing table from a report's dict: (what, dense, pruned, pruned/dense)."""
     dense, pruned = report["dense"], report["pruned"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
-from ibprune.costs import CostModel
+from ibprune.costs import CostModel, amount
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 
@@ -77,7 +77,7 @@ def probe_shares(
         next(steps)
         consider(pressure)
     if best is None:
-        raise BadRecipe(f"expected a cut that meets the limit {budget.limit:,} {model.cost}, found none.")
+        raise BadRecipe(f"expected a cut that meets the limit {amount(budget.limit, model.cost)}, found none.")
     for power in [1.0 / (i + 1) for i in range(rounds)]:  # steps of 2, then 1.41
         for kind, factor in moves:
             next(steps)
@@ -150,5 +150,5 @@ def _by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: B
     others = {name: site for name, site in sites.items() if name not in whole}
     least = least_cost(model, others, scope=budget.scope, round_to=budget.round_to)
     if least > budget.limit:
-        raise BadRecipe(f"cutting all but the vocabulary cannot go below {least:,} {model.cost}: cut it too.")
+        raise BadRecipe(f"cutting all but the vocabulary cannot go below {amount(least, model.cost)}: cut it too.")
     return solve_by_cost(scores, others, model, budget) | whole

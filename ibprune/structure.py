@@ -1,36 +1,62 @@
 """What can be cut of a model, by its family's row or by tracing, and what that costs."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ibprune import channels
-from ibprune.budget import Keep
-from ibprune.costs import CostModel, macs_model, module_macs_model, params_model
+from ibprune.budget import Budget, Keep
+from ibprune.console import Quiet
+from ibprune.costs import FEMTOSECONDS_PER_MS, CostModel, macs_model, module_macs_model, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.groups import ATTENTION_KINDS, Site
+from ibprune.latency import LatencyTable, load_latency, measure_latency
+from ibprune.losses import Batch
 from ibprune.plans import PruningPlan, model_type
 from ibprune.recipe import CNN_KINDS, Recipe
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_
 from ibprune.task_heads import is_headless
 
+LOOKED_UP = ("vocab", "embedding_rank")  # kinds of a token embedding
 MACS_LENGTH = 128  # tokens of the sequence whose MACs are counted, where the model reads so many
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost models of one model, over all its sites."""
+    """The cost models of one model, over all its sites.
+
+    Attributes:
+        latency: None where it was not measured.
+    """
 
     params: CostModel
     macs: CostModel
+    latency: LatencyTable | None = None
 
     def of(self, cost: str) -> CostModel:
-        return self.params if cost == "params" else self.macs
+        return self.latency.model if cost == "latency" else {"params": self.params, "macs": self.macs}[cost]
+
+    def achieved(self, budget: Budget, plan: PruningPlan) -> dict:
+        """What was asked and what a plan reaches, for a report; latencies in milliseconds."""
+        unit = FEMTOSECONDS_PER_MS if budget.cost == "latency" else 1
+        cost = self.of(budget.cost)(plan.kept(), scope=budget.scope)
+        record = {"cost": budget.cost, "scope": budget.scope, "keep": budget.keep}
+        record |= (
+            {"limit": budget.limit, "achieved": cost}
+            if unit == 1
+            else {
+                "limit": round(budget.limit / unit, 4),
+                "achieved": round(cost / unit, 4),
+                "error": self.latency.error,
+            }
+        )
+        return record
 
 
 @dataclass(frozen=True)
@@ -55,7 +81,37 @@ class Structure:
         return PruningPlan(model_type(model), n_units, {n: keep.get(n, tuple(range(u))) for n, u in n_units.items()})
 
 
-def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...]) -> tuple[str, ...]:
+def with_latency(
+    structure: Structure,
+    dense: nn.Module,
+    inputs: Batch,
+    *,
+    table: str | None,
+    round_to: int,
+    seed: int,
+    console: Quiet,
+) -> Structure:
+    """The structure with a cost model of latency: read from a saved table, or measured on `dense` and these inputs."""
+    everything = structure.everything
+
+    def compacted(kept: dict[str, int]) -> nn.Module:
+        plan = structure.plan(dense, {name: tuple(range(count)) for name, count in kept.items()})
+        return structure.compact(copy.deepcopy(dense), plan)
+
+    if table is not None:
+        found = load_latency(table, everything, next(dense.parameters()).device)
+    else:
+        found = measure_latency(
+            dense, everything, structure.sites, compacted, inputs, round_to=round_to, seed=seed, console=console
+        )
+        console.say(
+            f"latency of the dense model {found.dense_ms:.2f} ms; a formula fitted to {len(found.plans)} widths is "
+            f"{found.error:.1%} off on others"
+        )
+    return replace(structure, costs=replace(structure.costs, latency=found))
+
+
+def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...], *, cost: str = "params") -> tuple[str, ...]:
     """The kinds to cut: those asked for, or all the family has but `vocab`. "heads" means KV groups under GQA.
 
     An encoder without a head keeps its `hidden` width unless asked: its embeddings are its interface,
@@ -76,6 +132,10 @@ def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...]) -> tuple[str, .
             hint = f"{why}. Its kinds: {', '.join(known)}" if why else did_you_mean(kind, known)
             raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {hint}.")
     unasked = ("vocab", "hidden") if is_headless(model) else ("vocab",)
+    if cost == "latency":
+        for kind in set(kinds) & set(LOOKED_UP):
+            raise BadRecipe(f"'{kind}' takes no time to cut for: leave it out of --kinds, or budget params.")
+        unasked += LOOKED_UP
     return kinds or tuple(kind for kind in known if kind not in unasked)
 
 

@@ -21,7 +21,7 @@ def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 
 
 def print_report(report: dict, output: str) -> None:
-    from ibprune.report import rows
+    from ibprune.report import budget_line, rows
 
     budget = report["budget"]
     table(
@@ -32,7 +32,7 @@ def print_report(report: dict, output: str) -> None:
     kept = ", ".join(f"{kind} {share:.0%}" for kind, share in report["kept"].items())
     loads = WAYS[report["verify"]["tier"]]
     sys.stdout.write(
-        f"budget {budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']}; kept: {kept}\n"
+        f"budget {budget_line(budget)}; kept: {kept}\n"
         f"written to {output} in {sum(report['timings_s'].values()):.0f} s; loads with {loads} "
         f"(checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
     )
@@ -47,7 +47,7 @@ def print_training(report: dict, output: str) -> None:
 
 
 def print_plan(found: dict) -> None:
-    from ibprune.report import macs_input
+    from ibprune.report import budget_line, macs_input
 
     table(
         f"what can be cut in this {found['model_type']} model",
@@ -66,7 +66,7 @@ def print_plan(found: dict) -> None:
         f"dense      {found['dense']['params']:,} parameters, {found['dense']['macs'] / 1e6:,.1f} M MACs "
         f"({macs_input(found)})",
         f"predicted  {found['predicted']['params']:,} parameters, {found['predicted']['macs'] / 1e6:,.1f} M MACs",
-        f"budget     {budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']} ({budget['scope']})",
+        f"budget     {budget_line(budget)} ({budget['scope']})",
         f"reachable  {found['reachable_keep']:.4f} of the dense {budget['cost']} at the least",
         f"loading    {WAYS[found['tier']]} (with equal shares)",
         *(f"refused    {name}: {reason}" for name, reason in found["refused"].items()),

@@ -1,0 +1,172 @@
+"""Budgets on latency: the formula finds what a clock is made of, tables are read strictly, and runs stay below."""
+
+import json
+
+import pytest
+import torch
+from cnn_models import build_net
+from conftest import build
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ibprune
+from ibprune import cli
+from ibprune.channels import find_channels
+from ibprune.console import Quiet
+from ibprune.costs import FEMTOSECONDS_PER_MS
+from ibprune.errors import BadRecipe
+from ibprune.latency import load_latency, measure_latency, time_modules
+from ibprune.module_pipeline import compact_module_
+from ibprune.structure import choose_kinds, prepare_, prepare_traced_, with_latency
+
+SHORT = dict(mask_steps=4, recover_steps=2, batch_size=8, max_length=16, audit=False)
+
+
+def structure_of(name):
+    if name == "bert":
+        model = build("bert", "BertForSequenceClassification", dtype=torch.float32)
+        return model, prepare_(model, choose_kinds(model, (), cost="latency"), None)
+    model = build_net("resnet", dtype=torch.float32)
+    example = torch.zeros(2, 3, 12, 12)
+    return model, prepare_traced_(model, find_channels(model, example).sites, example, compact_module_)
+
+
+def made_up_seconds(model: nn.Module) -> tuple[float, dict[str, float]]:
+    """A clock that goes by shapes: a constant for every module, its features and their product."""
+    own = {}
+    for path, module in model.named_modules():
+        if next(module.parameters(), None) is None:
+            continue
+        own[path] = 2e-6
+        for name, weight in module.named_parameters(recurse=False):
+            if name == "weight" and weight.ndim > 1:
+                own[path] += 1e-7 * weight.shape[1] + 3e-7 * weight.shape[0] + 1e-9 * weight.numel()
+            elif name == "weight":
+                own[path] += 5e-7 * len(weight)
+    return 1.25 * sum(own.values()) + 1e-5, own
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_the_formula_is_what_the_clock_is_made_of(name):
+    model, structure = structure_of(name)
+
+    def compacted(kept):
+        keep = {site: tuple(range(count)) for site, count in kept.items()}
+        fresh, again = structure_of(name)
+        return again.compact(fresh, again.plan(fresh, keep))
+
+    def clock(model, inputs):
+        return made_up_seconds(model)
+
+    table = measure_latency(
+        model, structure.everything, structure.sites, compacted, {}, round_to=1, seed=0, console=Quiet(), clock=clock
+    )
+    assert table.error < 1e-6
+    assert table.dense_ms == pytest.approx(1000 * made_up_seconds(model)[0], abs=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        kept = {
+            site.name: int(torch.randint(max(site.min_units, 1), site.n_units + 1, (), generator=generator))
+            for site in structure.sites.values()
+        }
+        said = table.model(table.model.n_units | kept) / FEMTOSECONDS_PER_MS
+        assert said == pytest.approx(1000 * made_up_seconds(compacted(kept))[0], rel=1e-5)
+    if name == "bert":  # a sub-layer that goes takes its modules' time along
+        gone = [site for site in structure.sites if structure.sites[site].kind == "layers"][0]
+        fewer = table.model.n_units | {gone: 0}
+        assert table.model(fewer) < table.model(table.model.n_units)
+
+
+def test_modules_are_timed_without_those_they_call():
+    model = build_net("resnet", dtype=torch.float32)
+    whole, own = time_modules(model, {"inputs": torch.zeros(2, 3, 12, 12)})
+    assert whole > 0 and all(seconds > 0 for seconds in own.values())
+    assert set(own) == {path for path, module in model.named_modules() if next(module.parameters(), None) is not None}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    model, structure = structure_of("resnet")
+    inputs = {"inputs": torch.zeros(2, 3, 12, 12)}
+    found = with_latency(structure, model, inputs, table=None, round_to=1, seed=0, console=Quiet())
+    path = tmp_path_factory.mktemp("latency") / "latency.json"
+    found.costs.latency.save(path)
+    return model, structure, found.costs.latency, path
+
+
+def test_a_table_comes_back_as_it_was_saved(measured):
+    model, structure, table, path = measured
+    assert load_latency(path, structure.everything, torch.device("cpu")) == table
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (lambda data: data | {"format": "ibprune.plan/1"}, "expected format"),
+        (lambda data: data | {"device": "an abacus"}, "measured on 'an abacus'"),
+        (lambda data: data | {"extra": 1}, "could not read"),
+        (
+            lambda data: data | {"model": data["model"] | {"n_units": data["model"]["n_units"] | {"conv1": 3}}},
+            "another model",
+        ),
+        (lambda data: data | {"model": data["model"] | {"terms": [[-1, "conv1"]]}}, "at least 0"),
+        (lambda data: data | {"model": data["model"] | {"terms": [[5, "nowhere"]]}}, "'nowhere'"),
+        (lambda data: [1], "expected format"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(change, said, measured, tmp_path):
+    model, structure, _, path = measured
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(BadRecipe, match=said):
+        load_latency(bad, structure.everything, torch.device("cpu"))
+
+
+def test_a_run_on_a_budget_of_latency_and_again_by_its_table(folders, reviews, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    job = dict(data=reviews, cost="latency", **SHORT)
+    model = folders["BertForSequenceClassification"]
+    result = ibprune.prune(model, 0.8, output=str(first), **job)
+    budget = result.report["budget"]
+    assert budget["cost"] == "latency" and budget["achieved"] <= budget["limit"] and budget["error"] >= 0
+    assert all(len(result.plan.keep[name]) == result.plan.n_units[name] for name in ("vocab", "embedding_rank")
+               if name in result.plan.keep)  # fmt: skip
+    assert "ms, by a measured table" in (first / "README.md").read_text()
+    assert "latency.json" in result.report["sha256"]
+    again = ibprune.prune(model, 0.8, output=str(second), latency_table=str(first / "latency.json"), **job)
+    assert again.plan == result.plan
+
+
+def test_a_module_on_a_budget_of_latency(measured, tmp_path):
+    model, _, _, path = measured
+    data = TensorDataset(torch.rand(16, 3, 12, 12), torch.arange(16) % 2)
+    result = ibprune.prune(
+        model, 0.9, cost="latency", train_loader=DataLoader(data, batch_size=2), score="fisher", recover_steps=0,
+        latency_table=str(path),
+    )  # fmt: skip
+    assert result.report["budget"]["achieved"] <= result.report["budget"]["limit"]
+    result.save(tmp_path / "small")
+    assert (tmp_path / "small" / "latency.json").read_text() == path.read_text()
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (["--latency-table", "t.json"], "expected --cost latency beside --latency-table"),
+        (["--cost", "latency", "--scope", "blocks"], "a latency is that of the whole model"),
+        (["--cost", "latency", "--kinds", "ffn,vocab"], "'vocab' takes no time to cut for"),
+        (["--cost", "latency", "--latency-table", "nowhere.json"], "could not read 'nowhere.json'"),
+    ],
+)
+def test_bad_flags(flags, said, folders, reviews, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--model", folders["BertForSequenceClassification"], "--data", reviews, "--budget", "0.5", "--quiet"]
+    assert cli.main([*words, "--output", str(out), *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_plan_says_that_it_cannot_time(folders, capsys):
+    assert cli.main(["plan", "--model", folders["BertForSequenceClassification"], "--cost", "latency"]) == 2
+    assert "plan with params or macs" in capsys.readouterr().err
