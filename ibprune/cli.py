@@ -79,6 +79,7 @@ def _prune_parser() -> _Parser:
     add("--recipe", help="YAML file with these flags as keys; flags override it")
     _data(parser)
     add("--latency-table", metavar="FILE", help="a latency.json measured on this device before (--cost latency)")
+    add("--mode", help="full (default); fast: on 3 %% of the data; faster: that, and weights stay as they are")
     add("--score", help="what ranks the units: vib (default), fisher, magnitude or random")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
     add("--output", help="folder to write (default: pruned)")

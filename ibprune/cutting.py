@@ -48,6 +48,7 @@ class Choice:
         judge: The dense model, to which candidate cuts are compared; None leaves the labels alone.
         teacher: What the masked model is distilled from, if anything.
         settings: Of mask learning.
+        frozen: Whether the weights stay as they are while masks are learned.
         probe_steps: Steps of recovery after which the last candidate cuts are compared; 0 compares them as they are.
     """
 
@@ -63,6 +64,7 @@ class Choice:
     probe_steps: int
     accelerator: Accelerator
     console: Quiet
+    frozen: bool = False
 
 
 def cut(
@@ -103,7 +105,7 @@ def cut(
         recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
         feed.train, judge=dense, teacher=dense if recipe.distill else None,
         settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
-        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps),
+        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), frozen=recipe.mode == "faster",
     )  # fmt: skip
     if "vocab" not in structure.sites:
         sites = structure.sites
@@ -151,7 +153,7 @@ def choose_and_compact_(
         loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
         keep, _, _ = learn_masks(
             student, masks, sites, cost_model, budget, start, keep, loss_of, choice.make_batches, choice.settings,
-            accelerator=choice.accelerator, console=choice.console,
+            accelerator=choice.accelerator, console=choice.console, frozen=choice.frozen,
         )  # fmt: skip
     plan = structure.plan(student, keep)
     return structure.compact(student, plan), plan

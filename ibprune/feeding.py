@@ -30,6 +30,7 @@ from ibprune.prose import load_prose
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
 from ibprune.task_heads import ANSWERS, TAGS, auto_class, is_headless
+from ibprune.thinning import thin
 from ibprune.vocabulary import check_tokenizer
 
 
@@ -79,6 +80,7 @@ class Feed:
         batch_size, seed: Of the run.
         preprocessor: The tokenizer or image processor, which goes with the model.
         normalised_by: For pictures, where their mean and deviation come from.
+        few: The rows of `train_set` that are trained on, where these are not all.
     """
 
     objective: Objective
@@ -90,10 +92,19 @@ class Feed:
     seed: int
     preprocessor: PreTrainedTokenizerBase | BaseImageProcessor
     normalised_by: str = ""
+    few: Dataset | None = None
 
     def train(self, epoch_seed: int) -> DataLoader:
         """Shuffled training batches, a function of the seed."""
-        return make_loader(self.train_set, self.collate, batch_size=self.batch_size, seed=epoch_seed)
+        rows = self.train_set if self.few is None else self.few
+        return make_loader(rows, self.collate, batch_size=self.batch_size, seed=epoch_seed)
+
+    def thinned(self) -> "Feed":
+        """The same, trained on a few of the rows (`ibprune.thinning`); tokens are counted in all of them."""
+        data, labels = getattr(self.collate, "data", None), None
+        if self.objective.name == "classification":
+            labels = self.train_set[data.label_column]
+        return replace(self, few=thin(self.train_set, labels, seed=self.seed))
 
     def held_out(self) -> DataLoader:
         """Held-out batches in order; hidden tokens of a masked LM are the same at every call, pictures as they are."""
@@ -299,6 +310,8 @@ def _fixed_shape(model: PreTrainedModel, size: int | None) -> tuple[int, int]:
 
 def _with_defaults(recipe: Recipe, defaults: Defaults) -> Recipe:
     keys = ("mask_steps", "recover_steps", "probe_steps")
+    if recipe.mode == "faster":  # the weights stay as they are, unless a recovery is asked for
+        defaults = replace(defaults, recover_steps=0, probe_steps=0)
     steps = {key: getattr(defaults, key) for key in keys if getattr(recipe, key) is None}
     return recipe.model_copy(update={"lr": recipe.lr or defaults.lr, **steps})
 

@@ -65,6 +65,9 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         console.say("The checkpoint has no head for this task.")
     with timer("finetune"), known_tokens(subject):
         finetune_(dense, recipe, feed, accelerator, console, needed=loaded.new_head)
+    if recipe.mode != "full":
+        feed = feed.thinned()
+        console.say(f"mode {recipe.mode}: masks and recovery learn from {len(feed.few):,} rows")
     with timer("evaluate"), known_tokens(subject):
         dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
     with timer("cut"):

@@ -33,6 +33,9 @@ class Recipe(BaseModel):
     data: str | None = Field(None, description="file, folder or Hub data set; default: prose on this machine")
     text_columns: tuple[str, ...] = Field((), description="columns with the text, if not the usual names")
     label_column: str = Field("", description="column with the label, if not the usual name")
+    mode: Literal["full", "fast", "faster"] = Field(
+        "full", description="fast trains on 3 % of the data; faster learns masks alone, on these"
+    )
     score: Literal["vib", "fisher", "magnitude", "random"] = Field("vib", description="what ranks the units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
     augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")

@@ -111,6 +111,7 @@ def train(
     console: Quiet,
     extra_groups: list[dict] | None = None,
     before_step: Callable[[int], None] | None = None,
+    frozen: bool = False,
 ) -> TrainState:
     """Trains the model's weights in place, and `extra_groups` of parameters at learning rates of their own.
 
@@ -119,6 +120,7 @@ def train(
         make_batches: A loader for the given epoch seed.
         extra_groups: Optimiser groups with "params" and "lr" (masks); weight decay 0, not clipped.
         before_step: Called with the step's number, to move schedules on.
+        frozen: Whether the weights stay as they are and only the `extra_groups` are trained.
 
     Raises:
         IBPruneError: The loss is NaN or infinite.
@@ -127,6 +129,13 @@ def train(
     if settings.steps == 0:
         return state
     groups = _parameter_groups(model, settings, extra_groups or [])
+    if frozen:
+        groups = groups[2:]
+    held = [p for p in model.parameters() if p.requires_grad] if frozen else []
+    trained = {id(p) for group in groups for p in group["params"]}
+    held = [p for p in held if id(p) not in trained]
+    for parameter in held:  # no gradient is computed for it either
+        parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
     warmup = max(1, int(settings.warmup * settings.steps))
 
@@ -149,7 +158,7 @@ def train(
                 loss = loss_of(prepared, batch)
                 total += loss.detach().item() / settings.grad_accum
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
+                if accelerator.sync_gradients and weights:
                     accelerator.clip_grad_norm_(weights, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -162,6 +171,8 @@ def train(
         state.losses.append(total)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
+    for parameter in held:
+        parameter.requires_grad_(True)
     model.eval()
     return state
 

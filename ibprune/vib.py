@@ -58,8 +58,9 @@ def learn_masks(
     accelerator: Accelerator,
     console: Quiet,
     settings: MaskSettings = MaskSettings(),
+    frozen: bool = False,
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
-    """Learns masks and weights together and returns (kept units, scores, training state).
+    """Learns masks, with the weights unless these are `frozen`; returns (kept units, scores, training state).
 
     The masks start from the Fisher ranking. The hard mask is the exact top-k of the present -log_alpha
     within each kind, as many units as fit under a limit that follows a ramp from the dense cost down to
@@ -133,6 +134,7 @@ def learn_masks(
         console=console,
         extra_groups=[group for group in groups if group["params"]],
         before_step=before_step,
+        frozen=frozen,
     )
     keep = settled or final_keep()
     masks.set_keep(keep)

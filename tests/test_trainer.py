@@ -81,3 +81,22 @@ def test_extra_groups_keep_their_own_rate_and_no_decay():
         extra_groups=[{"params": [mask], "lr": 0.5}],
     )
     assert torch.equal(mask, torch.ones(4))
+
+
+def test_frozen_weights_stay_and_only_the_extra_groups_are_trained():
+    model, mask = nn.Linear(3, 1), nn.Parameter(torch.ones(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients = []
+
+    def loss_of(m, batch):
+        gradients.append([p.requires_grad for p in m.parameters()])
+        return (m(batch["x"] * mask) - batch["y"]).square().mean()
+
+    train(
+        model, loss_of, lambda seed: DataLoader(rows(), batch_size=16), TrainSettings(steps=5, lr=0.1),
+        accelerator=make_accelerator("fp32"), phase="fit", console=Quiet(), frozen=True,
+        extra_groups=[{"params": [mask], "lr": 0.1}],
+    )  # fmt: skip
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(mask, torch.ones(3))
+    assert gradients == 5 * [[False, False]] and all(p.requires_grad for p in model.parameters())

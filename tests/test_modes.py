@@ -1,0 +1,47 @@
+"""Modes: a few rows of every class, masks alone, and what the report says of it."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+import ibprune
+from ibprune.errors import BadRecipe
+from ibprune.thinning import LEAST, SHARE, thin
+
+SHORT = dict(mask_steps=6, batch_size=16, max_length=16, audit=False, shares="equal")
+
+
+def test_every_class_keeps_its_share_of_the_rows():
+    labels = [0] * 30_000 + [1] * 9_990 + [2] * 10
+    rows = Dataset.from_dict({"row": list(range(len(labels))), "label": labels})
+    few = thin(rows, labels, seed=0)
+    assert [few["label"][:].count(label) for label in (0, 1, 2)] == [900, 300, 1]
+    assert few["row"][:] == sorted(few["row"])
+    assert few["row"][:] == thin(rows, labels, seed=0)["row"][:] != thin(rows, labels, seed=1)["row"][:]
+
+
+@pytest.mark.parametrize("n,expected", [(100, 100), (LEAST, LEAST), (5_000, LEAST), (50_000, int(SHARE * 50_000))])
+def test_there_are_never_too_few(n, expected):
+    rows = Dataset.from_dict({"row": list(range(n))})
+    assert len(thin(rows, None, seed=0)) == expected
+
+
+@pytest.mark.parametrize("mode", ["fast", "faster"])
+def test_a_run_in_each_mode(mode, folders, reviews, tmp_path, monkeypatch):
+    monkeypatch.setattr("ibprune.thinning.LEAST", 32)
+    out = tmp_path / "out"
+    model = folders["BertForSequenceClassification"]
+    result = ibprune.prune(model, 0.6, data=reviews, mode=mode, output=str(out), kinds="heads,ffn", **SHORT,
+                           **({} if mode == "faster" else {"recover_steps": 2}))  # fmt: skip
+    assert result.report["budget"]["achieved"] <= result.report["budget"]["limit"]
+    assert f"--mode {mode}" in result.report["command"]
+    dense = ibprune.models.load_dense(ibprune.models.find_source(model)).model
+    same = torch.equal(
+        dense.bert.embeddings.word_embeddings.weight, result.model.bert.embeddings.word_embeddings.weight
+    )
+    assert same == (mode == "faster")  # which trains the masks alone, and does not recover unless told to
+
+
+def test_an_unknown_mode_is_refused(folders):
+    with pytest.raises(BadRecipe, match="did you mean 'faster'"):
+        ibprune.prune(folders["BertModel"], 0.5, mode="fastre")
