@@ -29,6 +29,7 @@ from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.sites import find_family, has_row, reads_pictures
 from ibprune.surgery import SPEC
+from ibprune.task_heads import writes
 
 MAX_LENGTH = 128
 
@@ -141,8 +142,9 @@ def _modules(dense: nn.Module, pruned: nn.Module, data: object, unasked: dict, *
 def _checkpoints(recipe: Recipe, pruned: str, *, most: int, console: Quiet) -> Pair:
     """Two checkpoints, and the held-out rows of the recipe's data as both read them."""
     source = find_source(recipe.model)
-    pictures = reads_pictures(load_config(source).model_type)
-    rows = find_pictures(recipe) if pictures else find_data(recipe, console)
+    config = load_config(source)
+    pictures = reads_pictures(config.model_type)
+    rows = find_pictures(recipe) if pictures else find_data(recipe, console, writes=writes(config))
     loaded = load_dense(source)
     before, after = loaded.model.float(), _load(pruned)
     if before.config.model_type != after.config.model_type:

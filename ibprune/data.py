@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset
@@ -19,7 +19,7 @@ from ibprune.annotations import (
 )
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
-from ibprune.task_heads import ANSWERS, TAGS
+from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),
@@ -34,6 +34,10 @@ GLUE = {  # task: (text columns, metrics); the validation split of mnli has its 
 }
 GLUE_REPO = "nyu-mll/glue"
 PROSE = "prose"  # the data set of `ibprune.prose`
+PAIR_COLUMNS = (  # what is read and what is written
+    ("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("text", "summary"),
+    ("source", "target"), ("src", "tgt"), ("input", "target"), ("input", "output"), ("question", "answer"),
+)  # fmt: skip
 TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",), ("text",), ("content",))
 LABEL_COLUMNS = ("label", "labels", "score")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
@@ -53,7 +57,8 @@ class TextData:
         metrics: Names of the metrics the task is judged by.
         note: What the user must know about the rows, or "".
         objective: `TAGS`, where the text is a list of words and the label one of tags; `ANSWERS`, where the texts are
-            question and context and the label the answers; "" for texts, where the model decides.
+            question and context and the label the answers; `WRITES`, where the second text is written by a model that
+            reads the first; "" for texts, where the model decides.
     """
 
     name: str
@@ -80,11 +85,21 @@ def load_task(task: str) -> TextData:
     return _describe(task, splits, columns, "label", metrics)
 
 
-def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: str = "", seed: int = 0) -> TextData:
+def load_data(
+    source: str,
+    *,
+    text_columns: tuple[str, ...] = (),
+    label_column: str = "",
+    seed: int = 0,
+    writes: bool = False,
+) -> TextData:
     """Data from a local file or folder, or from the Hub.
 
     A folder holds files named train.* and validation.* (or dev.*). Without a held-out split, some of
     the training rows are held out by the seed (`held_out_size`).
+
+    Args:
+        writes: Whether the model reads one text and writes another: two columns of text without a label are that.
 
     Raises:
         BadData: Nothing there, an unknown format or column, or the Hub cannot be reached.
@@ -92,6 +107,10 @@ def load_data(source: str, *, text_columns: tuple[str, ...] = (), label_column: 
     splits = hold_out(find_splits(source), source, seed=seed)
     names = splits["train"].column_names
     check_columns((*text_columns, *((label_column,) if label_column else ())), names, source)
+    label = label_column or next((c for c in LABEL_COLUMNS if c in names), "")
+    pair = text_columns if len(text_columns) == 2 else next((c for c in PAIR_COLUMNS if set(c) <= set(names)), ())
+    if writes and pair and not label:
+        return replace(_describe(data_name(source), splits, pair, "", ()), objective=WRITES)
     plain = next((c for c in TEXT_COLUMNS if set(c) <= set(names)), ())
     objective, text_columns, label_column = find_annotations(
         splits["train"].features, text_columns, label_column, source, plain=bool(plain)

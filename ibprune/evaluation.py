@@ -9,7 +9,7 @@ from ibprune.console import Quiet
 from ibprune.feeding import Feed
 from ibprune.losses import Objective, dense_batch, forward, pooled, span_logits
 from ibprune.metrics import load_metric
-from ibprune.task_heads import ANSWERS, TAGS
+from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 LONGEST_ANSWER = 30  # tokens
 
@@ -46,7 +46,7 @@ def evaluate_model(
         return _tagged(model, on_device, feed)
     if objective.name == ANSWERS:
         return _answered(model, on_device, feed)
-    if objective.name in ("causal_lm", "masked_lm"):
+    if objective.name in ("causal_lm", "masked_lm", WRITES):
         return _perplexity(model, on_device, objective)
     return _encoder(model, on_device, feed, objective, dense)
 

@@ -21,6 +21,7 @@ from ibprune.collating import (
 )
 from ibprune.console import Quiet
 from ibprune.data import PROSE, TextData, load_data, load_task
+from ibprune.denoising import CollatePairs, CollateSpans
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable
@@ -29,7 +30,7 @@ from ibprune.losses import Batch, Objective
 from ibprune.prose import load_prose
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
-from ibprune.task_heads import ANSWERS, TAGS, auto_class, is_headless
+from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_class, is_headless
 from ibprune.thinning import thin
 from ibprune.vocabulary import check_tokenizer
 
@@ -53,6 +54,7 @@ DEFAULTS = {
     "regression": Defaults(5e-5, 128),
     "causal_lm": Defaults(5e-4, 256),
     "masked_lm": Defaults(1e-4, 128),
+    WRITES: Defaults(3e-4, 128),
     TAGS: Defaults(5e-5, 128),
     ANSWERS: Defaults(5e-5, 384),
     "encoder": Defaults(3e-4, 64, mask_steps=80, recover_steps=400, probe_steps=0),
@@ -87,7 +89,7 @@ class Feed:
     metrics: tuple[str, ...]
     train_set: Dataset
     held_out_set: Dataset
-    collate: Collate | CollateIds | CollateMasked | CollateWindows | CollatePictures
+    collate: Collate | CollateIds | CollateMasked | CollateWindows | CollatePairs | CollateSpans | CollatePictures
     batch_size: int
     seed: int
     preprocessor: PreTrainedTokenizerBase | BaseImageProcessor
@@ -111,6 +113,8 @@ class Feed:
         collate = self.collate
         if isinstance(collate, CollateMasked):
             collate = CollateMasked(collate.tokenizer, self.seed)
+        elif isinstance(collate, CollateSpans):
+            collate = CollateSpans(collate.tokenizer, collate.config, self.seed)
         elif isinstance(collate, CollatePictures):
             collate = collate.judging()
         return make_loader(self.held_out_set, collate, batch_size=self.batch_size, seed=None)
@@ -166,8 +170,12 @@ def find_pictures(recipe: Recipe) -> ImageData:
     return load_images(recipe.data, label_column=recipe.label_column, seed=recipe.seed)
 
 
-def find_data(recipe: Recipe, console: Quiet) -> TextData:
-    """The texts a recipe names; prose of this machine when it names none."""
+def find_data(recipe: Recipe, console: Quiet, *, writes: bool = False) -> TextData:
+    """The texts a recipe names; prose of this machine when it names none.
+
+    Args:
+        writes: Whether the model reads one text and writes another.
+    """
     if recipe.image_size:
         raise BadRecipe("--image-size: the model reads text, not pictures: leave it out.")
     if recipe.task and recipe.data:
@@ -176,8 +184,9 @@ def find_data(recipe: Recipe, console: Quiet) -> TextData:
         return load_prose(seed=recipe.seed, console=console)
     if recipe.data:
         return load_data(
-            recipe.data, text_columns=recipe.text_columns, label_column=recipe.label_column, seed=recipe.seed
-        )
+            recipe.data, text_columns=recipe.text_columns, label_column=recipe.label_column, seed=recipe.seed,
+            writes=writes,
+        )  # fmt: skip
     if recipe.task:
         return load_task(recipe.task)
     why = "No data named" if hub_reachable() else "No data named and the Hub is out of reach"
@@ -203,14 +212,17 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
         if not data.label_column:
             raise BadData(f"{name} needs labelled data, '{data.name}' has no label column: use --task or --data.")
         return "classification" if data.labels else "regression"
+    if auto == "AutoModelForSeq2SeqLM":
+        return WRITES
     if auto == "AutoModelForCausalLM":
         return "causal_lm"
     if auto == "AutoModelForMaskedLM":
         return "masked_lm"
     if model.config.is_encoder_decoder:
         raise BadData(
-            f"{name} reads one text and writes another, and ibprune cannot train such pairs yet. Of an encoder-decoder "
-            "it trains a sequence classifier, and T5EncoderModel; `ibprune plan` takes every head."
+            f"{name} ends in the decoder's hidden states, which nothing here trains. Of an encoder-decoder it trains "
+            "the model for conditional generation, sequence classifiers, and T5EncoderModel; `ibprune plan` takes "
+            "every head."
         )
     if is_headless(model):
         return "encoder"
@@ -223,14 +235,14 @@ def make_feed(
     """The feed, and the recipe with the defaults that its objective decides filled in."""
     name = objective_name(model, data)
     if "vocab" in recipe.kinds:
-        if name in ("causal_lm", "masked_lm", TAGS, ANSWERS):
+        if name in ("causal_lm", "masked_lm", WRITES, TAGS, ANSWERS):
             raise BadRecipe(
                 "'vocab' is cut in sequence classifiers, regressors and encoders without a head: other models are "
                 "trained and judged token by token, and their tokens would not be the dense model's. Leave it out of "
                 "--kinds."
             )
         check_tokenizer(tokenizer)
-    if data.objective and not tokenizer.is_fast:
+    if data.objective in (TAGS, ANSWERS) and not tokenizer.is_fast:
         raise BadRecipe(
             f"expected a fast tokenizer, which says where each token stands, found {type(tokenizer).__name__}: "
             "save the model with a tokenizer.json."
@@ -251,6 +263,14 @@ def make_feed(
         collate = CollateIds(tokenizer) if name == "causal_lm" else CollateMasked(tokenizer, recipe.seed)
         if name == "masked_lm" and tokenizer.mask_token_id is None:
             raise BadData("a masked language model needs a tokenizer with a mask token, found none.")
+    elif name == WRITES:
+        if data.objective == WRITES:
+            collate = CollatePairs(tokenizer, data, max_length, model.config)
+        else:
+            collate = CollateSpans(tokenizer, model.config, recipe.seed)
+            train_set, held_out_set = (
+                windows(rows, data.text_columns[0], tokenizer, max_length) for rows in (train_set, held_out_set)
+            )
     elif name == ANSWERS:
         train_set, held_out_set = (
             answer_windows(rows, data, tokenizer, max_length, judged=judged)

@@ -18,7 +18,7 @@ from ibprune.images import IMAGE, CollatePictures, stored_digest, stored_size
 from ibprune.losses import Batch
 from ibprune.mi.probes import LEAST_PER_CLASS
 from ibprune.pairs import Pairs
-from ibprune.task_heads import TAGS
+from ibprune.task_heads import TAGS, WRITES
 
 MOST_INPUTS = 2400
 COMPARABLE = 500_000  # training rows that are looked through for the audited texts
@@ -80,7 +80,8 @@ def encode_inputs(
         BadData: Fewer than 200 distinct texts.
     """
     rows = data.held_out.select(range(min(len(data.held_out), 4 * most)))  # a large split is not read whole
-    columns = [[as_text(text) for text in rows[column]] for column in data.text_columns]
+    read = data.text_columns[:1] if data.objective == WRITES else data.text_columns
+    columns = [[as_text(text) for text in rows[column]] for column in read]
     tagged = data.objective == TAGS
     encoded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False, return_offsets_mapping=tagged)
     seen: set[tuple] = set()

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ibprune.errors import BadData
-from ibprune.task_heads import ANSWERS, TAGS, complete
+from ibprune.task_heads import ANSWERS, TAGS, WRITES, complete
 
-OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", TAGS, ANSWERS, "encoder", "custom")
+OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", WRITES, TAGS, ANSWERS, "encoder", "custom")
 Batch = dict[str, torch.Tensor]
 WORDS = "words"  # the key of the word that each token belongs to, -1 for none
 DENSE = "dense_"  # begins the keys of what the dense model reads, where its tokens are not the pruned model's
@@ -91,7 +91,7 @@ def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor
             return (outputs.logits.float().squeeze(-1) - batch["labels"]).square()
         case "causal_lm":
             return _token_loss(outputs.logits[:, :-1], batch["labels"][:, 1:])
-        case "masked_lm" | "token_classification":
+        case "masked_lm" | "seq2seq_lm" | "token_classification":
             return _token_loss(outputs.logits, batch["labels"])
         case "question_answering":  # the mean of start and end
             each = F.cross_entropy(span_logits(outputs, batch).transpose(1, 2), batch["labels"], reduction="none")
@@ -134,7 +134,7 @@ def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.
         case "question_answering":
             both = (span_logits(outputs, batch) for outputs in (student, teacher))
             return _kl(*both, objective.temperature).mean(1)
-        case "masked_lm" | "token_classification":
+        case "masked_lm" | "seq2seq_lm" | "token_classification":
             real = (batch["labels"] != -100).float()
             each = _kl(student.logits, teacher.logits, objective.temperature)
             return (each * real).sum(1) / real.sum(1).clamp_min(1)

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ibprune.audit_output import audit_section, layer_status
 from ibprune.checksums import CARD, REPORT
 from ibprune.report import SCHEMA, budget_line, macs_input, rows
-from ibprune.task_heads import ANSWERS, TAGS
+from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 NAME = re.compile(r'\.from_pretrained\("([^"]+)"')  # what a card calls its folder
 TASKS = {  # by objective, as the Hub calls them
@@ -19,6 +19,7 @@ TASKS = {  # by objective, as the Hub calls them
     "regression": "text-classification",
     "causal_lm": "text-generation",
     "masked_lm": "fill-mask",
+    WRITES: "text2text-generation",
     TAGS: "token-classification",
     ANSWERS: "question-answering",
     "encoder": "feature-extraction",

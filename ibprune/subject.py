@@ -16,6 +16,7 @@ from ibprune.models import Loaded, Source, find_source, has_weights, load_config
 from ibprune.recipe import Recipe
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.structure import check_cnn, choose_kinds
+from ibprune.task_heads import WRITES, writes
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     pictures, traced = reads_pictures(config.model_type), is_traced(config.model_type)
     if traced:
         check_cnn(recipe, config.model_type)
-    data = find_pictures(recipe) if pictures else find_data(recipe, console)
+    data = find_pictures(recipe) if pictures else find_data(recipe, console, writes=writes(config))
     fresh = untrained and not has_weights(source)
     if not fresh:
         data = match_labels(data, config, source.name)
@@ -63,7 +64,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         raise BadData(f"expected a classifier of pictures in '{source.name}', found one with a single output.")
     n_labels = (len(data.labels) or 1) if data.label_column else None
     regression = bool(data.label_column and not data.labels)
-    objective = "" if pictures else data.objective
+    objective = "" if pictures or data.objective == WRITES else data.objective
     loaded = load_dense(source, n_labels=n_labels, regression=regression, untrained=fresh, objective=objective)
     if loaded.new_head and data.labels:
         loaded.model.config.id2label = dict(enumerate(data.labels))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 CLASSIFIERS = (  # how the names of such classes end
@@ -12,6 +12,7 @@ CLASSIFIERS = (  # how the names of such classes end
     "ForImageClassificationWithTeacher",
 )
 TAGS, ANSWERS = "token_classification", "question_answering"  # objectives that the data alone decide
+WRITES = "seq2seq_lm"  # that of a model which reads one text and writes another
 HEADS = {"": CLASSIFIERS, TAGS: ("ForTokenClassification",), ANSWERS: ("ForQuestionAnswering",)}
 _MAPPINGS = (
     ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
@@ -43,6 +44,18 @@ def auto_class(cls_name: str, model_type: str) -> str:
 
 def _auto(model: PreTrainedModel) -> str:
     return auto_class(type(model).__name__.removeprefix("Pruned"), model.config.model_type)
+
+
+def writes(config: PreTrainedConfig) -> bool:
+    """Whether a config names a model that reads one text and writes another.
+
+    Example:
+        >>> from transformers import T5Config
+        >>> writes(T5Config(architectures=["T5ForConditionalGeneration"])), writes(T5Config())
+        (True, False)
+    """
+    name = str((config.architectures or [""])[0])
+    return auto_class(name, config.model_type) == "AutoModelForSeq2SeqLM"
 
 
 def is_headless(model: PreTrainedModel) -> bool:

@@ -27,6 +27,7 @@ LAYERS = (
     ("surgery",),
     ("recipe", "data", "report", "channels"),
     ("collating", "prose", "images", "structure"),
+    ("denoising",),
     ("scores", "shares", "models", "feeding", "pairs", "labels"),
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots", "onnx_files"),
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
