@@ -15,7 +15,7 @@ from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_sh
 from ibprune.channels import Found
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
-from ibprune.embeddings import cut_vocab_, named_rows
+from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
 from ibprune.groups import MODULE_KINDS
 from ibprune.inject import inject_
@@ -85,16 +85,17 @@ def cut(
         found: The channels of a CNN.
     """
     student, kinds, counts = copy.deepcopy(dense), (), None
+    batches = feed.calibration(CALIBRATION, accelerator.device)
     if found is not None:
         example = feed.example()["pixel_values"].to(accelerator.device)
         structure = prepare_traced_(student, found.sites, example, compact_traced_)
     else:
         kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost)
         if find_family(dense.config.model_type).embedding:
-            batches = USAGE if "vocab" in kinds else 100
+            most = USAGE if "vocab" in kinds else 100
             masked = feed.objective.name == "masked_lm"
-            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=batches, masked=masked)
-        structure = prepare_(student, kinds, counts)
+            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=most, masked=masked)
+        structure = prepare_(student, kinds, token_use(student, kinds, counts, batches, feed.objective))
     if recipe.cost == "latency":
         structure = with_latency(
             structure, student, timed_inputs(dense, recipe, feed), table=recipe.latency_table, seed=recipe.seed,
@@ -102,8 +103,8 @@ def cut(
         )  # fmt: skip
     cost_model = structure.costs.of(recipe.cost)
     choice = Choice(
-        recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
-        feed.train, judge=dense, teacher=dense if recipe.distill else None,
+        recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
+        teacher=dense if recipe.distill else None,
         settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), frozen=recipe.mode == "faster",
     )  # fmt: skip
@@ -125,10 +126,24 @@ def cut(
         counts = token_counts(feed.unshuffled(), len(rows), batches=100)
         batches = feed.calibration(CALIBRATION, accelerator.device)
         choice = replace(choice, batches=batches, make_batches=feed.train)
-    rest = prepare_(student, tuple(kind for kind in kinds if kind != "vocab"), counts)
+    kinds = tuple(kind for kind in kinds if kind != "vocab")
+    rest = prepare_(student, kinds, token_use(student, kinds, counts, choice.batches, feed.objective))
     student, plan = choose_and_compact_(student, rest, budget, choice)
     plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
     return student, plan, budget, structure, feed
+
+
+def token_use(
+    model: PreTrainedModel,
+    kinds: tuple[str, ...],
+    counts: torch.Tensor | None,
+    batches: list[Batch],
+    objective: Objective,
+) -> TokenUse | None:
+    """What the data make of the token embedding, where its directions are cut; None for models that read no tokens."""
+    if counts is None or "embedding_rank" not in kinds or not find_family(model.config.model_type).factorizes:
+        return None
+    return TokenUse(counts, gradient_moment(model, batches, objective))
 
 
 def timed_inputs(model: PreTrainedModel, recipe: Recipe, feed: Feed) -> Batch:

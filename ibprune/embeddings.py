@@ -1,26 +1,48 @@
 """The token embedding of a transformer: its factors, and the rows of its vocabulary."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from ibprune.errors import PlanMismatch, UnsupportedModel
+from ibprune.losses import Batch, Objective, forward, supervised_loss
 from ibprune.plans import PruningPlan
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, factorize_modules, full_path, replace_module
 from ibprune.sites import find_family, find_sites
 from ibprune.slicing import slice_
 
+METRIC_FLOOR = 0.1  # of its mean: what every direction counts at the least
+UNSEEN = 0.1  # of the mean count: what a token counts at the least, where labels say what the model is for
 
-def factorize_(model: nn.Module, token_counts: torch.Tensor | None = None) -> None:
-    """Writes the token embedding W (V, d) as A (V, d) times B (d, d), its principal directions in order.
 
-    The model's output is unchanged (to rounding). The directions are the right singular vectors of
-    diag(sqrt(w)) W, so that keeping the first k of them loses the least of the embeddings that the
-    data use. The weights are w = counts + mean(counts): half what the data show, half uniform, so
-    that tokens absent from the data keep a share. An output tied to the embedding follows it.
+@dataclass(frozen=True)
+class TokenUse:
+    """What the data make of the token embedding.
+
+    Attributes:
+        counts: How often each token id occurs, (V,).
+        metric: Second moment of the loss's gradient at the embedding's output, (d, d); None where there are no labels,
+            or where an output is tied to the embedding.
+    """
+
+    counts: torch.Tensor
+    metric: torch.Tensor | None = None
+
+
+def factorize_(model: nn.Module, use: TokenUse | None = None) -> None:
+    """Writes the token embedding W (V, d) as A (V, d) times B (d, d), its most needed directions first.
+
+    The model's output is unchanged (to rounding). Keeping the first k directions is the change D of W of that rank
+    with the least sum_t w_t D_t G D_t^T over the tokens t: G is the metric of `use` with a floor, or the identity, and
+    then the directions are the principal ones of the embeddings that the data use. They are the right singular vectors
+    V of diag(sqrt(w)) W G^(1/2), with A = W G^(1/2) V and B = V^T G^(-1/2). With a metric the weights are the counts,
+    w = counts + mean(counts) / 10; without one, what the model is for is not known, and they are half uniform, so that
+    tokens absent from the data keep a share. An output tied to the embedding follows it.
 
     Args:
         model: A transformers model of a known family.
-        token_counts: How often each token id occurs in the data, (V,); None weighs all alike.
+        use: What the data make of it; None weighs all tokens and directions alike.
 
     Raises:
         UnsupportedModel: The model reads no tokens, or its embedding is not a plain `nn.Embedding`.
@@ -42,15 +64,47 @@ def factorize_(model: nn.Module, token_counts: torch.Tensor | None = None) -> No
         factorize_modules(model, path, hidden, tied)
         return
     work = weight.double()
-    counts = torch.ones(len(work), dtype=work.dtype) if token_counts is None else token_counts.to(work)
-    weights = (counts + counts.mean().clamp_min(1e-12)).to(work.device)
-    moment = work.T @ (work * weights[:, None])  # (d, d): its eigenvectors are the right singular vectors
+    counts = torch.ones(len(work), dtype=work.dtype) if use is None else use.counts.to(work)
+    metric = None if use is None else use.metric
+    weights = (counts + (1.0 if metric is None else UNSEEN) * counts.mean().clamp_min(1e-12)).to(work.device)
+    root = inverse = torch.eye(hidden, dtype=work.dtype, device=work.device)
+    if metric is not None:
+        scaled = metric.to(work) / metric.diagonal().mean().clamp_min(1e-30)
+        values, vectors = torch.linalg.eigh(scaled + METRIC_FLOOR * root)
+        root, inverse = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    felt = work @ root  # (V, d): embeddings in units of what they change
+    moment = felt.T @ (felt * weights[:, None])  # (d, d): its eigenvectors are the right singular vectors
     directions = torch.linalg.eigh(moment).eigenvectors.flip(1)  # (d, d), largest first
     factorize_modules(model, path, hidden, tied)
     factors = model.get_submodule(path)
     with torch.no_grad():
-        factors.weight.copy_(work @ directions)
-        factors.projection.weight.copy_(directions)
+        factors.weight.copy_(felt @ directions)
+        factors.projection.weight.copy_(inverse @ directions)
+
+
+def gradient_moment(model: nn.Module, batches: list[Batch], objective: Objective) -> torch.Tensor | None:
+    """Second moment of the gradient of each sequence's loss at the token embedding's output, summed, (d, d) float64.
+
+    None for an encoder without labels, whose use the texts at hand do not decide, and where an output is tied to the
+    embedding, because the gradient there is not all that a direction does.
+    """
+    family = find_family(model.config.model_type)
+    embedding = model.get_submodule(full_path(model, family.embedding))
+    if objective.name == "encoder" or _shares(model, family.output.removeprefix("/"), embedding.weight):
+        return None
+    found: list[torch.Tensor] = []
+    total = torch.zeros(embedding.weight.shape[1], embedding.weight.shape[1], dtype=torch.float64)
+    handle = embedding.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        for batch in batches:
+            found.clear()
+            loss = supervised_loss(objective, forward(model, batch), batch).sum()
+            (gradient,) = torch.autograd.grad(loss, found[0])
+            gradient = gradient[batch["attention_mask"].bool()].double()
+            total += (gradient.T @ gradient).cpu()
+    finally:
+        handle.remove()
+    return total if bool(torch.isfinite(total).all()) and bool(total.any()) else None
 
 
 def merge_(model: nn.Module) -> None:

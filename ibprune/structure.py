@@ -12,7 +12,7 @@ from ibprune import channels
 from ibprune.budget import Budget, Keep
 from ibprune.console import Quiet
 from ibprune.costs import FEMTOSECONDS_PER_MS, CostModel, macs_model, module_macs_model, params_model
-from ibprune.embeddings import factorize_
+from ibprune.embeddings import TokenUse, factorize_
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.groups import ATTENTION_KINDS, Site
 from ibprune.latency import LatencyTable, load_latency, measure_latency
@@ -164,15 +164,15 @@ def check_vocab(model: CostModel, recipe: Recipe) -> None:
         )
 
 
-def prepare_(model: PreTrainedModel, kinds: tuple[str, ...], counts: torch.Tensor | None) -> Structure:
+def prepare_(model: PreTrainedModel, kinds: tuple[str, ...], use: TokenUse | None) -> Structure:
     """What can be cut of a transformer; factorises its embedding if the rank is to be cut.
 
     Args:
         kinds: From `choose_kinds`.
-        counts: How often each token occurs, which weights the directions of the embedding.
+        use: What the data make of the token embedding, which orders its directions.
     """
     if "embedding_rank" in kinds and find_family(model.config.model_type).factorizes:
-        factorize_(model, counts)
+        factorize_(model, use)
     everything = find_sites(model)
     chosen = {name: site for name, site in everything.items() if site.kind in kinds}
     length = min(MACS_LENGTH, find_family(model.config.model_type).max_tokens(model.config) or MACS_LENGTH)

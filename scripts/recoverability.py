@@ -17,7 +17,7 @@ import torch
 from ibprune.budget import fractions_kept, make_budget, solve_by_shares
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
-from ibprune.cutting import CALIBRATION, loss_with, on_kept_features, train_settings
+from ibprune.cutting import CALIBRATION, loss_with, on_kept_features, token_use, train_settings
 from ibprune.evaluation import evaluate_model
 from ibprune.inject import inject_
 from ibprune.recipe import make_recipe
@@ -43,12 +43,11 @@ def main() -> None:
     accelerator = make_accelerator("fp32", seed=recipe.seed)
     dense = dense.to(accelerator.device)
     student = copy.deepcopy(dense)
-    structure = prepare_(
-        student, choose_kinds(dense, ()), token_counts(feed.unshuffled(), dense.config.vocab_size, batches=100)
-    )
+    kinds, batches = choose_kinds(dense, ()), feed.calibration(CALIBRATION, accelerator.device)
+    counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=100)
+    structure = prepare_(student, kinds, token_use(student, kinds, counts, batches, feed.objective))
     costs, sites = structure.costs.params, structure.sites
     budget = make_budget(costs, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
-    batches = feed.calibration(CALIBRATION, accelerator.device)
     masks = inject_(student, sites)
     scores = fisher_scores(
         student, masks, batches, feed.objective, seed=recipe.seed, total=len(batches), console=Quiet()
