@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, train, load, push, audit."""
+"""The public Python functions: prune, plan, train, load, push, audit, bench."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ibprune.benchmarking import bench
 from ibprune.comparing import audit
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
@@ -18,7 +19,7 @@ from ibprune.planning import plan
 from ibprune.recipe import make_recipe
 from ibprune.training import train_dense
 
-__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune", "push", "train"]
+__all__ = ["ModuleResult", "PruneResult", "audit", "bench", "load", "plan", "prune", "push", "train"]
 
 
 def prune(
