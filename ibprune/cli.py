@@ -8,6 +8,7 @@ from ibprune.tables import (
     estimate_line,
     print_audit,
     print_benchmark,
+    print_conversion,
     print_plan,
     print_report,
     print_speeds,
@@ -21,6 +22,7 @@ VERBS = {
     "push": "send a folder that ibprune wrote to the Hub",
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
     "bench": "measure speed, memory and size of a dense and a pruned model side by side, and say why it is not more",
+    "convert-legacy": "turn a checkpoint that an older tool pruned into a folder that loads",
     "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
 
@@ -174,6 +176,17 @@ def _bench_parser() -> _Parser:
     return parser
 
 
+def _legacy_parser() -> _Parser:
+    parser = _Parser(prog="ibprune convert-legacy", description=VERBS["convert-legacy"].capitalize() + ".",
+                     allow_abbrev=False)  # fmt: skip
+    parser.add_argument("source", help="a folder with a config.json and a state dict")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the closing line")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the line")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -212,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(f"ibprune {__version__}\n")
             return 0
         return {
-            "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit, "bench": _bench,
+            "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit,
+            "bench": _bench, "convert-legacy": _convert_legacy,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
     except IBPruneError as error:
@@ -334,6 +348,22 @@ def _bench(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         print_speeds(found)
+    return 0
+
+
+def _convert_legacy(argv: list[str]) -> int:
+    values = _given(_legacy_parser().parse_args(argv), without=("debug", "quiet", "json"))
+    _hush()
+    from ibprune.console import Quiet, Terminal
+    from ibprune.legacy import convert_legacy
+
+    report = convert_legacy(**values, console=Quiet() if "--quiet" in argv else Terminal())
+    if "--json" in argv:
+        import json
+
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        print_conversion(report, values["output"])
     return 0
 
 

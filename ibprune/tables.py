@@ -88,6 +88,13 @@ def print_audit(found: dict) -> None:
         sys.stdout.write(found["headline"] + "\n")
 
 
+def print_conversion(report: dict, output: str) -> None:
+    sys.stdout.write(
+        f"{report['pruned']['params']:,} of {report['dense']['params']:,} parameters; written to {output}; loads with "
+        f"{WAYS[report['verify']['tier']]} (checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
+    )
+
+
 def print_speeds(found: dict) -> None:
     from ibprune.verdict import fewer, size
 
