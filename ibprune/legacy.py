@@ -26,7 +26,7 @@ from ibprune.surgery import compact_
 SCHEMA = "ibprune.legacy/1"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of the first BERTs
-UNREAD = re.compile(
+UNREAD = re.compile(  # what a model makes itself, and CoFi's layer for distillation
     r"(position_ids|token_type_ids|rotary_emb\.inv_freq|masked_bias|layer_transformation\.(weight|bias))$"
 )
 ZERO_AT_ZERO = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "relu2")
@@ -63,8 +63,8 @@ def convert_legacy(source: str, *, output: str, console: Quiet | None = None) ->
     state, dtype = read_state(Path(source))
     origin = Source(source, source)
     config = load_config(origin)
-    heads = getattr(config, "pruned_heads", None) or {}
-    config.pruned_heads = {}
+    heads = config.__dict__.pop("pruned_heads", None) or {}
+    config.architectures = [name.removeprefix("CoFi") for name in config.architectures or []] or None
     cls = model_class(config, classify=False)
     model = build_model(config, cls, device="cpu").float()
     dense_params = count_params(model)
