@@ -120,7 +120,7 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except SafetensorError as error:
         raise BadRecipe(f"'{path}' is a damaged safetensors file: {first_line(error)}") from error
-    except Exception as error:  # noqa: BLE001  the unpickler raises what it likes
+    except Exception as error:  # noqa: BLE001  reading raises what it likes
         raise BadRecipe(
             f"'{path}' holds more than tensors, such as a whole model (LLM-Pruner), and is not opened: opening it runs "
             "its code. Where you trust it, in the tool that wrote it: torch.save(model.state_dict(), "
