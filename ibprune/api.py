@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, train, load, push, audit."""
+"""The public Python functions: prune, plan, train, load, push, audit, bench, convert_legacy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ibprune.benchmarking import bench
 from ibprune.comparing import audit
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
 from ibprune.hub_folders import fetch, push
+from ibprune.legacy import convert_legacy
 from ibprune.loading import load as load_transformer
 from ibprune.module_files import is_module_folder, load_module
 from ibprune.module_pipeline import ModuleResult, make_settings, prune_module
@@ -18,7 +20,7 @@ from ibprune.planning import plan
 from ibprune.recipe import make_recipe
 from ibprune.training import train_dense
 
-__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune", "push", "train"]
+__all__ = ["ModuleResult", "PruneResult", "audit", "bench", "convert_legacy", "load", "plan", "prune", "push", "train"]
 
 
 def prune(

@@ -4,7 +4,16 @@ import argparse
 import sys
 
 from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
-from ibprune.tables import estimate_line, print_audit, print_benchmark, print_plan, print_report, print_training
+from ibprune.tables import (
+    estimate_line,
+    print_audit,
+    print_benchmark,
+    print_conversion,
+    print_plan,
+    print_report,
+    print_speeds,
+    print_training,
+)
 
 VERBS = {
     "prune": "make a trained model smaller and write a folder that loads (the default verb)",
@@ -12,6 +21,8 @@ VERBS = {
     "train": "train a dense model, also from a config alone, and write a folder that loads",
     "push": "send a folder that ibprune wrote to the Hub",
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
+    "bench": "measure speed, memory and size of a dense and a pruned model side by side, and say why it is not more",
+    "convert-legacy": "turn a checkpoint that an older tool pruned into a folder that loads",
     "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
 
@@ -149,6 +160,46 @@ def _audit_parser() -> _Parser:
     return parser
 
 
+def _bench_parser() -> _Parser:
+    parser = _Parser(prog="ibprune bench", description=VERBS["bench"].capitalize() + ".", allow_abbrev=False)
+    add = parser.add_argument
+    add("dense", help="Hub id, folder or alias of the dense model")
+    add("pruned", help="the pruned folder, or any checkpoint of the same family")
+    add("--batches", type=_numbers, help="comma list of inputs at a time (default 1,8,32)")
+    add("--lengths", type=_numbers, help="comma list of tokens of an input (default 32,128)")
+    add("--runtimes", type=_names, help="comma list of eager (default) and compile")
+    add("--precision", help="fp32 (default) or bf16")
+    add("--rounds", type=int, help="timed runs of each model (default 15)")
+    add("--image-size", type=int, help="pixels of a side, for a CNN that brings no image processor")
+    add("--output", help="a JSON file for the result (default: none is written)")
+    add("--quiet", action="store_true", help="no progress, only the table")
+    add("--json", action="store_true", help="print the result as JSON instead of the table")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _legacy_parser() -> _Parser:
+    parser = _Parser(prog="ibprune convert-legacy", description=VERBS["convert-legacy"].capitalize() + ".",
+                     allow_abbrev=False)  # fmt: skip
+    parser.add_argument("source", help="a folder with a config.json and a state dict")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the closing line")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the line")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a comma list of whole numbers, found '{text}'") from None
+
+
 def _mi_parser() -> _Parser:
     parser = _Parser(prog="ibprune mi-benchmark", description=VERBS["mi-benchmark"].capitalize() + ".",
                      allow_abbrev=False)  # fmt: skip
@@ -177,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return {
             "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit,
+            "bench": _bench, "convert-legacy": _convert_legacy,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
     except IBPruneError as error:
@@ -282,6 +334,38 @@ def _audit(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         print_audit(found)
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    values = _given(_bench_parser().parse_args(argv), without=("debug", "quiet", "json"))
+    _hush()
+    from ibprune.benchmarking import bench
+    from ibprune.console import Quiet, Terminal
+
+    found = bench(**values, console=Quiet() if "--quiet" in argv else Terminal())
+    if "--json" in argv:
+        import json
+
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        print_speeds(found)
+    return 0
+
+
+def _convert_legacy(argv: list[str]) -> int:
+    values = _given(_legacy_parser().parse_args(argv), without=("debug", "quiet", "json"))
+    _hush()
+    from ibprune.console import Quiet, Terminal
+    from ibprune.legacy import convert_legacy
+
+    report = convert_legacy(**values, console=Quiet() if "--quiet" in argv else Terminal())
+    if "--json" in argv:
+        import json
+
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        print_conversion(report, values["output"])
     return 0
 
 

@@ -1,7 +1,6 @@
 """Audits two models, checkpoints on disk or from the Hub or modules: binds both to the data, writes the folder."""
 
 import copy
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from ibprune.features import default_pooling
 from ibprune.feeding import find_data, find_pictures, make_picture_feed
 from ibprune.images import load_processor
 from ibprune.inputs import MOST_INPUTS, Inputs, encode_inputs, encode_pairs, encode_pictures
-from ibprune.loading import load
+from ibprune.loading import load_any
 from ibprune.losses import Batch
 from ibprune.measures import AuditSettings
 from ibprune.mi.probes import Probe
@@ -28,7 +27,6 @@ from ibprune.models import Loaded, find_source, load_config, load_dense, load_to
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.sites import find_family, has_row, reads_pictures
-from ibprune.surgery import SPEC
 from ibprune.task_heads import writes
 
 MAX_LENGTH = 128
@@ -146,7 +144,7 @@ def _checkpoints(recipe: Recipe, pruned: str, *, most: int, console: Quiet) -> P
     pictures = reads_pictures(config.model_type)
     rows = find_pictures(recipe) if pictures else find_data(recipe, console, writes=writes(config))
     loaded = load_dense(source)
-    before, after = loaded.model.float(), _load(pruned)
+    before, after = loaded.model.float(), load_any(pruned).float()
     if before.config.model_type != after.config.model_type:
         raise BadData(
             f"expected two models of one family, found '{before.config.model_type}' and '{after.config.model_type}'."
@@ -171,17 +169,6 @@ def _checkpoints(recipe: Recipe, pruned: str, *, most: int, console: Quiet) -> P
 def _processor(loaded: Loaded, pruned: str) -> BaseImageProcessor | None:
     """The dense model's image processor; where it brings none, the one that its pruned folder got."""
     return loaded.processor or load_processor(find_source(pruned).location)
-
-
-def _load(name: str) -> PreTrainedModel:
-    source = find_source(name)
-    config = Path(source.location) / "config.json"
-    try:
-        raw = json.loads(config.read_text()) if config.exists() else {}
-        pruned = isinstance(raw, dict) and SPEC in raw
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        pruned = False  # the loader of dense models says what is wrong with it
-    return (load(source.location) if pruned else load_dense(source).model).float()
 
 
 def _plan(name: str) -> PruningPlan | None:

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ibprune.bench import timed_text
 from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
 from ibprune.channels import Found
 from ibprune.collating import token_counts
@@ -28,6 +27,7 @@ from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
 from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
 from ibprune.surgery import compact_traced_
+from ibprune.timing import timed_text
 from ibprune.trainer import TrainSettings, train
 from ibprune.vib import learn_masks
 from ibprune.vocabulary import RankedRows, keep_rows, rank_rows

@@ -13,13 +13,13 @@ from scipy.optimize import nnls
 from scipy.stats import qmc
 from torch import nn
 
-from ibprune.bench import now
 from ibprune.budget import allowed_width
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, Owners, Product, Term, dimension_owners, parameter_products
 from ibprune.errors import BadRecipe, first_line
 from ibprune.groups import Site
 from ibprune.losses import Batch, forward
+from ibprune.timing import now
 
 FORMAT = "ibprune.latency/1"
 LATENCY = "latency.json"  # in a folder

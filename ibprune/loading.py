@@ -1,4 +1,4 @@
-"""Loads a pruned folder without remote code, and refuses any tensor that does not fit."""
+"""Loads folders without remote code, and refuses any tensor that does not fit."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ibprune.checksums import check_files
 from ibprune.errors import PlanMismatch, first_line
-from ibprune.models import check_finite
+from ibprune.models import check_finite, find_source, load_dense
 from ibprune.rebuild import Pruned
 from ibprune.sites import check_model_type
 from ibprune.surgery import FORMAT, SPEC, SPEC_KEYS
@@ -51,6 +51,22 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     check_loaded(info, str(folder))
     check_finite(model, str(folder))
     return model.eval()
+
+
+def load_any(name: str) -> PreTrainedModel:
+    """The model of a pruned folder, or of any dense checkpoint by folder, Hub id or alias.
+
+    Raises:
+        IBPruneError: It cannot be found, or does not load.
+    """
+    source = find_source(name)
+    config = Path(source.location) / "config.json"
+    try:
+        raw = json.loads(config.read_text()) if config.exists() else {}
+        pruned = isinstance(raw, dict) and SPEC in raw
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        pruned = False  # the loader of dense models says what is wrong with it
+    return load(source.location) if pruned else load_dense(source).model
 
 
 def _read(folder: Path, path: Path) -> tuple[dict, dict | None]:

@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ibprune.checksums import sha256
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
-from ibprune.images import load_processor
+from ibprune.images import blank_shape, load_processor, resize_
 from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
 from ibprune.task_heads import ANSWERS, HEADS, TAGS
 
@@ -308,6 +308,18 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def input_shape(config: PreTrainedConfig, source: Source | None, size: int | None) -> tuple[int, int, int]:
+    """What a CNN reads of one picture, (channels, height, width), as far as processor and config tell."""
+    processor = load_processor(source.location) if source else None
+    if processor is not None:
+        if size:
+            resize_(processor, size)
+        return blank_shape(processor, config.num_channels)
+    size = size or getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return config.num_channels, height, width
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ibprune.bench import time_forward
 from ibprune.budget import make_budget
 from ibprune.channels import find_channels
 from ibprune.console import Quiet
@@ -27,6 +26,7 @@ from ibprune.scores import SCORES
 from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_, with_latency
 from ibprune.surgery import compact_module_
+from ibprune.timing import time_forward
 from ibprune.trainer import TrainSettings, make_accelerator, train
 
 SCHEMA = "ibprune.module_report/1"

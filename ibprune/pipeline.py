@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 from ibprune.audit_output import write_audit
 from ibprune.auditing import Side as AuditSide
 from ibprune.auditing import audit
-from ibprune.bench import time_forward
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import count_params
@@ -33,6 +32,7 @@ from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
 from ibprune.structure import Costs
 from ibprune.subject import Subject, known_tokens, load_subject
+from ibprune.timing import time_forward
 from ibprune.trainer import make_accelerator, train
 from ibprune.training import finetune_
 from ibprune.vocabulary import compare_tokenizers

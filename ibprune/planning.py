@@ -12,8 +12,7 @@ from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
 from ibprune.export import tier_of
-from ibprune.images import blank_shape, load_processor, resize_
-from ibprune.models import Source, build_model, find_source, load_config, model_class
+from ibprune.models import build_model, find_source, input_shape, load_config, model_class
 from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
@@ -117,15 +116,3 @@ def plan(
         "tier": tier_of(skeleton),
         "groups": groups,
     }
-
-
-def input_shape(config: PreTrainedConfig, source: Source | None, size: int | None) -> tuple[int, int, int]:
-    """What a CNN reads of one picture, (channels, height, width), as `plan` takes it to be."""
-    processor = load_processor(source.location) if source else None
-    if processor is not None:
-        if size:
-            resize_(processor, size)
-        return blank_shape(processor, config.num_channels)
-    size = size or getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return config.num_channels, height, width

@@ -22,7 +22,7 @@ class Side:
         macs: Multiply-accumulates of one sequence of `macs_length` tokens, or of one picture (a MAC is two FLOPs).
         file_bytes: Size of the safetensors.
         metrics: By name, on the held-out data.
-        latency_ms: {"median", "iqr", "layers"} of a forward pass, by `ibprune.bench.time_forward`.
+        latency_ms: {"median", "iqr", "layers"} of a forward pass, by `ibprune.timing.time_forward`.
         params_blocks, macs_blocks: The same without embeddings and heads.
     """
 

@@ -88,6 +88,37 @@ def print_audit(found: dict) -> None:
         sys.stdout.write(found["headline"] + "\n")
 
 
+def print_conversion(report: dict, output: str) -> None:
+    sys.stdout.write(
+        f"{report['pruned']['params']:,} of {report['dense']['params']:,} parameters; written to {output}; loads with "
+        f"{WAYS[report['verify']['tier']]} (checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
+    )
+
+
+def print_speeds(found: dict) -> None:
+    from ibprune.verdict import fewer, size
+
+    rows = []
+    for cell in found["cells"]:
+        sides = [cell["dense"], cell["pruned"]]
+        ms = [f"{s['ms']['median']:.2f} ({s['ms']['q1']:.2f}-{s['ms']['q3']:.2f})" for s in sides]
+        rate = " -> ".join(f"{s['per_second']:,.0f}" for s in sides)
+        peak = " -> ".join(f"{s['peak_bytes'] / 1e6:,.1f}" for s in sides)
+        gain = f"{cell['speedup']['median']:.2f} ({cell['speedup']['q1']:.2f}-{cell['speedup']['q3']:.2f})"
+        what = f"{cell['phase']}, {cell['runtime']}, {size(cell)}"
+        rows.append((what, *ms, rate, peak, gain, f"{fewer(cell):.2f}"))
+    env, sides = found["env"], (found["dense"], found["pruned"])
+    header = ("", "dense ms", "pruned ms", "per second", "peak MB", "times as fast", "times fewer MACs")
+    table(f"{found['dense']['id']} and {found['pruned']['id']}, medians (quartiles)", header, rows)
+    params = " -> ".join(f"{s['params']:,}" for s in sides)
+    files = " -> ".join("-" if s["file_bytes"] is None else f"{s['file_bytes'] / 1e6:,.1f} MB" for s in sides)
+    sys.stdout.write(
+        f"parameters {params}; file {files}\n"
+        f"{env['device']}, {env['threads']} thread(s), {env['precision']}; {found['unit']}; peak: {env['memory']}\n"
+        + "".join(f"{line}\n" for line in found["verdict"])
+    )
+
+
 def print_benchmark(results: list, estimators: tuple[str, ...], n: int, n_seeds: int) -> None:
     def mean_error(chosen: list) -> str:
         errors = [abs(r.error) for r in chosen if r.error is not None]

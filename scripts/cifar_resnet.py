@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 import ibprune
-from ibprune.bench import time_forward
 from ibprune.console import Terminal
 from ibprune.costs import count_params, module_macs_model
 from ibprune.cutting import loss_with
 from ibprune.losses import Objective
+from ibprune.timing import time_forward
 from ibprune.trainer import TrainSettings, make_accelerator, train
 
 WITNESSES = {  # Torch-Pruning: the importance, and whether all layers are ranked together or each loses the same share

@@ -1,6 +1,7 @@
 """Latency of two models side by side: interleaved runs, median and spread."""
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ibprune.console import Quiet
 from ibprune.examples import example_inputs
 from ibprune.losses import Batch, forward
+from ibprune.rebuild import FactorizedUnembedding
 
 
 def timed_text(model: nn.Module, batch_size: int, max_length: int) -> Batch:
@@ -28,30 +30,60 @@ def time_forward(
     device = next(dense.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items()}
     models = (dense.eval(), pruned.eval())
-    for model in models:
-        forward(model, batch)
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in console.track(range(rounds), "timing", rounds):
-        for model, found in zip(models, times):
-            start = now(device)
-            forward(model, batch)
-            found.append(1000 * (now(device) - start))
+    runs = [stopwatch(lambda model=model: forward(model, batch), device) for model in models]
+    times = interleave(runs, rounds=rounds, console=console, what="timing")
     shares: tuple[list[float], list[float]] = ([], [])
     for _ in range(max(1, rounds // 3)):
         for model, found in zip(models, shares):
-            found.append(_share_of_layers(model, batch))
+            found.append(share_of_layers(model, lambda model=model: forward(model, batch)))
     return tuple(_summary(*pair) for pair in zip(times, shares))
 
 
+def stopwatch(run: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """What runs it and returns the milliseconds that it took."""
+
+    def timed() -> float:
+        start = now(device)
+        run()
+        return 1000 * (now(device) - start)
+
+    return timed
+
+
+def interleave(runs: Sequence[Callable[[], float]], *, rounds: int, console: Quiet, what: str) -> list[list[float]]:
+    """The milliseconds that the runs return, `rounds` times each, in turns, so that a busy machine slows all alike.
+
+    A first turn is not counted.
+    """
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in console.track(range(rounds), what, rounds):
+        for run, found in zip(runs, times):
+            found.append(run())
+    return times
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper one.
+
+    Example:
+        >>> quartiles([3.0, 1.0, 2.0, 5.0, 4.0])
+        (2.0, 3.0, 4.0)
+    """
+    low, median, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return low, median, high
+
+
 def now(device: torch.device) -> float:
-    """Seconds of a clock, once the device has done what it was told."""
+    """Seconds on a clock, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def _share_of_layers(model: nn.Module, batch: Batch) -> float:
-    """The share of one forward pass that linear layers and convolutions take."""
+def share_of_layers(model: nn.Module, run: Callable[[], object]) -> float:
+    """The share of one run of a model that its linear layers and convolutions take."""
     device = next(model.parameters()).device
     spent, started = 0.0, 0.0
 
@@ -63,13 +95,14 @@ def _share_of_layers(model: nn.Module, batch: Batch) -> float:
         nonlocal spent
         spent += now(device) - started
 
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.modules.conv._ConvNd))]
+    kinds = (nn.Linear, Conv1D, nn.modules.conv._ConvNd, FactorizedUnembedding)
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
     handles = [
         handle for m in layers for handle in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))
     ]
     try:
         start = now(device)
-        forward(model, batch)
+        run()
         return spent / (now(device) - start)
     finally:
         for handle in handles:
@@ -77,6 +110,6 @@ def _share_of_layers(model: nn.Module, batch: Batch) -> float:
 
 
 def _summary(values: list[float], shares: list[float]) -> dict[str, float]:
-    low, median, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    low, median, high = quartiles(values)
     layers = median * float(torch.tensor(shares).median())
     return {"median": round(median, 3), "iqr": round(high - low, 3), "layers": round(layers, 3)}
