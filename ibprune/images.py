@@ -13,7 +13,6 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from PIL import ImageOps
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit import ViTImageProcessorPil
 
@@ -35,7 +34,6 @@ ARRAYS = {  # of an npz file, in lower case: (pictures, labels)
 IMAGE, LABEL = "image", "label"  # the columns of the rows
 SMALL = 64  # pixels of a side up to which training pictures are padded by an eighth and cropped back
 STATISTICS = 5000  # training pictures of which mean and deviation are taken
-PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 UNREADABLE = (OSError, ValueError, SyntaxError, Picture.DecompressionBombError)
 _ROW = {IMAGE: Image(decode=False)}
 
@@ -238,23 +236,6 @@ def picture_mode(channels: int) -> str:
     if channels not in (1, 3):
         raise BadData(f"expected a model that reads one or three channels, found {channels}.")
     return "L" if channels == 1 else "RGB"
-
-
-def load_processor(location: str) -> BaseImageProcessor | None:
-    """The image processor beside a model, None where there is none.
-
-    Raises:
-        BadData: A file that describes none.
-    """
-    folder = Path(location)
-    if folder.is_dir() and not any((folder / name).exists() for name in PREPROCESSOR_FILES):
-        return None
-    try:
-        return AutoImageProcessor.from_pretrained(location, backend="pil")
-    except Exception as error:  # the classes of a missing and of a damaged file differ between processors
-        if isinstance(error, OSError) and not folder.is_dir():
-            return None
-        raise BadData(f"could not read the image processor of '{location}': {first_line(error)}") from error
 
 
 def make_processor(data: ImageData, channels: int, size: int | None = None) -> BaseImageProcessor:

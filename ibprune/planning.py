@@ -12,8 +12,8 @@ from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
 from ibprune.export import tier_of
-from ibprune.images import blank_shape, load_processor, resize_
-from ibprune.models import Source, build_model, find_source, load_config, model_class
+from ibprune.images import blank_shape, resize_
+from ibprune.models import Source, build_model, find_source, load_config, load_processor, model_class
 from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
