@@ -1,5 +1,6 @@
 """Tiny models of every family row, a tokenizer made here, and the guard against the network."""
 
+import gc
 import os
 import random
 import socket
@@ -264,6 +265,12 @@ WRITERS = ("LM", "LMHeadModel", "ForConditionalGeneration")
 # One case of each model type: a classifier, and a language model, where there is one; else the last head.
 CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: "SequenceC" in case[1])}
 LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: case[1].endswith(WRITERS))}
+
+
+def pytest_collection_finish():
+    """What was imported is no garbage: accelerate looks through all objects after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

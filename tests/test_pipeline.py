@@ -77,6 +77,7 @@ def test_the_saved_recipe_repeats_the_run(folders, reviews, tmp_path, capsys):
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("own_process")
 def test_no_steps_at_all_scores_cuts_and_exports(folders, stories, tmp_path):
     out = tmp_path / "out"
     steps = dict(mask_steps=0, recover_steps=0, batch_size=16, max_length=16)
