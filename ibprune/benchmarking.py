@@ -17,9 +17,10 @@ from ibprune.costs import count_params
 from ibprune.errors import BadData, BadRecipe, did_you_mean, first_line
 from ibprune.examples import example_inputs
 from ibprune.footprint import Footprint, footprint, lookup_params, tensor_bytes
+from ibprune.images import input_shape
 from ibprune.loading import load_any
 from ibprune.losses import Batch, forward
-from ibprune.models import find_source, input_shape, load_dense
+from ibprune.models import find_source, load_dense, load_processor
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, is_traced, reads_pictures
 from ibprune.task_heads import ANSWERS, HEADS, TAGS, auto_class
@@ -187,7 +188,9 @@ def _inputs(
     if reads_pictures(model_type):
         if lengths is not None:
             raise BadRecipe(f"--lengths: '{model_type}' reads pictures, which have none: leave it out.")
-        return (0,), input_shape(model.config, find_source(name), image_size) if is_traced(model_type) else None
+        if not is_traced(model_type):
+            return (0,), None
+        return (0,), input_shape(model.config, load_processor(find_source(name).location), image_size)
     most = find_family(model_type).max_tokens(model.config)
     written = STEPS if _writes(model) else 0
     if lengths is None:

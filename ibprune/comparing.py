@@ -17,13 +17,12 @@ from ibprune.errors import BadData, BadRecipe
 from ibprune.export import check_output, staged
 from ibprune.features import default_pooling
 from ibprune.feeding import find_data, find_pictures, make_picture_feed
-from ibprune.images import load_processor
 from ibprune.inputs import MOST_INPUTS, Inputs, encode_inputs, encode_pairs, encode_pictures
 from ibprune.loading import load_any
 from ibprune.losses import Batch
 from ibprune.measures import AuditSettings
 from ibprune.mi.probes import Probe
-from ibprune.models import Loaded, find_source, load_config, load_dense, load_tokenizer
+from ibprune.models import Loaded, find_source, load_config, load_dense, load_processor, load_tokenizer
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.sites import find_family, has_row, reads_pictures

@@ -13,7 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from PIL import ImageOps
-from transformers import AutoImageProcessor
+from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit import ViTImageProcessorPil
 
@@ -35,7 +35,6 @@ ARRAYS = {  # of an npz file, in lower case: (pictures, labels)
 IMAGE, LABEL = "image", "label"  # the columns of the rows
 SMALL = 64  # pixels of a side up to which training pictures are padded by an eighth and cropped back
 STATISTICS = 5000  # training pictures of which mean and deviation are taken
-PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 UNREADABLE = (OSError, ValueError, SyntaxError, Picture.DecompressionBombError)
 _ROW = {IMAGE: Image(decode=False)}
 
@@ -240,23 +239,6 @@ def picture_mode(channels: int) -> str:
     return "L" if channels == 1 else "RGB"
 
 
-def load_processor(location: str) -> BaseImageProcessor | None:
-    """The image processor beside a model, None where there is none.
-
-    Raises:
-        BadData: A file that describes none.
-    """
-    folder = Path(location)
-    if folder.is_dir() and not any((folder / name).exists() for name in PREPROCESSOR_FILES):
-        return None
-    try:
-        return AutoImageProcessor.from_pretrained(location, backend="pil")
-    except Exception as error:  # the classes of a missing and of a damaged file differ between processors
-        if isinstance(error, OSError) and not folder.is_dir():
-            return None
-        raise BadData(f"could not read the image processor of '{location}': {first_line(error)}") from error
-
-
 def make_processor(data: ImageData, channels: int, size: int | None = None) -> BaseImageProcessor:
     """A processor that brings pictures to one size, and to mean 0 and deviation 1 on the training pictures.
 
@@ -361,3 +343,16 @@ def pixels(processor: BaseImageProcessor, pictures: list[Picture.Image], name: s
         raise BadData(
             f"the model's image processor cannot make one batch of the pictures of '{name}': {first_line(error)}"
         ) from error
+
+
+def input_shape(
+    config: PreTrainedConfig, processor: BaseImageProcessor | None, size: int | None
+) -> tuple[int, int, int]:
+    """What a CNN reads of one picture, (channels, height, width), as far as processor and config tell."""
+    if processor is not None:
+        if size:
+            resize_(processor, size)
+        return blank_shape(processor, config.num_channels)
+    size = size or getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return config.num_channels, height, width

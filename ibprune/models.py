@@ -10,13 +10,19 @@ import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune.checksums import sha256
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
-from ibprune.images import blank_shape, load_processor, resize_
 from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
 from ibprune.task_heads import ANSWERS, HEADS, TAGS
 
@@ -31,6 +37,7 @@ ALIASES = {
     "tinyllama": "TinyLlama/TinyLlama_v1.1",
 }
 ADAPTER = "adapter_config.json"
+PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -289,6 +296,23 @@ def _read_checkpoint(source: Source, cls: type[PreTrainedModel], options: dict) 
     return model, bool(fresh)
 
 
+def load_processor(location: str) -> BaseImageProcessor | None:
+    """The image processor beside a model, None where there is none.
+
+    Raises:
+        BadData: A file that describes none.
+    """
+    folder = Path(location)
+    if folder.is_dir() and not any((folder / name).exists() for name in PREPROCESSOR_FILES):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(location, backend="pil")
+    except Exception as error:  # the classes of a missing and of a damaged file differ between processors
+        if isinstance(error, OSError) and not folder.is_dir():
+            return None
+        raise BadData(f"could not read the image processor of '{location}': {first_line(error)}") from error
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
@@ -308,18 +332,6 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def input_shape(config: PreTrainedConfig, source: Source | None, size: int | None) -> tuple[int, int, int]:
-    """What a CNN reads of one picture, (channels, height, width), as far as processor and config tell."""
-    processor = load_processor(source.location) if source else None
-    if processor is not None:
-        if size:
-            resize_(processor, size)
-        return blank_shape(processor, config.num_channels)
-    size = size or getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return config.num_channels, height, width
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -12,7 +12,8 @@ from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
 from ibprune.export import tier_of
-from ibprune.models import build_model, find_source, input_shape, load_config, model_class
+from ibprune.images import input_shape
+from ibprune.models import build_model, find_source, load_config, load_processor, model_class
 from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
@@ -57,7 +58,7 @@ def plan(
     shape, refused = None, {}
     if is_traced(config.model_type):
         check_cnn(recipe, config.model_type)
-        shape = input_shape(config, source, recipe.image_size)
+        shape = input_shape(config, load_processor(source.location) if source else None, recipe.image_size)
         skeleton = build_model(config, cls, device="cpu")
         example = torch.zeros(2, *shape)
         found = find_channels(skeleton, example)

@@ -17,10 +17,12 @@ def draw_audit(found: dict, folder: Path) -> list[str]:
     for name, draw in PLOTS.items():
         figure = draw(found)
         if figure is not None:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # the layout stands: each format would work it out again
             for form in FORMATS:
                 # no date inside: the same audit gives the same file
                 metadata = {"Date": None} if form == "svg" else None
-                figure.savefig(folder / f"{name}.{form}", dpi=150, bbox_inches="tight", metadata=metadata)
+                figure.savefig(folder / f"{name}.{form}", dpi=150, metadata=metadata)
             names.append(name)
     return names
 

@@ -5,6 +5,7 @@ import itertools
 import random
 import re
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +51,19 @@ def _sentences(console: Quiet) -> Iterator[str]:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
             continue  # a file of broken syntax is not prose
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                yield from _english(ast.get_docstring(node) or "")
+        for node in _documented(tree):
+            yield from _english(ast.get_docstring(node) or "")
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
+    """What may have a docstring, the outermost first; expressions, most of a file, are not looked into."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield node
+        for statements in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, statements, ()))
 
 
 def _english(text: str) -> Iterator[str]:
@@ -60,7 +71,9 @@ def _english(text: str) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph):
             words = sentence.split()
+            if not 8 <= len(words) <= 40:
+                continue
             line = " ".join(words)
-            letters = sum(c.isalpha() or c == " " for c in line)
-            if 8 <= len(words) <= 40 and letters > 0.88 * len(line) and ">>>" not in line:
+            letters = sum(map(str.isalpha, line)) + line.count(" ")
+            if letters > 0.88 * len(line) and ">>>" not in line:
                 yield line

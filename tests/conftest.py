@@ -1,16 +1,20 @@
 """Tiny models of every family row, a tokenizer made here, and the guard against the network."""
 
+import gc
 import os
 import random
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
 
+import fresh
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where transformers copies the code of pruned folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; so in the processes that tests start
 
 import torch
 import transformers
@@ -20,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from ibprune.task_heads import complete, with_end
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(1)  # two workers share the cores
+torch.set_num_threads(1)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WORDS = "the a film story actor plot good bad fine dull warm cold long short is was not very and but it".split()
@@ -263,6 +267,12 @@ CLASSIFIERS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda
 LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=lambda case: case[1].endswith(WRITERS))}
 
 
+def pytest_collection_finish():
+    """What was imported is no garbage: accelerate looks through all objects after every training."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
     if not DATA.is_dir():
         for item in items:
@@ -281,6 +291,20 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked():
+    """The process that checks a folder is forked: the start of an interpreter would be most of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ibprune.export.subprocess", fresh)
+        yield
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    """The process that checks a folder is started as a user's run starts it."""
+    monkeypatch.setattr("ibprune.export.subprocess", subprocess)
 
 
 def build(family: str, head: str, *, dtype=torch.float64, seed: int = 0):

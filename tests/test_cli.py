@@ -158,11 +158,12 @@ def test_bad_models_data_and_folders(folders, reviews, stories, capsys, tmp_path
         ({"architectures": "BertModel"}, "expected a bert class"),
     ],
 )
-def test_configs_that_describe_no_model(change, expected, tmp_path, capsys):
+def test_configs_that_describe_no_model(change, expected, stories, tmp_path, capsys):
     raw = TINY["bert"]().to_dict() | change if isinstance(change, dict) else change
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert expected in refused(capsys, "plan", "--model", tmp_path, "--budget", "0.5")
-    refused(capsys, "--model", tmp_path, "--budget", "0.5", "--output", tmp_path.parent / "never", "--quiet")
+    flags = ["--budget", "0.5", "--data", stories, "--output", tmp_path.parent / "never", "--quiet"]
+    refused(capsys, "--model", tmp_path, *flags)
 
 
 def test_a_model_without_a_tokenizer_is_refused(folders, stories, tmp_path, capsys):

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 import transformers
@@ -121,6 +121,7 @@ def test_a_pruned_encoder_decoder_writes_alike_after_reloading(family, tmp_path,
             assert torch.equal(same, ids) and torch.allclose(other, logits, atol=1e-5 * logits.abs().max())
 
 
+@pytest.mark.usefixtures("own_process")
 def test_an_output_that_a_checkpoint_holds_apart_from_the_embedding_stays_apart(tmp_path, tokenizer):
     """Flan-T5: its config says that they are tied, its weights that they are not."""
     model = build("t5-gated", "T5ForConditionalGeneration", dtype=torch.float32)
@@ -138,6 +139,7 @@ def test_other_heads_of_t5_load_every_way(head, tmp_path, tokenizer):
     assert verify(model, tmp_path, write_model(model, tokenizer, plan, tmp_path))["max_abs_diff"] <= 1e-5
 
 
+@pytest.mark.usefixtures("own_process")
 def test_a_uniform_llama_loads_with_plain_transformers(tmp_path, tokenizer):
     # 2 of 3 KV groups leave 4 query heads of width 4: the family takes head_dim
     model, plan = pruned("llama", "LlamaForCausalLM", lambda s: uniform(s, kv_groups=2, ffn=8), factorize=False)
@@ -253,14 +255,14 @@ def test_plain_transformers_refuses_the_folder_rather_than_guess(what, tmp_path,
     tier = write_model(model, tokenizer, plan, tmp_path)
     assert tier == "remote_code" and verify(model, tmp_path, tier)["max_abs_diff"] < 1e-5
     code = f"import transformers; transformers.AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    found = fresh.run([sys.executable, "-c", code])
     refusals = ("trust_remote_code", "mismatch", "is not a multiple of")  # the last: BERT checks its own widths first
     assert found.returncode != 0 and any(reason in found.stderr for reason in refusals)
 
 
 def test_the_tokenizer_loads_without_remote_code(folder):
     code = f"import transformers; transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    found = fresh.run([sys.executable, "-c", code])
     assert found.returncode == 0 and "custom code" not in found.stdout + found.stderr
 
 

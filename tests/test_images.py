@@ -11,14 +11,9 @@ from transformers.models.convnext import ConvNextImageProcessorPil
 
 from ibprune.collating import make_loader
 from ibprune.errors import BadData
-from ibprune.images import (
-    CollatePictures,
-    load_images,
-    load_processor,
-    make_processor,
-    resize_,
-)
+from ibprune.images import CollatePictures, load_images, make_processor, resize_
 from ibprune.labels import match_labels
+from ibprune.models import load_processor
 
 NAMES = ("down", "up")
 

@@ -69,6 +69,7 @@ def test_the_saved_recipe_repeats_the_run(folders, reviews, tmp_path, capsys):
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("own_process")
 def test_no_steps_at_all_scores_cuts_and_exports(folders, stories, tmp_path):
     out = tmp_path / "out"
     steps = dict(mask_steps=0, recover_steps=0, batch_size=16, max_length=16)
@@ -138,7 +139,7 @@ def test_padding_does_not_change_the_losses(folders):
 def test_a_trained_llama_keeps_its_perplexity_and_generates(tmp_path):
     """stories260K at 0.9 without any training: perplexity stays near, text generates alike with and without cache."""
     data = DATA / "tinystories" / "tinystories_sample.txt"
-    steps = dict(mask_steps=0, recover_steps=0, score="fisher", max_length=64)
+    steps = dict(mask_steps=0, recover_steps=0, score="fisher", max_length=64, audit=False)
     model = str(DATA / "models" / "stories260K")
     result = ibprune.prune(model, 0.9, data=str(data), output=str(tmp_path / "out"), **steps)
     dense, pruned = (result.report[side]["metrics"]["perplexity"] for side in ("dense", "pruned"))
