@@ -78,12 +78,14 @@ def _prune_parser() -> _Parser:
     add = parser.add_argument
     add("--recipe", help="YAML file with these flags as keys; flags override it")
     _data(parser)
-    add("--score", help="what ranks the units: vib (default), fisher, magnitude or random")
+    scores = "vib (default), gradual, fisher, kwon, taylor, flap, activation, magnitude or random"
+    add("--score", help=f"what ranks the units: {scores}")
+    add("--reconstruct", action="store_true", default=None, help="refit by least squares what reads the cut units")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
     add("--output", help="folder to write (default: pruned)")
     _training(parser)
     add("--finetune-steps", type=int, help="steps to train the dense model first (default: if its head is new)")
-    add("--mask-steps", type=int, help="steps of mask learning (default: by objective)")
+    add("--mask-steps", type=int, help="steps of scores vib and gradual (default: by objective)")
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
     add("--no-distill", dest="distill", action="store_false", default=None, help="do not learn from the dense model")

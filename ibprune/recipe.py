@@ -14,6 +14,7 @@ from ibprune.groups import KINDS
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
 WHERE = {"output", "push_to_hub", "private", "revision", "commit_message"}  # where a result goes, not what it is
+UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
 
 
 class Recipe(BaseModel):
@@ -32,7 +33,10 @@ class Recipe(BaseModel):
     data: str | None = Field(None, description="file, folder or Hub data set; default: prose on this machine")
     text_columns: tuple[str, ...] = Field((), description="columns with the text, if not the usual names")
     label_column: str = Field("", description="column with the label, if not the usual name")
-    score: Literal["vib", "fisher", "magnitude", "random"] = Field("vib", description="what ranks the units")
+    score: Literal["vib", "gradual", "fisher", "kwon", "taylor", "flap", "activation", "magnitude", "random"] = Field(
+        "vib", description="what ranks the units"
+    )
+    reconstruct: bool = Field(False, description="refit by least squares what reads the cut units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
     augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")
     image_size: int | None = Field(None, ge=1, description="pixels of a side of the pictures that the model reads")
@@ -41,7 +45,7 @@ class Recipe(BaseModel):
     output: str = Field("pruned", description="folder to write")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     finetune_steps: int | None = Field(None, ge=0, description="steps to train the dense model's task head first")
-    mask_steps: int | None = Field(None, ge=0, description="steps of mask learning (score vib)")
+    mask_steps: int | None = Field(None, ge=0, description="steps of scores vib and gradual")
     recover_steps: int | None = Field(None, ge=0, description="steps of recovery after the cut")
     probe_steps: int | None = Field(
         None, ge=0, description="steps of recovery before candidate cuts are compared (shares probe)"
@@ -102,6 +106,12 @@ class Recipe(BaseModel):
                 raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
         return self
 
+    @model_validator(mode="after")
+    def _reconstructed(self) -> Self:
+        if self.reconstruct and self.score in ("vib", "gradual") and self.mask_steps != 0:
+            raise ValueError(UNFIT)
+        return self
+
     def save(self, path: Path) -> None:
         """Writes the recipe without its output folder and Hub repo, which are taken when the run is repeated."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude=WHERE), sort_keys=False))
@@ -111,8 +121,8 @@ class Recipe(BaseModel):
         words = ["ibprune"]
         for name, value in self.model_dump(exclude=WHERE, exclude_defaults=True).items():
             flag = name.replace("_", "-")
-            if value is False:
-                words.append(f"--no-{flag}")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 words += [f"--{flag}", ",".join(value) or "none" if isinstance(value, tuple) else f"{value}"]
         return shlex.join(words)
