@@ -59,10 +59,12 @@ def flap_scores(
 ) -> dict[str, torch.Tensor]:
     """Fluctuation of each unit's features times the weights that read them, by site, (n_units,).
 
-    FLAP (An et al. 2024, arXiv 2312.11983, eq. 5 and 6): the variance of a feature over all positions times the
-    squared norm of the weights that read it, summed over a unit's features; then standardised over the units of a
-    site, so that sites compare. Standard scores have both signs: the least of all is subtracted, which changes no
-    order and lets a score be divided by a cost.
+        S_j = sum over the features f of unit j of  Var(x_f) ||W_:f||^2,   score_j = (S_j - mean S) / std S
+
+    FLAP (An et al. 2024, arXiv 2312.11983): the variance of a feature over all positions times the squared norm of the
+    weights that read it, summed over a unit's features; then standardised over the units of a site, so that sites
+    compare. Standard scores have both signs: the least of all is subtracted, which changes no order and lets a score be
+    divided by a cost.
 
     Raises:
         BadRecipe: A site whose features are not read by linear layers or plain convolutions alone.
@@ -94,8 +96,8 @@ def flap_scores(
 def compensate_(model: nn.Module, sites: dict[str, Site], keep: Keep, batches: Iterable[Batch]) -> list[str]:
     """Adds what the cut units contribute on average to the biases of the layers that read them, in place.
 
-    FLAP, eq. 4: B = W (mean of the cut features). Returns the readers without a bias, where nothing is done: the
-    budget counts every tensor of the dense model and no other.
+    FLAP (arXiv 2312.11983): B = W_C mean(x_C), C what goes. Returns the readers without a bias, where nothing is done:
+    the budget counts every tensor of the dense model and no other.
     """
     taps = [tap for name, site in sites.items() if len(keep[name]) < site.n_units for tap in readers(model, site)]
     without = {tap.path for tap in taps if model.get_submodule(tap.path).bias is None}

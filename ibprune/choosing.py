@@ -15,14 +15,8 @@ from ibprune.groups import Site
 from ibprune.losses import Batch, Objective
 from ibprune.masks import MaskSet
 from ibprune.refit import reconstruct_, rescale_
-from ibprune.scores import (
-    fisher_scores,
-    gate_gradients,
-    magnitude_scores,
-    random_scores,
-    rearrange,
-    taylor_scores,
-)
+from ibprune.scores import fisher_scores, gate_gradients, magnitude_scores, random_scores, taylor_scores
+from ibprune.second_order import obs_multipliers, obs_scores, rearrange
 from ibprune.trainer import TrainSettings
 
 
@@ -70,6 +64,8 @@ def score_units(student: nn.Module, sites: dict[str, Site], masks: MaskSet, choi
             case "activation" | "flap":
                 of = activation_scores if choice.score == "activation" else flap_scores
                 return of(student, sites, batches, total=len(batches), console=console)
+            case "obs":
+                return obs_scores(_gradients(student, masks, choice))
             case _:
                 of = taylor_scores if choice.score == "taylor" else fisher_scores
                 return of(
@@ -80,21 +76,30 @@ def score_units(student: nn.Module, sites: dict[str, Site], masks: MaskSet, choi
 def refit_(student: nn.Module, masks: MaskSet, sites: dict[str, Site], keep: Keep, choice: Choice) -> Keep:
     """What a one-shot score does to the units that stay, in place; returns them, exchanged where the score does so."""
     batches, console = choice.batches, choice.console
+    gradients = _gradients(student, masks, choice) if choice.score in ("kwon", "obs") else {}
     if choice.score == "kwon":
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in masks}
-        with choice.accelerator.autocast():
-            for found in gate_gradients(
-                student, masks, batches, choice.objective, seed=choice.seed, total=len(batches), console=console
-            ):
-                for name, gradient in found.items():
-                    parts[name].append(gradient.cpu())
-        keep = rearrange(keep, {name: torch.cat(gradients) for name, gradients in parts.items()})
+        keep = rearrange(keep, gradients)
     if choice.reconstruct:
         reconstruct_(student, masks, sites, keep, batches, console=console)
     elif choice.score == "kwon":
         rescale_(student, masks, sites, keep, batches, console=console)
+    elif choice.score == "obs":
+        for name, factors in obs_multipliers(gradients, keep).items():
+            masks[name].mu.data.copy_(factors)
     elif choice.score == "flap":
         without = compensate_(student, sites, keep, batches)
         if without:
             console.say(f"{len(without)} layers have no bias that could make up for their cut units.")
     return keep
+
+
+def _gradients(student: nn.Module, masks: MaskSet, choice: Choice) -> dict[str, torch.Tensor]:
+    """Of each calibration sequence by each unit's multiplier, by site, (sequences, n_units), on the CPU."""
+    batches, parts = choice.batches, {name: [] for name in masks}
+    with choice.accelerator.autocast():
+        for found in gate_gradients(
+            student, masks, batches, choice.objective, seed=choice.seed, total=len(batches), console=choice.console
+        ):
+            for name, gradient in found.items():
+                parts[name].append(gradient.cpu())
+    return {name: torch.cat(gradients) for name, gradients in parts.items()}

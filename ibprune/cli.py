@@ -78,7 +78,7 @@ def _prune_parser() -> _Parser:
     add = parser.add_argument
     add("--recipe", help="YAML file with these flags as keys; flags override it")
     _data(parser)
-    scores = "vib (default), gradual, fisher, kwon, taylor, flap, activation, magnitude or random"
+    scores = "vib (default), gradual, fisher, kwon, obs, taylor, flap, activation, magnitude or random"
     add("--score", help=f"what ranks the units: {scores}")
     add("--reconstruct", action="store_true", default=None, help="refit by least squares what reads the cut units")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")

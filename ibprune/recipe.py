@@ -14,6 +14,7 @@ from ibprune.groups import KINDS
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
 WHERE = {"output", "push_to_hub", "private", "revision", "commit_message"}  # where a result goes, not what it is
+Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
 
 
@@ -33,9 +34,7 @@ class Recipe(BaseModel):
     data: str | None = Field(None, description="file, folder or Hub data set; default: prose on this machine")
     text_columns: tuple[str, ...] = Field((), description="columns with the text, if not the usual names")
     label_column: str = Field("", description="column with the label, if not the usual name")
-    score: Literal["vib", "gradual", "fisher", "kwon", "taylor", "flap", "activation", "magnitude", "random"] = Field(
-        "vib", description="what ranks the units"
-    )
+    score: Score = Field("vib", description="what ranks the units")
     reconstruct: bool = Field(False, description="refit by least squares what reads the cut units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
     augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")

@@ -88,7 +88,7 @@ def rescale_(
 ) -> None:
     """Gives every unit that stays the multiplier that makes up best for those that go, in its mask's mean.
 
-    Kwon et al. 2022 (arXiv 2204.09656, sec. 4.3, eq. 15): least squares per layer over the multipliers m of its units,
+    Kwon et al. 2022 (arXiv 2204.09656, sec. 4.3): least squares per layer over the multipliers m of its units,
 
         m_S = argmin ||sum_all c_j - sum_S m_j c_j||^2 + lambda ||m - 1||^2,   c_j = what unit j adds to the output
 

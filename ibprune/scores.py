@@ -5,14 +5,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from ibprune.budget import Keep
 from ibprune.console import Quiet
 from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.losses import Batch, Objective, forward, sensitivity
 from ibprune.masks import MaskSet
 
-SCORES = ("vib", "gradual", "fisher", "kwon", "taylor", "flap", "activation", "magnitude", "random")
-ROUNDS = 10  # of exchanges; most sites settle in three
+SCORES = ("vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random")
 LEARNED = ("vib", "gradual")  # these decide while the weights train
 
 
@@ -67,8 +65,8 @@ def fisher_scores(
     """Mean squared gate gradient per unit, E[(d loss / d z_j)^2], by site, (n_units,).
 
     Gradients are squared per sequence (Kwon et al. 2022, arXiv 2204.09656, eq. 9, squares sums over minibatches). In
-    the quadratic approximation a unit's removal costs half its score. Molchanov et al. 2019 (arXiv 1906.10771, eq. 8)
-    put on gates is the same figure. Arguments as those of `gate_gradients`.
+    the quadratic approximation a unit's removal costs half its score. Molchanov et al. 2019 (arXiv 1906.10771),
+    (gradient times weight)^2 put on gates, is the same figure. Arguments as those of `gate_gradients`.
     """
     return _mean(gate_gradients(model, masks, batches, objective, seed=seed, total=total, console=console), masks, 2)
 
@@ -136,43 +134,3 @@ def random_scores(sites: dict[str, Site], *, seed: int) -> dict[str, torch.Tenso
     """Uniform scores, by site, (n_units,)."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(site.n_units, generator=generator, dtype=torch.float64) for name, site in sites.items()}
-
-
-def rearrange(keep: Keep, gradients: dict[str, torch.Tensor]) -> Keep:
-    """Swaps cut and kept units within each site while that lowers the estimated loss; as many stay.
-
-    Kwon et al. 2022 (arXiv 2204.09656, sec. 4.2, eq. 11): with the Fisher matrix of each site whole instead of its
-    diagonal, cutting the units C costs 1/2 sum over sequences of (sum over C of the gate gradients)^2. From the least
-    important up, every cut unit is exchanged with the kept one that lowers this most, until a round changes nothing.
-
-    Args:
-        gradients: Of each sequence by each unit's multiplier, by site, (sequences, n_units).
-
-    Example:
-        >>> both = torch.tensor([[1.0, -1.0, 1.1]])  # the first two cancel out
-        >>> rearrange({"ffn": (1,)}, {"ffn": both})
-        {'ffn': (2,)}
-    """
-    found = dict(keep)
-    for name, gradient in gradients.items():
-        rows = gradient.double().T.contiguous()  # (n_units, sequences)
-        kept = torch.zeros(len(rows), dtype=torch.bool)
-        kept[list(keep[name])] = True
-        if kept.all() or not kept.any():
-            continue
-        squares = rows.square().sum(1)
-        order = [unit for unit in torch.argsort(squares, stable=True).tolist() if not kept[unit]]
-        total = rows[~kept].sum(0)
-        for _ in range(ROUNDS):
-            changed = False
-            for place, unit in enumerate(order):
-                rest = total - rows[unit]
-                costs = squares + 2 * (rows @ rest)  # of cutting each unit beside the rest, less the rest's own
-                best = int(torch.where(kept, costs, torch.inf).argmin())
-                if costs[unit] - costs[best] > 1e-9 * squares[unit]:  # more than rounding
-                    kept[unit], kept[best], order[place] = True, False, best
-                    total, changed = rest + rows[best], True
-            if not changed:
-                break
-        found[name] = tuple(kept.nonzero().flatten().tolist())
-    return found

@@ -27,7 +27,7 @@ LAYERS = (
     ("surgery",),
     ("recipe", "data", "report", "channels"),
     ("collating", "prose", "images", "structure"),
-    ("scores", "activations", "refit", "shares", "models", "feeding", "pairs", "labels", "bench"),
+    ("scores", "second_order", "activations", "refit", "shares", "models", "feeding", "pairs", "labels", "bench"),
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots", "onnx_files"),
     ("vib", "choosing", "verify", "checks", "measures", "attention", "module_files"),
     ("auditing", "audit_output", "head_patterns"),

@@ -63,6 +63,7 @@ def test_the_main_job(head, data, score, shares, keep, folders, request, tmp_pat
     [
         ("gradual", dict(shares="probe", kinds="heads,ffn,hidden", mask_steps=16)),
         ("kwon", dict(shares="equal", kinds="heads,ffn,hidden")),
+        ("obs", dict(shares="cost", kinds="heads,ffn,hidden")),
         ("taylor", dict(shares="cost")),
         ("flap", dict(shares="cost", kinds="heads,ffn")),
         ("activation", dict(shares="equal")),
