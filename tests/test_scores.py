@@ -12,7 +12,7 @@ from ibprune.embeddings import factorize_
 from ibprune.inject import inject_
 from ibprune.losses import Objective, forward, supervised_loss
 from ibprune.plans import PruningPlan
-from ibprune.recipe import Recipe
+from ibprune.recipe import Recipe, make_recipe
 from ibprune.scores import SCORES, fisher_scores, magnitude_scores, random_scores, taylor_scores
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
@@ -132,3 +132,8 @@ def test_a_cut_model_is_scored_as_the_smaller_model_that_it_is(family, head):
 
 def test_the_recipe_and_the_scores_name_the_same():
     assert get_args(Recipe.model_fields["score"].annotation) == SCORES
+
+
+def test_the_command_of_a_refitted_run_asks_for_it():
+    recipe = make_recipe({"model": "minilm", "budget": 0.3, "score": "taylor", "reconstruct": True, "distill": False})
+    assert recipe.command() == "ibprune --model minilm --budget 0.3 --score taylor --reconstruct --no-distill"
