@@ -2,16 +2,16 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
 from ibprune.channels import Found
+from ibprune.choosing import Choice, refit_, score_units
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
 from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
@@ -22,7 +22,7 @@ from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
-from ibprune.scores import fisher_scores, magnitude_scores, random_scores
+from ibprune.scores import LEARNED
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
 from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
@@ -35,36 +35,6 @@ from ibprune.vocabulary import RankedRows, keep_rows, rank_rows
 CALIBRATION = 512  # samples that score the units
 PROBE = 256  # samples on which candidate cuts are compared
 USAGE = 400  # batches of 256 texts in which the tokens are counted that a vocabulary is cut by
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How the units that stay are chosen.
-
-    Attributes:
-        score, shares, seed: As in `ibprune.recipe.Recipe`.
-        batches: For scores and for comparing candidate cuts, on the device.
-        make_batches: Training batches of an epoch, by its seed.
-        judge: The dense model, to which candidate cuts are compared; None leaves the labels alone.
-        teacher: What the masked model is distilled from, if anything.
-        settings: Of mask learning.
-        frozen: Whether the weights stay as they are while masks are learned.
-        probe_steps: Steps of recovery after which the last candidate cuts are compared; 0 compares them as they are.
-    """
-
-    score: str
-    shares: str
-    seed: int
-    objective: Objective
-    batches: list[Batch]
-    make_batches: Callable[[int], DataLoader]
-    judge: nn.Module | None
-    teacher: nn.Module | None
-    settings: TrainSettings
-    probe_steps: int
-    accelerator: Accelerator
-    console: Quiet
-    frozen: bool = False
 
 
 def cut(
@@ -106,7 +76,8 @@ def cut(
         recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
         teacher=dense if recipe.distill else None,
         settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
-        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), frozen=recipe.mode == "faster",
+        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
+        frozen=recipe.mode == "faster",
     )  # fmt: skip
     if "vocab" not in structure.sites:
         sites = structure.sites
@@ -156,20 +127,26 @@ def timed_inputs(model: PreTrainedModel, recipe: Recipe, feed: Feed) -> Batch:
 def choose_and_compact_(
     student: nn.Module, structure: Structure, budget: Budget, choice: Choice
 ) -> tuple[nn.Module, PruningPlan]:
-    """Scores the units, shares the cut between kinds, learns masks where the score is "vib", and cuts."""
+    """Scores the units, shares the cut between kinds, learns where the score is learned, and cuts."""
     sites, cost_model = structure.sites, structure.costs.of(budget.cost)
     masks, scores, keep = _one_shot(student, structure, budget, choice) if sites else (None, {}, {})
-    if choice.score == "vib" and sites:
-        # Channels of one kind differ in cost, and log_alpha is a score per cost: so is where it starts.
-        start = {
+
+    def as_ranks(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Channels of one kind differ in cost, and what is learned is ranked per cost."""
+        return {
             name: score / cost_model.unit_cost(cost_model.n_units, name) if sites[name].kind in MODULE_KINDS else score
-            for name, score in scores.items()
+            for name, score in found.items()
         }
+
+    if choice.score in LEARNED and sites:
         loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
         keep, _, _ = learn_masks(
-            student, masks, sites, cost_model, budget, start, keep, loss_of, choice.make_batches, choice.settings,
-            accelerator=choice.accelerator, console=choice.console, frozen=choice.frozen,
+            student, masks, sites, cost_model, budget, as_ranks(scores), keep, loss_of, choice.make_batches,
+            choice.settings, accelerator=choice.accelerator, console=choice.console, frozen=choice.frozen,
+            rescore=None if choice.score == "vib" else lambda: as_ranks(score_units(student, sites, masks, choice)),
         )  # fmt: skip
+    if sites and not (choice.score in LEARNED and choice.settings.steps):
+        keep = refit_(student, masks, sites, keep, choice)
     plan = structure.plan(student, keep)
     return structure.compact(student, plan), plan
 
@@ -191,17 +168,7 @@ def _one_shot(
     sites, cost_model = structure.sites, structure.costs.of(budget.cost)
     masks = inject_(student, sites)
     batches, objective, accelerator = choice.batches, choice.objective, choice.accelerator
-    if choice.score == "magnitude":
-        scores = magnitude_scores(student, sites)
-    elif choice.score == "random":
-        scores = random_scores(sites, seed=choice.seed)
-    elif not list(masks):  # nothing but the vocabulary is cut
-        scores = {}
-    else:
-        with accelerator.autocast():
-            scores = fisher_scores(
-                student, masks, batches, objective, seed=choice.seed, total=len(batches), console=choice.console
-            )
+    scores = score_units(student, {name: sites[name] for name in masks}, masks, choice)
     if ranked is not None:
         scores["vocab"] = ranked.scores
     if choice.shares == "probe":

@@ -52,7 +52,7 @@ class _RouterHook:
 
     def __call__(self, module: nn.Module, args: tuple, output: tuple) -> tuple:
         logits, weights, chosen = output  # (tokens, n_units), (tokens, k), (tokens, k)
-        if self.mask.probe is None and self.mask.n_kept < len(self.mask.hard):
+        if self.mask.n_kept < len(self.mask.hard):
             kept = self.mask.hard.nonzero().flatten()
             small = copy.copy(module)
             vars(small)["_parameters"] = {name: tensor[kept] for name, tensor in module.named_parameters()}
@@ -79,8 +79,6 @@ class _MaskedLayerNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         norm, hard = self.norm, self.mask.hard
         n_units, kept = len(hard), self.mask.n_kept
-        if self.mask.probe is not None:
-            kept = n_units  # a probe asks for gradients at the dense model
         if kept != n_units:
             x = x * hard.to(x.dtype)
             x = torch.addcmul(x, x.sum(-1, keepdim=True), (1 - hard).to(x.dtype), value=1 / kept)
@@ -104,7 +102,7 @@ class _NormInputHook:
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
         hard, kept = self.mask.hard, self.mask.n_kept
-        if self.mask.probe is not None or kept == len(hard):
+        if kept == len(hard):
             return args
         scale = (hard * (len(hard) / kept) ** 0.5).repeat_interleave(self.width)
         return (args[0] * scale.to(args[0].dtype), *args[1:])
@@ -118,9 +116,7 @@ class _NormOutputHook:
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         z = self.mask(output.shape[0]) if self.multiply else torch.ones(1, 1, device=output.device)
-        if self.mask.probe is None:
-            z = z * (self.mask.n_kept / len(self.mask.hard)) ** 0.5
-        return _scale(output, z)
+        return _scale(output, z * (self.mask.n_kept / len(self.mask.hard)) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -161,8 +157,6 @@ class _KeptNormHook:
         hard = torch.ones(1, self.features, device=x.device)
         hard = _place(hard, [(part, part.mask.hard.unsqueeze(0)) for part in self.parts])
         count = self.features - sum((len(p.mask.hard) - p.mask.n_kept) * p.width for p in self.parts)
-        if any(part.mask.probe is not None for part in self.parts):
-            count = self.features  # a probe asks for gradients at the dense model
         dim = 1 if self.channels_first or x.shape[-1] != self.features else -1
         return _along(hard.to(x.dtype), x, dim), dim, count
 

@@ -21,7 +21,7 @@ class VIBMask(nn.Module):
         tables: Whether some consumer sees a table that all sequences share (relative positions): it takes part in
             no probe.
         mixed: Whether some consumer sees rows in an order of their own: a probe must be of one sequence.
-        probe: When set, (batch, n_units) multipliers used instead of z: gate gradients are read from it.
+        probe: When set, (batch, n_units) multipliers in the place of the noisy mean: gate gradients are read from it.
 
     Example:
         >>> mask = VIBMask(4).eval()
@@ -51,9 +51,9 @@ class VIBMask(nn.Module):
         """Returns the multipliers, (batch or 1, n_units), float32."""
         if self.probe is not None:
             if self.flattened and batch > len(self.probe):
-                return self.probe.repeat_interleave(batch // len(self.probe), dim=0)
+                return self.hard * self.probe.repeat_interleave(batch // len(self.probe), dim=0)
             if batch == len(self.probe) or not self.tables:
-                return self.probe
+                return self.hard * self.probe
         if self.probe is not None or not self.training or self.noise == 0.0:
             return (self.hard * self.mu).unsqueeze(0)
         eps = torch.randn(batch, len(self.mu), device=self.mu.device)

@@ -11,9 +11,10 @@ from torch import nn
 
 from ibprune.budget import make_budget
 from ibprune.channels import find_channels
+from ibprune.choosing import Choice
 from ibprune.console import Quiet
 from ibprune.costs import COSTS
-from ibprune.cutting import CALIBRATION, Choice, choose_and_compact_, loss_with, probe_steps
+from ibprune.cutting import CALIBRATION, choose_and_compact_, loss_with, probe_steps
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.latency import LatencyTable
 from ibprune.losses import Objective
@@ -21,8 +22,9 @@ from ibprune.models import check_finite
 from ibprune.module_files import save_module
 from ibprune.pairs import Pairs
 from ibprune.plans import PruningPlan, model_type
+from ibprune.recipe import UNFIT
 from ibprune.report import Timer, versions
-from ibprune.scores import SCORES
+from ibprune.scores import LEARNED, SCORES
 from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_, with_latency
 from ibprune.surgery import compact_module_
@@ -41,12 +43,13 @@ class ModuleSettings:
         budget: Share of the dense cost to keep, in (0, 1].
         cost: "params", "macs" (of one sample, its size from the example) or "latency" (of the example, as it is).
         latency_table: A latency.json measured on this device before (cost "latency").
-        score: "vib", "fisher", "magnitude" or "random".
+        score: One of `ibprune.scores.SCORES`.
+        reconstruct: Refit by least squares what reads the cut units (one-shot scores).
         shares: How the cut is spread: "cost" by score per cost, "equal" by score alone with the same share of each
             kind, "probe" by the measured loss of candidates.
         kinds: "channels", "inputs" or both.
         round_to: Wide layers become multiples of this.
-        mask_steps: Steps of mask learning (score "vib").
+        mask_steps: Steps of the scores "vib" and "gradual".
         recover_steps: Steps of recovery after the cut.
         probe_steps: Steps of recovery before candidate cuts are compared (shares "probe"); by default an eighth of
             `recover_steps`.
@@ -67,6 +70,7 @@ class ModuleSettings:
     lr: float = 1e-3
     weight_decay: float = 1e-4
     distill: bool = True
+    reconstruct: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -81,6 +85,8 @@ class ModuleSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise BadRecipe(f"{name}: expected a whole number of at least {least}, found {value!r}.")
+        if self.reconstruct and self.score in LEARNED and self.mask_steps:
+            raise BadRecipe(f"{UNFIT}.")
         if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
             raise BadRecipe(f"lr: expected a number above 0, found {self.lr!r}.")
 
@@ -174,7 +180,7 @@ def prune_module(
             settings.score, settings.shares, settings.seed, objective, batches, pairs.loader, judge=teacher,
             teacher=teacher, settings=_training(settings, settings.mask_steps),
             probe_steps=probe_steps(settings.probe_steps, settings.recover_steps), accelerator=accelerator,
-            console=console,
+            console=console, reconstruct=settings.reconstruct,
         )  # fmt: skip
         student, plan = choose_and_compact_(student, structure, budget, choice)
     with timer("recover"):

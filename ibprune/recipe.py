@@ -14,6 +14,8 @@ from ibprune.groups import KINDS
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
 WHERE = {"output", "push_to_hub", "private", "revision", "commit_message"}  # where a result goes, not what it is
+Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
+UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
 
 
 class Recipe(BaseModel):
@@ -36,7 +38,8 @@ class Recipe(BaseModel):
     mode: Literal["full", "fast", "faster"] = Field(
         "full", description="fast trains on 3 % of the data; faster learns masks alone, on these"
     )
-    score: Literal["vib", "fisher", "magnitude", "random"] = Field("vib", description="what ranks the units")
+    score: Score = Field("vib", description="what ranks the units")
+    reconstruct: bool = Field(False, description="refit by least squares what reads the cut units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
     augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")
     image_size: int | None = Field(None, ge=1, description="pixels of a side of the pictures that the model reads")
@@ -45,7 +48,7 @@ class Recipe(BaseModel):
     output: str = Field("pruned", description="folder to write")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     finetune_steps: int | None = Field(None, ge=0, description="steps to train the dense model's task head first")
-    mask_steps: int | None = Field(None, ge=0, description="steps of mask learning (score vib)")
+    mask_steps: int | None = Field(None, ge=0, description="steps of scores vib and gradual")
     recover_steps: int | None = Field(None, ge=0, description="steps of recovery after the cut")
     probe_steps: int | None = Field(
         None, ge=0, description="steps of recovery before candidate cuts are compared (shares probe)"
@@ -114,6 +117,14 @@ class Recipe(BaseModel):
             raise ValueError("--scope: a latency is that of the whole model: leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _trained(self) -> Self:
+        if self.reconstruct and self.score in ("vib", "gradual") and self.mask_steps != 0:
+            raise ValueError(UNFIT)
+        if self.mode == "faster" and self.score == "gradual":
+            raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")
+        return self
+
     def save(self, path: Path) -> None:
         """Writes the recipe without its output folder and Hub repo, which are taken when the run is repeated."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude=WHERE), sort_keys=False))
@@ -123,8 +134,8 @@ class Recipe(BaseModel):
         words = ["ibprune"]
         for name, value in self.model_dump(exclude=WHERE, exclude_defaults=True).items():
             flag = name.replace("_", "-")
-            if value is False:
-                words.append(f"--no-{flag}")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 words += [f"--{flag}", ",".join(value) or "none" if isinstance(value, tuple) else f"{value}"]
         return shlex.join(words)

@@ -1,4 +1,4 @@
-"""One-shot importance of every unit: the baselines that a learned mask must beat, and where it starts."""
+"""What the loss and the weights say of every unit: the baselines that a learned mask must beat, and where it starts."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,46 @@ from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.losses import Batch, Objective, forward, sensitivity
 from ibprune.masks import MaskSet
 
-SCORES = ("vib", "fisher", "magnitude", "random")
+SCORES = ("vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random")
+LEARNED = ("vib", "gradual")  # these decide while the weights train
+
+
+def gate_gradients(
+    model: nn.Module,
+    masks: MaskSet,
+    batches: Iterable[Batch],
+    objective: Objective,
+    *,
+    seed: int,
+    total: int,
+    console: Quiet,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Gradients of the loss of each sequence by each unit's multiplier, batch after batch: by site, (batch, n_units).
+
+    Each mask is given one multiplier per (sequence, unit), 1 everywhere, and its gradient is read. Units that are cut
+    already have none. The model should be in eval mode.
+
+    Args:
+        total: Number of batches, for the progress bar.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mixed = any(mask.mixed for _, mask in masks.items())
+    try:
+        for batch in _single(console.track(batches, "scoring units", total), mixed):
+            size = len(next(iter(batch.values())))
+            for _, mask in masks.items():
+                mask.probe = torch.ones(size, len(mask.mu), device=mask.mu.device, requires_grad=True)
+            probes = {name: mask.probe for name, mask in masks.items()}
+            with torch.enable_grad():
+                value = sensitivity(objective, forward(model, batch), batch, generator).sum()
+                found = torch.autograd.grad(value, list(probes.values()), allow_unused=True)
+            yield {  # a pooler that the outputs do not use has no gradient
+                name: torch.zeros_like(probe) if gradient is None else gradient
+                for (name, probe), gradient in zip(probes.items(), found)
+            }
+    finally:
+        for _, mask in masks.items():
+            mask.probe = None
 
 
 def fisher_scores(
@@ -25,31 +64,38 @@ def fisher_scores(
 ) -> dict[str, torch.Tensor]:
     """Mean squared gate gradient per unit, E[(d loss / d z_j)^2], by site, (n_units,).
 
-    Gradients are squared per sequence (Kwon et al. 2022, arXiv 2204.09656, eq. 9, squares sums over
-    minibatches): each mask is given one multiplier per (sequence, unit) and its gradient is read.
-    In the quadratic approximation a unit's removal costs half its score.
-
-    Args:
-        total: Number of batches, for the progress bar.
+    Gradients are squared per sequence (Kwon et al. 2022, arXiv 2204.09656, eq. 9, squares sums over minibatches). In
+    the quadratic approximation a unit's removal costs half its score. Molchanov et al. 2019 (arXiv 1906.10771),
+    (gradient times weight)^2 put on gates, is the same figure. Arguments as those of `gate_gradients`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    return _mean(gate_gradients(model, masks, batches, objective, seed=seed, total=total, console=console), masks, 2)
+
+
+def taylor_scores(
+    model: nn.Module,
+    masks: MaskSet,
+    batches: Iterable[Batch],
+    objective: Objective,
+    *,
+    seed: int,
+    total: int,
+    console: Quiet,
+) -> dict[str, torch.Tensor]:
+    """First-order estimate of what a removal changes, E|z_j d loss / d z_j| at z = 1, by site, (n_units,).
+
+    Molchanov et al. 2017 (arXiv 1611.06440, eq. 8): the sum of gradient times activation over a unit's features is
+    the gradient by its multiplier; the absolute value is taken per sequence. Arguments as those of `gate_gradients`.
+    """
+    return _mean(gate_gradients(model, masks, batches, objective, seed=seed, total=total, console=console), masks, 1)
+
+
+def _mean(gradients: Iterable[dict[str, torch.Tensor]], masks: MaskSet, power: int) -> dict[str, torch.Tensor]:
     scores = {name: torch.zeros(len(mask.mu), dtype=torch.float64) for name, mask in masks.items()}
     count = 0
-    mixed = any(mask.mixed for _, mask in masks.items())
-    for batch in _single(console.track(batches, "scoring units", total), mixed):
-        size = len(next(iter(batch.values())))
-        for _, mask in masks.items():
-            mask.probe = torch.ones(size, len(mask.mu), device=mask.mu.device, requires_grad=True)
-        with torch.enable_grad():
-            value = sensitivity(objective, forward(model, batch), batch, generator).sum()
-            probes = [mask.probe for _, mask in masks.items()]
-            gradients = torch.autograd.grad(value, probes, allow_unused=True)
-        for (name, _), gradient in zip(masks.items(), gradients):
-            if gradient is not None:  # a pooler that the outputs do not use
-                scores[name] += gradient.double().square().sum(0).cpu()
-        count += size
-    for _, mask in masks.items():
-        mask.probe = None
+    for found in gradients:
+        for name, gradient in found.items():
+            scores[name] += gradient.double().abs().pow(power).sum(0).cpu()
+        count += len(next(iter(found.values())))
     return {name: score / max(count, 1) for name, score in scores.items()}
 
 

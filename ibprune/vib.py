@@ -1,4 +1,4 @@
-"""Learns which units carry needed information: VIB masks trained with the weights under a ramped hard budget."""
+"""Learns which units to keep while the weights train under a ramped hard budget: VIB masks, or gradual Fisher."""
 
 import math
 from collections.abc import Callable
@@ -32,6 +32,7 @@ class MaskSettings:
         best, worst: log_alpha at the start for the first and last unit of each kind's Fisher ranking.
         ramp: Share of the steps after which the hard budget is reached.
         settle: Share after which noise and KL are off and the units that stay are fixed.
+        rescored: How often a gradual score is taken anew on the ramp, at even distances.
     """
 
     beta: float = 0.2
@@ -41,6 +42,7 @@ class MaskSettings:
     worst: float = -4.0
     ramp: float = 0.6
     settle: float = 0.75
+    rescored: int = 8
 
 
 def learn_masks(
@@ -59,6 +61,7 @@ def learn_masks(
     console: Quiet,
     settings: MaskSettings = MaskSettings(),
     frozen: bool = False,
+    rescore: Callable[[], dict[str, torch.Tensor]] | None = None,
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
     """Learns masks, with the weights unless these are `frozen`; returns (kept units, scores, training state).
 
@@ -72,12 +75,24 @@ def learn_masks(
     Noise acts on heads, FFN units, sub-layers and channels that one layer reads; the shared residual
     mask, channels that several layers read and the embedding directions learn their means only.
     With `train_settings.steps` 0 the target is returned as it is.
+
+    Args:
+        rescore: Scores of the model as it is now, on the CPU. With it nothing is learned but the weights: the
+            masks stay at 1 without noise or KL, and the ranking is that of the newest scores (gradual pruning, Zhu &
+            Gupta 2017, arXiv 1710.01878, with a score of one's own). All else is the same: the control of what
+            learned masks add.
     """
     if train_settings.steps == 0:
         return target, start, TrainState("learning masks")
     pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions_kept(target, sites).items()}
-    noisy = [name for name, site in sites.items() if is_noisy(site)]
-    _start_from_ranks_(masks, sites, start, settings)
+    noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
+    ranks = dict(start)  # of a gradual score
+    if rescore is None:
+        _start_from_ranks_(masks, sites, start, settings)
+
+    def scores() -> dict[str, torch.Tensor]:
+        return _scores(masks) if rescore is None else ranks
+
     dense = cost_model(cost_model.n_units, scope=budget.scope)
     beta = torch.cat(
         [
@@ -89,6 +104,7 @@ def learn_masks(
     beta = beta.to(device)
     steps = train_settings.steps
     settled_at = math.ceil(settings.settle * steps)
+    again = max(1, int(settings.ramp * steps) // settings.rescored)
     settled: Keep = {}  # what stays, from `settled_at` on
 
     def before_step(step: int) -> None:
@@ -99,31 +115,37 @@ def learn_masks(
                 masks.set_keep(settled)
             return
         masks.set_noise(1.0, sites=noisy)
+        if rescore is not None and 0 < step < settings.ramp * steps and step % again == 0:
+            model.eval()
+            for name, score in rescore().items():  # what is cut stays behind, in its order
+                ranks[name] = torch.where(masks[name].hard.cpu() > 0, score, ranks[name] * 1e-12)
+            model.train()
         if step % 5 == 0:
             progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
             ramped = replace(budget, limit=int(dense - progress * (dense - budget.limit)), round_to=1)
-            ranking = Ranking(_scores(masks), sites)  # t = 1 is the target: no need to look far, or closely
+            ranking = Ranking(scores(), sites)  # t = 1 is the target: no need to look far, or closely
             masks.set_keep(keep_within(ranking, cost_model, ramped, pressure, most=4.0, halvings=12))
 
     def final_keep() -> Keep:
         try:
-            return solve_by_shares(_scores(masks), sites, cost_model, budget, pressure)
+            return solve_by_shares(scores(), sites, cost_model, budget, pressure)
         except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
             return target
 
     def loss_with_kl(prepared: nn.Module, batch: Batch) -> torch.Tensor:
         loss = loss_of(prepared, batch)
-        if settled:
+        if settled or rescore is not None:
             return loss
         return loss + (beta * torch.cat([mask.kl() for _, mask in masks.items()])).sum()
 
     masks.set_noise(0.0, sites=[name for name in sites if name not in noisy])
     groups = [
-        {"params": [mask.mu for _, mask in masks.items()], "lr": settings.lr_mu},
+        {"params": [mask.mu for _, mask in masks.items() if rescore is None], "lr": settings.lr_mu},
         {"params": [masks[name].log_var for name in noisy], "lr": settings.lr_log_var},
     ]
     for name in sites:
         masks[name].log_var.requires_grad_(name in noisy)
+        masks[name].mu.requires_grad_(rescore is None)
     state = train(
         model,
         loss_with_kl,
@@ -138,7 +160,7 @@ def learn_masks(
     )
     keep = settled or final_keep()
     masks.set_keep(keep)
-    return keep, _scores(masks), state
+    return keep, scores(), state
 
 
 def is_noisy(site: Site) -> bool:

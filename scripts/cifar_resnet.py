@@ -30,6 +30,7 @@ from ibprune.console import Terminal
 from ibprune.costs import count_params, module_macs_model
 from ibprune.cutting import loss_with
 from ibprune.losses import Objective
+from ibprune.scores import LEARNED
 from ibprune.timing import time_forward
 from ibprune.trainer import TrainSettings, make_accelerator, train
 
@@ -214,7 +215,7 @@ def main() -> None:
                 model = torch_prune(dense, method, limit, x[:1])
                 model = recover(model, dense, batches, arguments.total_steps, seed)
             else:
-                masks = arguments.mask_steps if method == "vib" else 0
+                masks = arguments.mask_steps if method in LEARNED else 0
                 result = ibprune.prune(
                     dense, arguments.budget, cost="macs", score=method, seed=seed, train_loader=batches,
                     example=example, lr=LR, mask_steps=masks, recover_steps=arguments.total_steps - masks,

@@ -25,6 +25,7 @@ from ibprune.console import Quiet, Terminal
 from ibprune.costs import count_params
 from ibprune.cutting import loss_with
 from ibprune.losses import Objective
+from ibprune.scores import LEARNED
 from ibprune.trainer import TrainSettings, make_accelerator, train
 
 LR = 1e-3
@@ -103,7 +104,7 @@ def prune(dense: nn.Module, net: str, score: str, arguments: argparse.Namespace,
         "score": score, "train_loader": batches, "seed": seed, "lr": LR, "example": batches.x[:2],
         "console": Terminal(), "round_to": 1,
     }  # fmt: skip
-    masks = arguments.mask_steps if score == "vib" else 0
+    masks = arguments.mask_steps if score in LEARNED else 0
     rest = arguments.total_steps - masks
     if net == "lenet300":
         kinds = ("channels", "inputs")

@@ -42,6 +42,11 @@ def test_a_run_in_each_mode(mode, folders, reviews, tmp_path, monkeypatch):
     assert same == (mode == "faster")  # which trains the masks alone, and does not recover unless told to
 
 
+def test_what_has_nothing_left_to_train_is_refused(folders):
+    with pytest.raises(BadRecipe, match="gradual trains the weights alone"):
+        ibprune.prune(folders["BertModel"], 0.5, mode="faster", score="gradual")
+
+
 def test_an_unknown_mode_is_refused(folders):
     with pytest.raises(BadRecipe, match="did you mean 'faster'"):
         ibprune.prune(folders["BertModel"], 0.5, mode="fastre")

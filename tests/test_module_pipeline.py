@@ -16,6 +16,7 @@ from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, Unsup
 from ibprune.module_files import save_module
 from ibprune.plans import PruningPlan
 from ibprune.rebuild import SelectedLinear
+from ibprune.scores import LEARNED, SCORES
 
 
 def task(shape: tuple[int, ...], samples: int = 256) -> TensorDataset:
@@ -66,7 +67,7 @@ def quick(**changes) -> dict:
 
 
 @pytest.mark.parametrize("cost", ["macs", "params"])
-@pytest.mark.parametrize("score", ["vib", "fisher", "magnitude", "random"])
+@pytest.mark.parametrize("score", SCORES)
 def test_a_module_is_pruned_to_the_budget_and_stays_itself(resnet, cost, score):
     model, data = resnet
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -85,6 +86,21 @@ def test_a_module_is_pruned_to_the_budget_and_stays_itself(resnet, cost, score):
     assert not hasattr(result.model, "vib_masks") and not hasattr(model, "vib_masks")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert json.loads(json.dumps(report))["settings"]["score"] == score
+
+
+@pytest.mark.parametrize("score", [score for score in SCORES if score not in LEARNED])
+def test_a_module_is_refitted_and_better_at_once_for_it(pixels, score):
+    model, data = pixels
+    loader = DataLoader(data, batch_size=32)
+    apart = []
+    for reconstruct in (False, True):
+        result = ibprune.prune(
+            model, 0.3, score=score, shares="equal", recover_steps=0, reconstruct=reconstruct, train_loader=loader
+        )
+        with torch.no_grad():
+            x = data.tensors[0]
+            apart.append(float((model.eval()(x) - result.model(x)).square().mean()))
+    assert apart[1] < apart[0]
 
 
 def test_the_same_seed_gives_the_same_model(resnet):

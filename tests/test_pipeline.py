@@ -56,6 +56,43 @@ def test_the_main_job(head, data, score, shares, keep, folders, request, tmp_pat
     check(result, out, keep)
 
 
+@pytest.mark.parametrize("head,data", [("BertForSequenceClassification", "reviews"), ("LlamaForCausalLM", "stories")])
+@pytest.mark.parametrize(
+    "score,more",
+    [
+        ("gradual", dict(shares="probe", kinds="heads,ffn,hidden", mask_steps=16)),
+        ("kwon", dict(shares="equal", kinds="heads,ffn,hidden")),
+        ("obs", dict(shares="cost", kinds="heads,ffn,hidden")),
+        ("taylor", dict(shares="cost")),
+        ("flap", dict(shares="cost", kinds="heads,ffn")),
+        ("activation", dict(shares="equal")),
+        ("fisher", dict(shares="equal", reconstruct=True)),
+        ("vib", dict(shares="equal", kinds="heads,ffn,layers", mask_steps=0, reconstruct=True)),
+    ],
+)
+def test_every_other_score_runs_to_a_folder(score, more, head, data, folders, request, tmp_path):
+    source, out = request.getfixturevalue(data), tmp_path / "out"
+    scope = "blocks" if "kinds" in more else "model"
+    more = SHORT | dict(audit=False, scope=scope) | more
+    result = ibprune.prune(folders[head], 0.6, data=source, score=score, output=str(out), **more)
+    check(result, out, 0.6)
+    assert result.report["score"] == score
+
+
+def test_what_a_score_cannot_do_is_said_in_one_line(folders, reviews, tmp_path, capsys):
+    flags = ["--model", folders["BertForSequenceClassification"], "--data", reviews, "--budget", "0.6"]
+    flags += ["--output", str(tmp_path / "out"), "--quiet"]
+    for more, line in (
+        (["--score", "flap"], "embedding_rank, hidden, layers are not: use --kinds ffn,heads, or another score"),
+        (["--reconstruct"], "vib and gradual train the weights around their cuts"),
+        (["--score", "taylr"], "did you mean 'taylor'"),
+    ):
+        assert cli.main([*flags, *more]) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_saved_recipe_repeats_the_run(folders, reviews, tmp_path, capsys):
     first = tmp_path / "first"
     flags = ["--model", folders["BertForSequenceClassification"], "--data", reviews, "--budget", "0.4"]

@@ -1,39 +1,50 @@
 """One-shot scores against brute force."""
 
+import copy
+from typing import get_args
+
 import pytest
 import torch
-from conftest import build, token_ids
+from conftest import build, random_keep, token_ids
 
 from ibprune.console import Quiet
 from ibprune.embeddings import factorize_
 from ibprune.inject import inject_
 from ibprune.losses import Objective, forward, supervised_loss
-from ibprune.scores import fisher_scores, magnitude_scores, random_scores
+from ibprune.plans import PruningPlan
+from ibprune.recipe import Recipe, make_recipe
+from ibprune.scores import SCORES, fisher_scores, magnitude_scores, random_scores, taylor_scores
 from ibprune.sites import find_sites
+from ibprune.surgery import compact_
 
 
 @pytest.mark.parametrize(
     "family,head", [("bert", "BertForSequenceClassification"), ("deberta-v3", "DebertaV2ForSequenceClassification")]
 )
-def test_fisher_is_the_mean_of_squared_gate_gradients_per_sequence(family, head):
+def test_gradients_are_those_of_each_sequence_alone(family, head):
+    """Fisher is the mean of their squares, Taylor that of their absolute values."""
     model = build(family, head)
     sites = find_sites(model)
     masks = inject_(model, sites)
     ids = token_ids(batch=4)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 1, 0])}
     objective = Objective("classification")
-    found = fisher_scores(model, masks, [batch], objective, seed=0, total=1, console=Quiet())
-    one = {name: torch.zeros(site.n_units, dtype=torch.float64) for name, site in sites.items()}
+    how = dict(seed=0, total=1, console=Quiet())
+    found = fisher_scores(model, masks, [batch], objective, **how)
+    taylor = taylor_scores(model, masks, [batch], objective, **how)
+    one, absolute = ({n: torch.zeros(s.n_units, dtype=torch.float64) for n, s in sites.items()} for _ in range(2))
     for i in range(4):
         single = {key: value[i : i + 1] for key, value in batch.items()}
         model.zero_grad()
         supervised_loss(objective, forward(model, single), single).sum().backward()
         for name, mask in masks.items():
             one[name] += mask.mu.grad.double().square() / 4
+            absolute[name] += mask.mu.grad.double().abs() / 4
     assert set(found) == set(sites) - {"vocab"}
     for name in found:
         shared = family != "bert" and name == "hidden"  # also acts on the table of relative positions, of no sequence
         assert shared or torch.allclose(found[name], one[name], rtol=1e-4, atol=1e-10), name
+        assert shared or torch.allclose(taylor[name], absolute[name], rtol=1e-4, atol=1e-7), name
 
 
 def test_an_encoder_without_labels_gets_the_gauss_newton_curvature():
@@ -87,3 +98,42 @@ def test_random_scores_follow_the_seed():
     sites = find_sites(build("bert", "BertModel"))
     first, again, other = (random_scores(sites, seed=seed)["hidden"] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("family,head", [("bert", "BertForSequenceClassification"), ("llama", "LlamaForCausalLM")])
+def test_a_cut_model_is_scored_as_the_smaller_model_that_it_is(family, head):
+    """The gradual score: what is cut has none, and the others score as in the compacted model."""
+    model = build(family, head)
+    keep = random_keep(find_sites(model), seed=2) | {"hidden": tuple(range(3, 20))}
+    ids = token_ids(batch=3)
+    labels = torch.tensor([0, 1, 1]) if "Sequence" in head else ids
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    found = []
+    for compacted in (False, True):
+        twin = copy.deepcopy(model)
+        if compacted:
+            sites = find_sites(twin)
+            n_units = {name: site.n_units for name, site in sites.items()}
+            whole = {name: tuple(range(n)) for name, n in n_units.items()}
+            keep = {name: keep[name] if sites[name].kind not in ("vocab", "layers") else whole[name] for name in whole}
+            twin = compact_(twin, PruningPlan(family, n_units, keep))
+        masks = inject_(twin, find_sites(twin))
+        if not compacted:
+            keep = {n: units if "sublayer" not in n else (0,) for n, units in keep.items()}
+            masks.set_keep({name: keep[name] for name in masks})
+        objective = Objective("classification" if "Sequence" in head else "causal_lm")
+        found.append(fisher_scores(twin, masks, [batch], objective, seed=0, total=1, console=Quiet()))
+    for name, scores in found[0].items():
+        gone = torch.ones(len(scores), dtype=torch.bool)
+        gone[list(keep[name])] = False
+        assert (scores[gone] == 0).all(), name
+        assert torch.allclose(scores[~gone], found[1][name], rtol=1e-4, atol=1e-10), name
+
+
+def test_the_recipe_and_the_scores_name_the_same():
+    assert get_args(Recipe.model_fields["score"].annotation) == SCORES
+
+
+def test_the_command_of_a_refitted_run_asks_for_it():
+    recipe = make_recipe({"model": "minilm", "budget": 0.3, "score": "taylor", "reconstruct": True, "distill": False})
+    assert recipe.command() == "ibprune --model minilm --budget 0.3 --score taylor --reconstruct --no-distill"
