@@ -65,6 +65,12 @@ def _data(parser: _Parser) -> None:
     parser.add_argument("--label-column", help="the column with the label")
 
 
+def _saving(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--resume", action="store_true", default=None, help="go on with a run that was cut short, from OUTPUT.partial")
+    add("--save-every", type=float, help="minutes between two saves of the run's state (default 10)")
+
+
 def _pushing(parser: _Parser) -> None:
     add = parser.add_argument
     add("--private", action="store_true", default=None, help="make the Hub repo a private one")
@@ -87,6 +93,7 @@ def _prune_parser() -> _Parser:
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
     add("--no-distill", dest="distill", action="store_false", default=None, help="do not learn from the dense model")
+    _saving(parser)
     add("--push-to-hub", metavar="REPO", help="send the folder to this Hub repo, such as user/model, at the end")
     _pushing(parser)
     add("--no-audit", dest="audit", action="store_false", default=None, help="skip the information audit")
@@ -110,6 +117,7 @@ def _train_parser() -> _Parser:
     _training(parser)
     parser.add_argument("--output", help="folder to write (default: trained)")
     parser.add_argument("--finetune-steps", type=int, help="steps to train (default: one epoch, at most 2000)")
+    _saving(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress, only the closing line")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the line")
     return parser
@@ -183,7 +191,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"ibprune: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("ibprune: stopped; nothing half-written was left.\n")
+        sys.stderr.write(
+            "ibprune: stopped; nothing half-written was left; --resume goes on from the last saved state.\n"
+        )
         return 130
 
 

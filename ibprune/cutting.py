@@ -1,6 +1,7 @@
 """Decides which units stay, by score and shares, and compacts a copy of the dense model."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
+from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.scores import fisher_scores, magnitude_scores, random_scores
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
@@ -48,6 +50,7 @@ class Choice:
         teacher: What the masked model is distilled from, if anything.
         settings: Of mask learning.
         probe_steps: Steps of recovery after which the last candidate cuts are compared; 0 compares them as they are.
+        journal: Keeps scores, shares, what candidate cuts gave, and where mask learning stands.
     """
 
     score: str
@@ -62,6 +65,7 @@ class Choice:
     probe_steps: int
     accelerator: Accelerator
     console: Quiet
+    journal: Journal = NO_JOURNAL
 
 
 def cut(
@@ -72,6 +76,7 @@ def cut(
     console: Quiet,
     *,
     found: Found | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[PreTrainedModel, PruningPlan, Budget, Structure, Feed]:
     """The pruned model before recovery, its plan, the budget, what could be cut, and the feed of what it reads.
 
@@ -97,7 +102,7 @@ def cut(
         recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
         feed.train, judge=dense, teacher=dense if recipe.distill else None,
         settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
-        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps),
+        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), journal=journal,
     )  # fmt: skip
     if "vocab" not in structure.sites:
         sites = structure.sites
@@ -138,7 +143,7 @@ def choose_and_compact_(
         loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
         keep, _, _ = learn_masks(
             student, masks, sites, cost_model, budget, start, keep, loss_of, choice.make_batches, choice.settings,
-            accelerator=choice.accelerator, console=choice.console,
+            accelerator=choice.accelerator, console=choice.console, journal=choice.journal,
         )  # fmt: skip
     plan = structure.plan(student, keep)
     return structure.compact(student, plan), plan
@@ -161,6 +166,7 @@ def _one_shot(
     sites, cost_model = structure.sites, structure.costs.of(budget.cost)
     masks = inject_(student, sites)
     batches, objective, accelerator = choice.batches, choice.objective, choice.accelerator
+    first = "vocabulary " if ranked is not None else ""  # cut before the rest, with scores and shares of its own
     if choice.score == "magnitude":
         scores = magnitude_scores(student, sites)
     elif choice.score == "random":
@@ -168,22 +174,32 @@ def _one_shot(
     elif not list(masks):  # nothing but the vocabulary is cut
         scores = {}
     else:
-        with accelerator.autocast():
-            scores = fisher_scores(
-                student, masks, batches, objective, seed=choice.seed, total=len(batches), console=choice.console
-            )
+
+        def fisher() -> dict[str, torch.Tensor]:
+            with accelerator.autocast():
+                return fisher_scores(
+                    student, masks, batches, objective, seed=choice.seed, total=len(batches), console=choice.console
+                )
+
+        scores = choice.journal.once(f"{first}scores", fisher)
     if ranked is not None:
         scores["vocab"] = ranked.scores
-    if choice.shares == "probe":
+
+    def probed() -> dict[str, torch.Tensor]:
         few = batches[: max(1, PROBE // len(next(iter(batches[0].values()))))]
         read = None if ranked is None else _reader(feed, len(few) * feed.batch_size, accelerator.device)
         loss_of = probe_loss(student, masks, choice.judge, few, objective, accelerator, read=read)
         recovered = None
         if ranked is None and choice.probe_steps:
             recovered = recovered_loss(student, structure, choice)
-        keep = probe_shares(
+        found = probe_shares(
             loss_of, scores, sites, cost_model, budget, console=choice.console, recovered_loss_of=recovered
         )
+        return {name: torch.tensor(units, dtype=torch.int64) for name, units in found.items()}
+
+    if choice.shares == "probe":
+        found = choice.journal.once(f"{first}shares", probed)
+        keep = {name: tuple(found[name].tolist()) for name in sites}
     elif choice.shares == "cost":
         keep = solve_by_cost(scores, sites, cost_model, budget)
     else:
@@ -248,8 +264,12 @@ def probe_steps(asked: int | None, recover_steps: int) -> int:
 def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> Callable[[Keep], float]:
     """A function that cuts a copy of the student, recovers it for a few steps and returns its loss."""
     settings = replace(choice.settings, steps=choice.probe_steps)
+    tries = itertools.count(1)
 
     def loss_of(keep: Keep) -> float:
+        return float(choice.journal.once(f"cut tried {next(tries)}", lambda: {"loss": loss_after(keep)})["loss"])
+
+    def loss_after(keep: Keep) -> torch.Tensor:
         plan = structure.plan(student, keep)
         small = structure.compact(copy.deepcopy(student), plan)
         objective = on_kept_features(choice.objective, plan)
@@ -259,7 +279,7 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
         )  # fmt: skip
         judged = loss_with(objective, choice.judge, choice.accelerator)
         with torch.no_grad(), choice.accelerator.autocast():
-            return float(torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean())
+            return torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean()
 
     return loss_of
 

@@ -91,6 +91,11 @@ class Feed:
     preprocessor: PreTrainedTokenizerBase | BaseImageProcessor
     normalised_by: str = ""
 
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What hides tokens or changes pictures as batches are made, None where nothing is drawn."""
+        return getattr(self.collate, "generator", None)
+
     def train(self, epoch_seed: int) -> DataLoader:
         """Shuffled training batches, a function of the seed."""
         return make_loader(self.train_set, self.collate, batch_size=self.batch_size, seed=epoch_seed)

@@ -31,6 +31,7 @@ from ibprune.models import check_finite
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
+from ibprune.resuming import open_journal
 from ibprune.structure import Costs
 from ibprune.subject import Subject, known_tokens, load_subject
 from ibprune.trainer import make_accelerator, train
@@ -54,6 +55,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     folder = check_output(recipe.output, model=recipe.model)
     if recipe.push_to_hub:
         check_target(recipe.push_to_hub, private=recipe.private, revision=recipe.revision, empty=True)
+    journal = open_journal(recipe, folder, console)
     command = recipe.command()
     timer = Timer()
     with timer("load"):
@@ -61,20 +63,22 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         subject = load_subject(recipe, console)
     recipe, source, data, feed, loaded = subject.recipe, subject.source, subject.data, subject.feed, subject.loaded
     dense = loaded.model.to(accelerator.device)
+    journal.data = feed.generator
     if loaded.new_head:
         console.say("The checkpoint has no head for this task.")
     with timer("finetune"), known_tokens(subject):
-        finetune_(dense, recipe, feed, accelerator, console, needed=loaded.new_head)
+        finetune_(dense, recipe, feed, accelerator, console, needed=loaded.new_head, journal=journal)
     with timer("evaluate"), known_tokens(subject):
         dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
     with timer("cut"):
-        student, plan, budget, structure, own_feed = cut(dense, recipe, feed, accelerator, console, found=subject.found)
+        student, plan, budget, structure, own_feed = cut(dense, recipe, feed, accelerator, console, found=subject.found,
+                                                          journal=journal)  # fmt: skip
     objective = on_kept_features(feed.objective, plan)
     with timer("recover"):
         teacher = dense if recipe.distill else None
         steps = train_settings(recipe, recipe.recover_steps)
         train(student, loss_with(objective, teacher, accelerator), own_feed.train, steps,
-              accelerator=accelerator, phase="recovering", console=console)  # fmt: skip
+              accelerator=accelerator, phase="recovering", console=console, journal=journal)  # fmt: skip
     check_finite(student, "the recovered model")
     student = student.to(loaded.dtype).float()  # what is measured is what is stored
     with timer("evaluate"):
@@ -96,6 +100,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         score=recipe.score,
         shares=recipe.shares,
         seed=recipe.seed,
+        resumed=journal.resumed,
         model=source.name,
         data=data.name,
         objective=feed.objective.name,
@@ -121,6 +126,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
         _export(student, dense, subject, own_feed, plan, report, audited, texts, temporary, folder)
+    journal.remove()
     if recipe.push_to_hub:
         console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
         url = push(folder, recipe.push_to_hub, private=recipe.private, revision=recipe.revision,

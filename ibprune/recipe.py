@@ -13,7 +13,8 @@ from ibprune.groups import KINDS
 
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
-WHERE = {"output", "push_to_hub", "private", "revision", "commit_message"}  # where a result goes, not what it is
+# Where a result goes and how it is got there, not what it is.
+WHERE = {"output", "push_to_hub", "private", "revision", "commit_message", "resume", "save_every"}
 
 
 class Recipe(BaseModel):
@@ -57,6 +58,8 @@ class Recipe(BaseModel):
     commit_message: str | None = Field(None, description="of the commit there")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto")
     audit: bool = Field(True, description="audit the retained information")
+    resume: bool = Field(False, description="go on with a run that was cut short")
+    save_every: float = Field(10, gt=0, description="minutes between two saves of a run's state")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -103,7 +106,7 @@ class Recipe(BaseModel):
         return self
 
     def save(self, path: Path) -> None:
-        """Writes the recipe without its output folder and Hub repo, which are taken when the run is repeated."""
+        """Writes the recipe without what only the one run needed: its output folder is taken when it is repeated."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude=WHERE), sort_keys=False))
 
     def command(self) -> str:

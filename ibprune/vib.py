@@ -17,6 +17,7 @@ from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet
+from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.trainer import TrainSettings, TrainState, train
 
 NOISELESS_KINDS = ("hidden", "embedding_rank")  # one draw would hit every norm, or every token, at once
@@ -58,6 +59,7 @@ def learn_masks(
     accelerator: Accelerator,
     console: Quiet,
     settings: MaskSettings = MaskSettings(),
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
     """Learns masks and weights together and returns (kept units, scores, training state).
 
@@ -89,12 +91,17 @@ def learn_masks(
     steps = train_settings.steps
     settled_at = math.ceil(settings.settle * steps)
     settled: Keep = {}  # what stays, from `settled_at` on
+    started = False
 
     def before_step(step: int) -> None:
+        nonlocal started
+        if not started:  # where the run was resumed, the units in the model come from a file
+            masks.set_keep(masks.kept())
+            started = True
         if step >= settled_at:
-            if step == settled_at:
+            if not settled:
                 masks.set_noise(0.0, sites=noisy)
-                settled.update(final_keep())
+                settled.update(final_keep() if step == settled_at else masks.kept())
                 masks.set_keep(settled)
             return
         masks.set_noise(1.0, sites=noisy)
@@ -133,8 +140,9 @@ def learn_masks(
         console=console,
         extra_groups=[group for group in groups if group["params"]],
         before_step=before_step,
+        journal=journal,
     )
-    keep = settled or final_keep()
+    keep = masks.kept() if settled_at < steps else final_keep()
     masks.set_keep(keep)
     return keep, _scores(masks), state
 

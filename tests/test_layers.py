@@ -26,7 +26,7 @@ LAYERS = (
     ("embeddings",),
     ("surgery",),
     ("recipe", "data", "report", "channels"),
-    ("collating", "prose", "images", "structure"),
+    ("collating", "prose", "images", "structure", "resuming"),
     ("scores", "shares", "models", "feeding", "pairs", "labels", "bench"),
     ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots", "onnx_files"),
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
