@@ -38,6 +38,10 @@ class Entry:
     facts: dict
     rng: tuple[Tensors, dict]
 
+    def part(self, prefix: str) -> Tensors:
+        """The tensors whose names begin so, by the rest of their names."""
+        return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+
 
 class Journal:
     """Remembers nothing: for what is not part of a run that can be resumed.

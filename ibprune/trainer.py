@@ -18,7 +18,7 @@ from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, IBPruneError
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet
-from ibprune.resuming import NO_JOURNAL, Entry, Journal
+from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -137,7 +137,7 @@ def train(
     entry = journal.read(phase)
     state = TrainState(phase) if entry is None else TrainState.from_dict(entry.facts["state"])
     if entry is not None:
-        load_tensors_(model, entry.tensors)
+        _load_tensors_(model, entry.part("model/"))
         if state.step == settings.steps:
             journal.restore(entry)
             model.eval()
@@ -157,7 +157,7 @@ def train(
     weights = [p for group in groups[: len(groups) - len(flat)] for p in group["params"]]
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if entry is not None:
-        _load_optimizer_(optimizer, entry.tensors)
+        _load_moments_(optimizer, entry.part("optimizer/"))
     model.train()
     batches = _Batches(make_batches, settings.seed, accelerator, state, journal, entry)
     for step in console.track(range(state.step, settings.steps), phase, settings.steps - state.step):
@@ -186,53 +186,46 @@ def train(
         state.losses.append(total)
         if journal.due() and state.step < settings.steps:
             _check_weights(model, phase, step)
-            journal.write(phase, _tensors(model, optimizer, batches), {"state": state.to_dict()})
+            states, rng = batches.before_epoch
+            tensors = _named_tensors(model) | _moments(optimizer) | {f"epoch/{key}": x for key, x in states.items()}
+            journal.write(phase, tensors, {"state": state.to_dict(), "epoch": rng})
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
     _check_weights(model, phase, settings.steps - 1)
-    journal.write(phase, named_tensors(model), {"state": state.to_dict()})
+    journal.write(phase, _named_tensors(model), {"state": state.to_dict()})
     model.eval()
     return state
 
 
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, each once."""
     return {f"model/{name}": tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 @torch.no_grad()
-def load_tensors_(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts what `named_tensors` gave back into a model of the same shapes.
-
-    Raises:
-        BadRecipe: The model is another one.
-    """
-    own = named_tensors(model)
-    saved = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
+def _load_tensors_(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    own = {name.removeprefix("model/"): tensor for name, tensor in _named_tensors(model).items()}
     wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
     if wrong:
         raise BadRecipe(
-            f"--resume: the saved state does not fit the model, such as '{wrong[0].removeprefix('model/')}': the model "
-            "or the data are not those of the interrupted run."
+            f"--resume: the saved state does not fit the model, such as '{wrong[0]}': the model or the data are not "
+            "those of the interrupted run."
         )
     for name, tensor in own.items():
         tensor.copy_(saved[name])
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, batches: "_Batches") -> dict[str, torch.Tensor]:
-    found = named_tensors(model)
-    for number, values in optimizer.state_dict()["state"].items():
-        found |= {f"optimizer/{number}/{key}": value for key, value in values.items()}
-    return found | ({"epoch": batches.before_epoch} if batches.before_epoch is not None else {})
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer/{number}/{key}": value for number, values in state.items() for key, value in values.items()}
 
 
-def _load_optimizer_(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def _load_moments_(optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
     """Puts the moments back; rates and the rest of the groups are as the settings make them."""
     moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, number, key = name.split("/")
-            moments.setdefault(int(number), {})[key] = tensor
+    for name, tensor in saved.items():
+        number, key = name.split("/")
+        moments.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
@@ -291,7 +284,7 @@ class _Batches:
     """Batches without end, epoch after epoch; after a resumption from where the run was in its epoch.
 
     Attributes:
-        before_epoch: Where the generator of the data stood when the present epoch began, None where there is none.
+        before_epoch: Where all generators stood when the present epoch began, as `rng_state` gives it.
     """
 
     def __init__(
@@ -305,7 +298,6 @@ class _Batches:
     ):
         self.make_batches, self.seed, self.accelerator = make_batches, seed, accelerator
         self.state, self.journal = state, journal
-        self.before_epoch = None if entry is None else entry.tensors.get("epoch")
         self.batches = self._endless(entry)
 
     def __next__(self) -> Batch:
@@ -314,10 +306,9 @@ class _Batches:
     def _endless(self, entry: Entry | None) -> Iterator[Batch]:
         state, data = self.state, self.journal.data
         while True:
-            if data is not None:
-                if entry is not None:
-                    data.set_state(self.before_epoch)
-                self.before_epoch = data.get_state()
+            if entry is not None:
+                set_rng_state(entry.part("epoch/"), entry.facts["epoch"], data)
+            self.before_epoch = rng_state(data)
             loader = iter(self.accelerator.prepare_data_loader(self.make_batches(self.seed + state.epoch)))
             if entry is not None:  # what was read already is read again, so that all generators are where they were
                 for _ in range(state.batch):
