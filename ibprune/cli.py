@@ -4,7 +4,15 @@ import argparse
 import sys
 
 from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
-from ibprune.tables import estimate_line, print_audit, print_benchmark, print_plan, print_report, print_training
+from ibprune.tables import (
+    estimate_line,
+    print_audit,
+    print_benchmark,
+    print_pareto,
+    print_plan,
+    print_report,
+    print_training,
+)
 
 VERBS = {
     "prune": "make a trained model smaller and write a folder that loads (the default verb)",
@@ -29,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _common(parser: _Parser) -> None:
     _model(parser)
-    parser.add_argument("--budget", type=float, help="share of the dense cost to keep, in (0, 1]")
+    parser.add_argument("--budget", help="share of the dense cost to keep, in (0, 1]; several: 0.5,0.3,0.2")
     parser.add_argument("--cost", help="what the budget counts: params (default) or macs")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
@@ -84,6 +92,8 @@ def _prune_parser() -> _Parser:
     add = parser.add_argument
     add("--recipe", help="YAML file with these flags as keys; flags override it")
     _data(parser)
+    add("--at-least", metavar="METRIC=VALUE", help="the smallest model that keeps accuracy=0.88, or accuracy=99%% of "
+        "the dense model's (perplexity: at most); --budget is then the least to try (default 0.1)")  # fmt: skip
     add("--score", help="what ranks the units: vib (default), fisher, magnitude or random")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
     add("--output", help="folder to write (default: pruned)")
@@ -217,15 +227,18 @@ def _prune(argv: list[str]) -> int:
     check_output(recipe.output, model=recipe.model)
     console = Quiet() if arguments.quiet else Terminal()
     console.say("starting")
-    from ibprune.pipeline import run
+    from ibprune.choosing import carry_out
+    from ibprune.ladder import pareto
 
-    result = run(recipe, console)
+    result = carry_out(recipe, console)
+    several = isinstance(result, tuple)
+    found = pareto([each.report for each in result]) if several else result.report
     if arguments.json:
         import json
 
-        sys.stdout.write(json.dumps(result.report, indent=1) + "\n")
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        print_report(result.report, recipe.output)
+        (print_pareto if several else print_report)(found, recipe.output)
     return 0
 
 

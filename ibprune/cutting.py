@@ -86,24 +86,10 @@ def cut(
     Args:
         found: The channels of a CNN.
     """
-    student, kinds, counts = copy.deepcopy(dense), (), None
-    if found is not None:
-        example = feed.example()["pixel_values"].to(accelerator.device)
-        structure = prepare_traced_(student, found.sites, example, compact_traced_)
-    else:
-        kinds = choose_kinds(dense, recipe.kinds)
-        if find_family(dense.config.model_type).embedding:
-            batches = USAGE if "vocab" in kinds else 100
-            masked = feed.objective.name == "masked_lm"
-            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=batches, masked=masked)
-        structure = prepare_(student, kinds, counts)
+    student, structure, choice, kinds, counts = prepare_cut(
+        dense, recipe, feed, accelerator, console, found=found, journal=journal
+    )
     cost_model = structure.costs.of(recipe.cost)
-    choice = Choice(
-        recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
-        feed.train, judge=dense, teacher=dense if recipe.distill else None,
-        settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
-        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), journal=journal,
-    )  # fmt: skip
     if "vocab" not in structure.sites:
         sites = structure.sites
         budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
@@ -113,7 +99,7 @@ def cut(
     ranked = rank_rows(feed.collate.tokenizer, counts, named=named_rows(dense))
     sites = structure.sites | {"vocab": structure.sites["vocab"].at_least(ranked.n_needed)}
     budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
-    _, _, keep = _one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
+    _, _, keep = one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
     n_units, rows = {name: site.n_units for name, site in structure.everything.items()}, keep["vocab"]
     student = copy.deepcopy(dense)
     if len(rows) < n_units["vocab"]:
@@ -128,28 +114,89 @@ def cut(
     return student, plan, budget, structure, feed
 
 
+def prepare_cut(
+    dense: PreTrainedModel,
+    recipe: Recipe,
+    feed: Feed,
+    accelerator: Accelerator,
+    console: Quiet,
+    *,
+    found: Found | None = None,
+    journal: Journal = NO_JOURNAL,
+) -> tuple[PreTrainedModel, Structure, Choice, tuple[str, ...], torch.Tensor | None]:
+    """A copy of the dense model, what can be cut of it and how that is chosen, the kinds, and the counts of tokens."""
+    student, kinds, counts = copy.deepcopy(dense), (), None
+    if found is not None:
+        example = feed.example()["pixel_values"].to(accelerator.device)
+        structure = prepare_traced_(student, found.sites, example, compact_traced_)
+    else:
+        kinds = choose_kinds(dense, recipe.kinds)
+        if find_family(dense.config.model_type).embedding:
+            batches = USAGE if "vocab" in kinds else 100
+            masked = feed.objective.name == "masked_lm"
+            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=batches, masked=masked)
+        structure = prepare_(student, kinds, counts)
+    choice = Choice(
+        recipe.score, recipe.shares, recipe.seed, feed.objective, feed.calibration(CALIBRATION, accelerator.device),
+        feed.train, judge=dense, teacher=dense if recipe.distill else None,
+        settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
+        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), journal=journal,
+    )  # fmt: skip
+    return student, structure, choice, kinds, counts
+
+
 def choose_and_compact_(
     student: nn.Module, structure: Structure, budget: Budget, choice: Choice
 ) -> tuple[nn.Module, PruningPlan]:
     """Scores the units, shares the cut between kinds, learns masks where the score is "vib", and cuts."""
-    sites, cost_model = structure.sites, structure.costs.of(budget.cost)
-    masks, scores, keep = _one_shot(student, structure, budget, choice) if sites else (None, {}, {})
-    if choice.score == "vib" and sites:
-        # Channels of one kind differ in cost, and log_alpha is a score per cost: so is where it starts.
-        start = {
-            name: score / cost_model.unit_cost(cost_model.n_units, name) if sites[name].kind in MODULE_KINDS else score
-            for name, score in scores.items()
-        }
-        loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
-        keep, _, _ = learn_masks(
-            student, masks, sites, cost_model, budget, start, keep, loss_of, choice.make_batches, choice.settings,
-            accelerator=choice.accelerator, console=choice.console, journal=choice.journal,
-        )  # fmt: skip
+    masks, scores, keep = one_shot(student, structure, budget, choice) if structure.sites else (None, {}, {})
+    if choice.score == "vib" and structure.sites:
+        start = per_cost(scores, structure, budget)
+        keep, _ = learn_keep(student, masks, structure, budget, start, keep, choice)
     plan = structure.plan(student, keep)
     return structure.compact(student, plan), plan
 
 
-def _one_shot(
+def per_cost(scores: dict[str, torch.Tensor], structure: Structure, budget: Budget) -> dict[str, torch.Tensor]:
+    """Where masks start: channels of one kind differ in cost, and log_alpha is a score per cost."""
+    cost_model = structure.costs.of(budget.cost)
+    return {
+        name: score / cost_model.unit_cost(cost_model.n_units, name)
+        if structure.sites[name].kind in MODULE_KINDS
+        else score
+        for name, score in scores.items()
+    }
+
+
+def learn_keep(
+    student: nn.Module,
+    masks: MaskSet,
+    structure: Structure,
+    budget: Budget,
+    start: dict[str, torch.Tensor],
+    target: Keep,
+    choice: Choice,
+    *,
+    steps: int | None = None,
+    **more: object,
+) -> tuple[Keep, dict[str, torch.Tensor]]:
+    """The units that stay after mask learning, and their scores.
+
+    Args:
+        steps: By default all of the choice's.
+        more: For `learn_masks`.
+    """
+    settings = choice.settings if steps is None else replace(choice.settings, steps=steps)
+    loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
+    keep, scores, _ = learn_masks(
+        student, masks, structure.sites, structure.costs.of(budget.cost), budget, start, target, loss_of,
+        choice.make_batches, settings, accelerator=choice.accelerator, console=choice.console,
+        journal=choice.journal, **more,
+    )  # fmt: skip
+    return keep, scores
+
+
+def one_shot(
     student: nn.Module,
     structure: Structure,
     budget: Budget,

@@ -93,6 +93,7 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         "lr": recipe.lr,
         "seed": recipe.seed,
         "resumed": journal.resumed,
+        "overlap": subject.overlap,
         "pictures": feed.pictures(),
         "device": str(accelerator.device),
         "timings_s": timer.seconds,

@@ -60,6 +60,8 @@ def learn_masks(
     console: Quiet,
     settings: MaskSettings = MaskSettings(),
     journal: Journal = NO_JOURNAL,
+    phase: str = "learning masks",
+    within: Keep | None = None,
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
     """Learns masks and weights together and returns (kept units, scores, training state).
 
@@ -73,13 +75,20 @@ def learn_masks(
     Noise acts on heads, FFN units, sub-layers and channels that one layer reads; the shared residual
     mask, channels that several layers read and the embedding directions learn their means only.
     With `train_settings.steps` 0 the target is returned as it is.
+
+    Args:
+        within: What an earlier, larger budget left, where the masks have learned for that: only these units may stay,
+            the masks go on from where they are, and the ramp starts from the cost of these units.
     """
     if train_settings.steps == 0:
-        return target, start, TrainState("learning masks")
+        return target, start, TrainState(phase)
     pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions_kept(target, sites).items()}
     noisy = [name for name, site in sites.items() if is_noisy(site)]
-    _start_from_ranks_(masks, sites, start, settings)
-    dense = cost_model(cost_model.n_units, scope=budget.scope)
+    dense = top = cost_model(cost_model.n_units, scope=budget.scope)
+    if within is None:
+        _start_from_ranks_(masks, sites, start, settings)
+    else:
+        top = cost_model(cost_model.n_units | {name: len(units) for name, units in within.items()}, scope=budget.scope)
     beta = torch.cat(
         [
             torch.full((site.n_units,), cost_model.unit_cost(cost_model.n_units, name, scope=budget.scope) / dense)
@@ -107,13 +116,15 @@ def learn_masks(
         masks.set_noise(1.0, sites=noisy)
         if step % 5 == 0:
             progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
-            ramped = replace(budget, limit=int(dense - progress * (dense - budget.limit)), round_to=1)
-            ranking = Ranking(_scores(masks), sites)  # t = 1 is the target: no need to look far, or closely
+            ramped = replace(budget, limit=int(top - progress * (top - budget.limit)), round_to=1)
+            ranking = Ranking(
+                only(_scores(masks), within), sites
+            )  # t = 1 is the target: no need to look far, or closely
             masks.set_keep(keep_within(ranking, cost_model, ramped, pressure, most=4.0, halvings=12))
 
     def final_keep() -> Keep:
         try:
-            return solve_by_shares(_scores(masks), sites, cost_model, budget, pressure)
+            return solve_by_shares(only(_scores(masks), within), sites, cost_model, budget, pressure)
         except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
             return target
 
@@ -136,7 +147,7 @@ def learn_masks(
         make_batches,
         train_settings,
         accelerator=accelerator,
-        phase="learning masks",
+        phase=phase,
         console=console,
         extra_groups=[group for group in groups if group["params"]],
         before_step=before_step,
@@ -151,6 +162,16 @@ def is_noisy(site: Site) -> bool:
     """Whether a site's mask learns under noise: not where one draw would act in many places at once."""
     shared = site.mask_at.side == "consumers" and len(site.consumers()) > 1
     return site.kind not in NOISELESS_KINDS and not shared
+
+
+def only(scores: dict[str, torch.Tensor], within: Keep | None) -> dict[str, torch.Tensor]:
+    """The scores, -inf for units that are not among those `within`, if that is given: they never stay."""
+    if within is None:
+        return scores
+    found = {name: torch.full_like(score, -torch.inf) for name, score in scores.items()}
+    for name, score in scores.items():
+        found[name][list(within[name])] = score[list(within[name])]
+    return found
 
 
 def _scores(masks: MaskSet) -> dict[str, torch.Tensor]:
