@@ -10,7 +10,7 @@ from ibprune.hub_folders import check_target
 from ibprune.ladder import climb_down, rungs
 from ibprune.pipeline import Pruned, PruneResult, begin, finish, recover, run
 from ibprune.recipe import Goal, Recipe, parse_goal
-from ibprune.resuming import open_journal
+from ibprune.resuming import open_journal, rng_state, set_rng_state
 from ibprune.subject import Subject
 
 CANDIDATES = 7  # budgets between the dense model and the least, in equal ratios: three of them recover
@@ -47,11 +47,15 @@ def choose(recipe: Recipe, console: Quiet) -> PruneResult:
             f"{job.metrics[goal.metric]:.4g}: ask for less, or train it further."
         )
     candidates = [(small.cpu(), *rest) for small, *rest in rungs(job, lambda least: budgets(recipe.budget, least))]
+    rng = rng_state(
+        journal.data
+    )  # of every recovery: what a candidate comes to does not depend on which others were tried
     low, high = 0, len(candidates)  # candidates before `low` keep the metric, those from `high` on do not
     tried, best = [], None
     while low < high:
         middle = (low + high) // 2
         small, plan, budget, structure = candidates[middle]
+        set_rng_state(*rng, journal.data)
         pruned = recover(job, small.to(job.accelerator.device), plan, budget, structure, job.subject.feed,
                          phase=f"recovering {budget.keep:g}")  # fmt: skip
         value = pruned.metrics[goal.metric]
@@ -65,8 +69,8 @@ def choose(recipe: Recipe, console: Quiet) -> PruneResult:
     if best is None:
         raise BadRecipe(
             f"--at-least: expected {goal.metric} {word} {threshold:.4g}, but the largest candidate, "
-            f"{candidates[0][2].keep:g} of the {recipe.cost}, has {tried[-1]['value']:.4g}: ask for less, or give more "
-            "--recover-steps."
+            f"{candidates[0][2].keep:g} of the {recipe.cost}, has {tried[-1]['value']:.4g}: ask for less, with "
+            "--resume, or give more --recover-steps."
         )
     return finish(job, best, folder, chosen=_record(recipe, goal, threshold, word, [c[2].keep for c in candidates],
                                                     tried, best))  # fmt: skip

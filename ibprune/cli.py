@@ -182,8 +182,8 @@ def _mi_parser() -> _Parser:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code (2 for anything the user can mend)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    verb = argv.pop(0) if argv and not argv[0].startswith("-") else "prune"
     try:
-        verb = argv.pop(0) if argv and not argv[0].startswith("-") else "prune"
         if verb not in VERBS:
             raise BadRecipe(f"unknown verb '{verb}': {did_you_mean(verb, VERBS)}.")
         if verb == "prune" and "--version" in argv:

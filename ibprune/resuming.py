@@ -218,8 +218,8 @@ def _cuda_states() -> list[torch.Tensor]:
 
 
 def _comparable(recipe: Recipe) -> dict:
-    """What decides the result, as JSON gives it back."""
-    return json.loads(recipe.model_dump_json(exclude=WHERE))
+    """What decides the parts of a run, as JSON gives it back; not what `at_least` asks for: it chooses among them."""
+    return json.loads(recipe.model_dump_json(exclude=WHERE)) | {"at_least": recipe.at_least is not None}
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,16 @@ def test_the_smallest_model_that_keeps_a_metric_is_found(classifier, tmp_path, m
         BadRecipe, match="accuracy at least 0.95, but the largest candidate, 0.9 of the params, has 0.8"
     ):
         ibprune.prune(**values | dict(output=tmp_path / "none"), at_least="accuracy=0.95")
+    console = Stopping()
+    values |= dict(output=tmp_path / "none", resume=True, console=console)
+    assert ibprune.prune(**values, at_least="accuracy=0.7").report["budget"]["keep"] == 0.9  # of the same candidates
+    assert not any(what.startswith(("learning masks", "recovering")) for what, _ in console.ran)
+    same(tmp_path / "none", afresh(**values | dict(output=tmp_path / "afresh"), at_least="accuracy=0.7"))
+
+
+def afresh(output, **values):
+    ibprune.prune(**values, output=output)
+    return output
 
 
 def test_what_cannot_be_kept_or_is_no_metric(classifier, folders, stories, tmp_path, capsys):
