@@ -201,9 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"ibprune: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(
-            "ibprune: stopped; nothing half-written was left; --resume goes on from the last saved state.\n"
-        )
+        more = " --resume goes on from the last state saved." if verb in ("prune", "train") else ""
+        sys.stderr.write(f"ibprune: stopped; nothing half-written was left.{more}\n")
         return 130
 
 
