@@ -85,11 +85,9 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
         choose: The budgets, the largest first, by the least share that can be reached.
 
     Raises:
-        BadRecipe: A vocabulary is to be cut, or a budget cannot be reached.
+        BadRecipe: A budget cannot be reached.
     """
     recipe, subject = job.subject.recipe, job.subject
-    if "vocab" in recipe.kinds:
-        raise BadRecipe("'vocab' is cut for one budget, tokenizer and all: give one --budget, or other --kinds.")
     with job.timer("cut"):
         student, structure, choice, _, _ = prepare_cut(
             job.dense, recipe, subject.feed, job.accelerator, job.console, found=subject.found, journal=job.journal

@@ -152,6 +152,8 @@ class Recipe(BaseModel):
             raise ValueError("expected --budget (recipe key 'budget'), found none")
         if isinstance(self.budget, tuple) and not self.at_least and self.push_to_hub:
             raise ValueError("--push-to-hub: a repo holds one model: push a folder of the several budgets afterwards")
+        if "vocab" in self.kinds and (isinstance(self.budget, tuple) or self.at_least):
+            raise ValueError("'vocab' is cut for one budget, tokenizer and all: give one --budget, or other --kinds")
         for name in ("private", "revision", "commit_message"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
