@@ -15,9 +15,10 @@ from ibprune.legacy import convert_legacy
 from ibprune.loading import load as load_transformer
 from ibprune.module_files import is_module_folder, load_module
 from ibprune.module_pipeline import ModuleResult, make_settings, prune_module
-from ibprune.pipeline import PruneResult, run
+from ibprune.pipeline import PruneResult
 from ibprune.planning import plan
 from ibprune.recipe import make_recipe
+from ibprune.smallest import carry_out
 from ibprune.training import train_dense
 
 __all__ = ["ModuleResult", "PruneResult", "audit", "bench", "convert_legacy", "load", "plan", "prune", "push", "train"]
@@ -25,12 +26,12 @@ __all__ = ["ModuleResult", "PruneResult", "audit", "bench", "convert_legacy", "l
 
 def prune(
     model: str | nn.Module | None = None,
-    budget: float | None = None,
+    budget: float | tuple[float, ...] | None = None,
     *,
     recipe: str | None = None,
     console: Quiet | None = None,
     **overrides: object,
-) -> PruneResult | ModuleResult:
+) -> PruneResult | tuple[PruneResult, ...] | ModuleResult:
     """Prunes a trained model to a share of its size or compute.
 
     By name, a transformer: the result is also a folder that loads. As an `nn.Module`, any network that
@@ -38,7 +39,7 @@ def prune(
 
     Args:
         model: Hub id, folder or alias; or the module, which stays as it is.
-        budget: Share of the dense cost to keep, in (0, 1].
+        budget: Share of the dense cost to keep, in (0, 1]. Several give nested models, a result and a folder for each.
         recipe: A YAML recipe; the other arguments override it (by name only).
         console: Where progress is shown; nothing by default.
         overrides: By name, the other fields of `ibprune.recipe.Recipe`, such as score="fisher" or output="out".
@@ -56,7 +57,9 @@ def prune(
     """
     values = {"model": model, "budget": budget} | overrides
     if not isinstance(model, nn.Module):
-        return run(make_recipe({k: v for k, v in values.items() if v is not None}, file=recipe), console or Quiet())
+        return carry_out(
+            make_recipe({k: v for k, v in values.items() if v is not None}, file=recipe), console or Quiet()
+        )
     if recipe is not None:
         raise BadRecipe("expected no recipe with a module: give its fields as arguments.")
     if overrides.get("train_loader") is None:

@@ -12,7 +12,7 @@ from ibprune.groups import Site
 
 WIDTH_KINDS = ("ffn", "hidden", "embedding_rank", "vocab", "channels")
 Keep = dict[str, tuple[int, ...]]
-Scores = Mapping[str, torch.Tensor]
+Scores = Mapping[str, torch.Tensor]  # by site, (n_units,); a unit with -inf never stays, but counts in its kind
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def solve_by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budg
     ranked = {name: np.sort(_array(scores[name])) for name in sites}
     kept = np.array([model.n_units[name] for name in table.names])
     spots = [table.names.index(name) for name in sites]
+    kept[spots] = [np.count_nonzero(ranked[name] > -np.inf) for name in sites]
     total = table.total(kept)
     while total > budget.limit:
         unit_costs = table.unit_costs(kept)
@@ -168,6 +169,7 @@ class Ranking:
         for site in sites.values():
             self.kinds.setdefault(site.kind, []).append(site)
         self.order: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.most: dict[str, int] = {}
         for kind, members in self.kinds.items():
             values, owner, unit = [], [], []
             for i, site in enumerate(members):
@@ -176,8 +178,10 @@ class Ranking:
                 values.append(score)
                 owner.append(np.full(site.n_units, i))
                 unit.append(np.arange(site.n_units))
-            best = np.argsort(-np.concatenate(values), kind="stable")
+            values = np.concatenate(values)
+            best = np.argsort(-values, kind="stable")
             self.order[kind] = np.concatenate(owner)[best], np.concatenate(unit)[best]
+            self.most[kind] = np.count_nonzero(values > -np.inf)
 
     def keep(self, fractions: Mapping[str, float], round_to: int = 1) -> Keep:
         """The best `fractions[kind]` of the units of each kind; widths rounded down."""
@@ -185,7 +189,7 @@ class Ranking:
         for kind, members in self.kinds.items():
             owner, unit = self.order[kind]
             floor = sum(site.min_units for site in members)
-            total = max(floor, int(fractions[kind] * len(owner) + 1e-9))
+            total = min(max(floor, int(fractions[kind] * len(owner) + 1e-9)), self.most[kind])
             for i, site in enumerate(members):
                 units = unit[:total][owner[:total] == i]
                 units = units[: max(allowed_width(len(units), site, round_to), site.min_units)]
@@ -198,7 +202,8 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
 
     A sub-layer that was cut comes back last, at its least width, and then grows like the others.
     """
-    keep = _drop_useless_rank(dict(keep), sites, model, budget)
+    may_stay = {name: _array(scores[name]) > -np.inf for name in sites}
+    keep = _drop_useless_rank(dict(keep), {n: s for n, s in sites.items() if may_stay[n].all()}, model, budget)
     table = _CostTable(model, budget.scope)
     spot = {name: i for i, name in enumerate(table.names)}
     order = {name: np.argsort(-_array(scores[name]), kind="stable") for name in sites}
@@ -208,14 +213,17 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
     for name in dormant:
         keep[name] = tuple(sorted(order[name][: allowed_width(0, sites[name], budget.round_to, up=True)].tolist()))
     kept = np.array([len(keep[name]) if name in keep else model.n_units[name] for name in table.names])
-    left = {name: order[name][~np.isin(order[name], keep[name])].tolist() for name in sites}
+    left = {n: order[n][~np.isin(order[n], keep[n]) & may_stay[n][order[n]]].tolist() for n in sites}
     closed: set[str] = set()
     while True:
         best = None
         for name, site in sites.items():
-            if name in closed or name in dormant or name in inside or len(keep[name]) == site.n_units:
+            if name in closed or name in dormant or name in inside or not left[name]:
                 continue
             step = allowed_width(len(keep[name]) + 1, site, budget.round_to, up=True) - len(keep[name])
+            if step > len(left[name]):
+                closed.add(name)
+                continue
             trial = kept.copy()
             trial[spot[name]] += step
             if table.total(trial) > budget.limit:
@@ -225,7 +233,9 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
             if best is None or rank[name][new[0]] < best[0]:
                 best = rank[name][new[0]], name, trial, new
         if best is None:
-            for name in sorted((n for n in inside if not keep[n]), key=lambda n: -float(scores[n])):
+            for name in sorted(
+                (n for n in inside if not keep[n] and may_stay[n].all()), key=lambda n: -float(scores[n])
+            ):
                 trial = kept.copy()
                 trial[spot[name]] = 1
                 if table.total(trial) <= budget.limit:

@@ -15,6 +15,7 @@ from ibprune.groups import Site
 from ibprune.losses import Batch, Objective
 from ibprune.masks import MaskSet
 from ibprune.refit import reconstruct_, rescale_
+from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.scores import fisher_scores, gate_gradients, magnitude_scores, random_scores, taylor_scores
 from ibprune.second_order import obs_multipliers, obs_scores, rearrange
 from ibprune.trainer import TrainSettings
@@ -34,6 +35,7 @@ class Choice:
         probe_steps: Steps of recovery after which the last candidate cuts are compared; 0 compares them as they are.
         frozen: Whether the weights stay as they are while masks are learned.
         reconstruct: Whether what reads the cut units is refitted by least squares.
+        journal: Keeps scores, shares, what candidate cuts gave, and where mask learning stands.
     """
 
     score: str
@@ -50,6 +52,7 @@ class Choice:
     console: Quiet
     reconstruct: bool = False
     frozen: bool = False
+    journal: Journal = NO_JOURNAL
 
 
 def score_units(student: nn.Module, sites: dict[str, Site], masks: MaskSet, choice: Choice) -> dict[str, torch.Tensor]:

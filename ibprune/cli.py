@@ -9,6 +9,7 @@ from ibprune.tables import (
     print_audit,
     print_benchmark,
     print_conversion,
+    print_pareto,
     print_plan,
     print_report,
     print_speeds,
@@ -40,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _common(parser: _Parser) -> None:
     _model(parser)
-    parser.add_argument("--budget", type=float, help="share of the dense cost to keep, in (0, 1]")
+    parser.add_argument("--budget", help="share of the dense cost to keep, in (0, 1]; several: 0.5,0.3,0.2")
     parser.add_argument("--cost", help="what the budget counts: params (default), macs or latency")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
@@ -76,6 +77,12 @@ def _data(parser: _Parser) -> None:
     parser.add_argument("--label-column", help="the column with the label")
 
 
+def _saving(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--resume", action="store_true", default=None, help="go on with a run that was cut short, from OUTPUT.partial")
+    add("--save-every", type=float, help="minutes between two saves of the run's state (default 10)")
+
+
 def _pushing(parser: _Parser) -> None:
     add = parser.add_argument
     add("--private", action="store_true", default=None, help="make the Hub repo a private one")
@@ -89,6 +96,8 @@ def _prune_parser() -> _Parser:
     add = parser.add_argument
     add("--recipe", help="YAML file with these flags as keys; flags override it")
     _data(parser)
+    add("--at-least", metavar="METRIC=VALUE", help="the smallest model that keeps accuracy=0.88, or accuracy=99%% of "
+        "the dense model's (perplexity: at most); --budget is then the least to try (default 0.1)")  # fmt: skip
     add("--latency-table", metavar="FILE", help="a latency.json measured on this device before (--cost latency)")
     add("--mode", help="full (default); fast: on 3 %% of the data; faster: that, and weights stay as they are")
     scores = "vib (default), gradual, fisher, kwon, obs, taylor, flap, activation, magnitude or random"
@@ -102,6 +111,7 @@ def _prune_parser() -> _Parser:
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
     add("--no-distill", dest="distill", action="store_false", default=None, help="do not learn from the dense model")
+    _saving(parser)
     add("--push-to-hub", metavar="REPO", help="send the folder to this Hub repo, such as user/model, at the end")
     _pushing(parser)
     add("--no-audit", dest="audit", action="store_false", default=None, help="skip the information audit")
@@ -125,6 +135,7 @@ def _train_parser() -> _Parser:
     _training(parser)
     parser.add_argument("--output", help="folder to write (default: trained)")
     parser.add_argument("--finetune-steps", type=int, help="steps to train (default: one epoch, at most 2000)")
+    _saving(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress, only the closing line")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the line")
     return parser
@@ -219,8 +230,8 @@ def _mi_parser() -> _Parser:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code (2 for anything the user can mend)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    verb = argv.pop(0) if argv and not argv[0].startswith("-") else "prune"
     try:
-        verb = argv.pop(0) if argv and not argv[0].startswith("-") else "prune"
         if verb not in VERBS:
             raise BadRecipe(f"unknown verb '{verb}': {did_you_mean(verb, VERBS)}.")
         if verb == "prune" and "--version" in argv:
@@ -239,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"ibprune: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("ibprune: stopped; nothing half-written was left.\n")
+        more = " --resume goes on from the last state saved." if verb in ("prune", "train") else ""
+        sys.stderr.write(f"ibprune: stopped; nothing half-written was left.{more}\n")
         return 130
 
 
@@ -263,15 +275,18 @@ def _prune(argv: list[str]) -> int:
     check_output(recipe.output, model=recipe.model)
     console = Quiet() if arguments.quiet else Terminal()
     console.say("starting")
-    from ibprune.pipeline import run
+    from ibprune.ladder import pareto
+    from ibprune.smallest import carry_out
 
-    result = run(recipe, console)
+    result = carry_out(recipe, console)
+    several = isinstance(result, tuple)
+    found = pareto([each.report for each in result]) if several else result.report
     if arguments.json:
         import json
 
-        sys.stdout.write(json.dumps(result.report, indent=1) + "\n")
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        print_report(result.report, recipe.output)
+        (print_pareto if several else print_report)(found, recipe.output)
     return 0
 
 

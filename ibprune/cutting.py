@@ -1,6 +1,7 @@
 """Decides which units stay, by score and shares, and compacts a copy of the dense model."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
+from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.scores import LEARNED
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
@@ -45,6 +47,7 @@ def cut(
     console: Quiet,
     *,
     found: Found | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[PreTrainedModel, PruningPlan, Budget, Structure, Feed]:
     """The pruned model before recovery, its plan, the budget, what could be cut, and the feed of what it reads.
 
@@ -54,31 +57,10 @@ def cut(
     Args:
         found: The channels of a CNN.
     """
-    student, kinds, counts = copy.deepcopy(dense), (), None
-    batches = feed.calibration(CALIBRATION, accelerator.device)
-    if found is not None:
-        example = feed.example()["pixel_values"].to(accelerator.device)
-        structure = prepare_traced_(student, found.sites, example, compact_traced_)
-    else:
-        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost)
-        if find_family(dense.config.model_type).embedding:
-            most = USAGE if "vocab" in kinds else 100
-            masked = feed.objective.name == "masked_lm"
-            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=most, masked=masked)
-        structure = prepare_(student, kinds, token_use(student, kinds, counts, batches, feed.objective))
-    if recipe.cost == "latency":
-        structure = with_latency(
-            structure, student, timed_inputs(dense, recipe, feed), table=recipe.latency_table, seed=recipe.seed,
-            round_to=recipe.round_to, console=console,
-        )  # fmt: skip
+    student, structure, choice, kinds, counts = prepare_cut(
+        dense, recipe, feed, accelerator, console, found=found, journal=journal
+    )
     cost_model = structure.costs.of(recipe.cost)
-    choice = Choice(
-        recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
-        teacher=dense if recipe.distill else None,
-        settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
-        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
-        frozen=recipe.mode == "faster",
-    )  # fmt: skip
     if "vocab" not in structure.sites:
         sites = structure.sites
         budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
@@ -88,7 +70,7 @@ def cut(
     ranked = rank_rows(feed.collate.tokenizer, counts, named=named_rows(dense))
     sites = structure.sites | {"vocab": structure.sites["vocab"].at_least(ranked.n_needed)}
     budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
-    _, _, keep = _one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
+    _, _, keep = one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
     n_units, rows = {name: site.n_units for name, site in structure.everything.items()}, keep["vocab"]
     student = copy.deepcopy(dense)
     if len(rows) < n_units["vocab"]:
@@ -102,6 +84,46 @@ def cut(
     student, plan = choose_and_compact_(student, rest, budget, choice)
     plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
     return student, plan, budget, structure, feed
+
+
+def prepare_cut(
+    dense: PreTrainedModel,
+    recipe: Recipe,
+    feed: Feed,
+    accelerator: Accelerator,
+    console: Quiet,
+    *,
+    found: Found | None = None,
+    journal: Journal = NO_JOURNAL,
+) -> tuple[PreTrainedModel, Structure, Choice, tuple[str, ...], torch.Tensor | None]:
+    """A copy of the dense model, what can be cut of it and how that is chosen, the kinds, and the counts of tokens."""
+    student, kinds, counts = copy.deepcopy(dense), (), None
+    batches = feed.calibration(CALIBRATION, accelerator.device)
+    if found is not None:
+        example = feed.example()["pixel_values"].to(accelerator.device)
+        structure = prepare_traced_(student, found.sites, example, compact_traced_)
+    else:
+        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost)
+        if find_family(dense.config.model_type).embedding:
+            most = USAGE if "vocab" in kinds else 100
+            masked = feed.objective.name == "masked_lm"
+            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=most, masked=masked)
+        structure = prepare_(student, kinds, token_use(student, kinds, counts, batches, feed.objective))
+    if recipe.cost == "latency":
+        entry = journal.read("latency")
+        structure = with_latency(
+            structure, student, timed_inputs(dense, recipe, feed), seed=recipe.seed, round_to=recipe.round_to,
+            table=recipe.latency_table if entry is None else entry.facts, console=console,
+        )  # fmt: skip
+        journal.write("latency", {}, structure.costs.latency.to_dict())
+    choice = Choice(
+        recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
+        teacher=dense if recipe.distill else None,
+        settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
+        probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
+        frozen=recipe.mode == "faster", journal=journal,
+    )  # fmt: skip
+    return student, structure, choice, kinds, counts
 
 
 def token_use(
@@ -128,30 +150,61 @@ def choose_and_compact_(
     student: nn.Module, structure: Structure, budget: Budget, choice: Choice
 ) -> tuple[nn.Module, PruningPlan]:
     """Scores the units, shares the cut between kinds, learns where the score is learned, and cuts."""
-    sites, cost_model = structure.sites, structure.costs.of(budget.cost)
-    masks, scores, keep = _one_shot(student, structure, budget, choice) if sites else (None, {}, {})
-
-    def as_ranks(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Channels of one kind differ in cost, and what is learned is ranked per cost."""
-        return {
-            name: score / cost_model.unit_cost(cost_model.n_units, name) if sites[name].kind in MODULE_KINDS else score
-            for name, score in found.items()
-        }
-
+    sites = structure.sites
+    masks, scores, keep = one_shot(student, structure, budget, choice) if sites else (None, {}, {})
     if choice.score in LEARNED and sites:
-        loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
-        keep, _, _ = learn_masks(
-            student, masks, sites, cost_model, budget, as_ranks(scores), keep, loss_of, choice.make_batches,
-            choice.settings, accelerator=choice.accelerator, console=choice.console, frozen=choice.frozen,
-            rescore=None if choice.score == "vib" else lambda: as_ranks(score_units(student, sites, masks, choice)),
-        )  # fmt: skip
+        start = per_cost(scores, structure, budget)
+        keep, _ = learn_keep(student, masks, structure, budget, start, keep, choice)
     if sites and not (choice.score in LEARNED and choice.settings.steps):
         keep = refit_(student, masks, sites, keep, choice)
     plan = structure.plan(student, keep)
     return structure.compact(student, plan), plan
 
 
-def _one_shot(
+def per_cost(scores: dict[str, torch.Tensor], structure: Structure, budget: Budget) -> dict[str, torch.Tensor]:
+    """Channels of one kind differ in cost, and what is learned is ranked per cost."""
+    cost_model = structure.costs.of(budget.cost)
+    return {
+        name: score / max(cost_model.unit_cost(cost_model.n_units, name), 1)  # of a latency it may be 0
+        if structure.sites[name].kind in MODULE_KINDS
+        else score
+        for name, score in scores.items()
+    }
+
+
+def learn_keep(
+    student: nn.Module,
+    masks: MaskSet,
+    structure: Structure,
+    budget: Budget,
+    start: dict[str, torch.Tensor],
+    target: Keep,
+    choice: Choice,
+    *,
+    steps: int | None = None,
+    **more: object,
+) -> tuple[Keep, dict[str, torch.Tensor]]:
+    """The units that stay after mask learning, and their scores.
+
+    Args:
+        steps: By default all of the choice's.
+        more: For `learn_masks`.
+    """
+
+    def rescored() -> dict[str, torch.Tensor]:
+        return per_cost(score_units(student, structure.sites, masks, choice), structure, budget)
+
+    settings = choice.settings if steps is None else replace(choice.settings, steps=steps)
+    loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
+    keep, scores, _ = learn_masks(
+        student, masks, structure.sites, structure.costs.of(budget.cost), budget, start, target, loss_of,
+        choice.make_batches, settings, accelerator=choice.accelerator, console=choice.console, frozen=choice.frozen,
+        journal=choice.journal, rescore=None if choice.score == "vib" else rescored, **more,
+    )  # fmt: skip
+    return keep, scores
+
+
+def one_shot(
     student: nn.Module,
     structure: Structure,
     budget: Budget,
@@ -168,19 +221,28 @@ def _one_shot(
     sites, cost_model = structure.sites, structure.costs.of(budget.cost)
     masks = inject_(student, sites)
     batches, objective, accelerator = choice.batches, choice.objective, choice.accelerator
-    scores = score_units(student, {name: sites[name] for name in masks}, masks, choice)
+    first = "vocabulary " if ranked is not None else ""  # cut before the rest, with scores and shares of its own
+    scores = choice.journal.once(
+        f"{first}scores", lambda: score_units(student, {name: sites[name] for name in masks}, masks, choice)
+    )
     if ranked is not None:
         scores["vocab"] = ranked.scores
-    if choice.shares == "probe":
+
+    def probed() -> dict[str, torch.Tensor]:
         few = batches[: max(1, PROBE // len(next(iter(batches[0].values()))))]
         read = None if ranked is None else _reader(feed, len(few) * feed.batch_size, accelerator.device)
         loss_of = probe_loss(student, masks, choice.judge, few, objective, accelerator, read=read)
         recovered = None
         if ranked is None and choice.probe_steps:
             recovered = recovered_loss(student, structure, choice)
-        keep = probe_shares(
+        found = probe_shares(
             loss_of, scores, sites, cost_model, budget, console=choice.console, recovered_loss_of=recovered
         )
+        return {name: torch.tensor(units, dtype=torch.int64) for name, units in found.items()}
+
+    if choice.shares == "probe":
+        found = choice.journal.once(f"{first}shares", probed)
+        keep = {name: tuple(found[name].tolist()) for name in sites}
     elif choice.shares == "cost":
         keep = solve_by_cost(scores, sites, cost_model, budget)
     else:
@@ -245,8 +307,12 @@ def probe_steps(asked: int | None, recover_steps: int) -> int:
 def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> Callable[[Keep], float]:
     """A function that cuts a copy of the student, recovers it for a few steps and returns its loss."""
     settings = replace(choice.settings, steps=choice.probe_steps)
+    tries = itertools.count(1)
 
     def loss_of(keep: Keep) -> float:
+        return float(choice.journal.once(f"cut tried {next(tries)}", lambda: {"loss": loss_after(keep)})["loss"])
+
+    def loss_after(keep: Keep) -> torch.Tensor:
         plan = structure.plan(student, keep)
         small = structure.compact(copy.deepcopy(student), plan)
         objective = on_kept_features(choice.objective, plan)
@@ -256,7 +322,7 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
         )  # fmt: skip
         judged = loss_with(objective, choice.judge, choice.accelerator)
         with torch.no_grad(), choice.accelerator.autocast():
-            return float(torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean())
+            return torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean()
 
     return loss_of
 

@@ -12,6 +12,7 @@ from ibprune.metrics import load_metric
 from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 LONGEST_ANSWER = 30  # tokens
+LOWER_IS_BETTER = ("perplexity",)
 
 
 @torch.no_grad()
@@ -49,6 +50,17 @@ def evaluate_model(
     if objective.name in ("causal_lm", "masked_lm", WRITES):
         return _perplexity(model, on_device, objective)
     return _encoder(model, on_device, feed, objective, dense)
+
+
+def metric_names(feed: Feed) -> tuple[str, ...]:
+    """What `evaluate_model` gives for a feed."""
+    if feed.objective.name in ("causal_lm", "masked_lm"):
+        return ("perplexity",)
+    if feed.objective.name == "encoder":
+        return ("cosine_to_dense", "recall_at_1")
+    return tuple(
+        name for metric in feed.metrics for name in (("exact_match", "f1") if metric == "squad" else (metric,))
+    )
 
 
 def _labelled(model: nn.Module, batches, objective: Objective, metrics: tuple[str, ...]) -> dict[str, float]:

@@ -96,6 +96,11 @@ class Feed:
     normalised_by: str = ""
     few: Dataset | None = None
 
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What hides tokens or changes pictures as batches are made, None where nothing is drawn."""
+        return getattr(self.collate, "generator", None)
+
     def train(self, epoch_seed: int) -> DataLoader:
         """Shuffled training batches, a function of the seed."""
         rows = self.train_set if self.few is None else self.few

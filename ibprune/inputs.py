@@ -17,11 +17,11 @@ from ibprune.errors import BadData
 from ibprune.images import IMAGE, CollatePictures, stored_digest, stored_size
 from ibprune.losses import Batch
 from ibprune.mi.probes import LEAST_PER_CLASS
+from ibprune.overlaps import COMPARABLE, text_keys
 from ibprune.pairs import Pairs
 from ibprune.task_heads import TAGS, WRITES
 
 MOST_INPUTS = 2400
-COMPARABLE = 500_000  # training rows that are looked through for the audited texts
 LEAST = 200  # fewer inputs and no figure of an audit means anything
 
 
@@ -112,8 +112,8 @@ def encode_inputs(
     digest = hashlib.sha256(repr([encoded["input_ids"][i] for i in chosen]).encode()).hexdigest()
     overlap = None
     if len(data.train) <= COMPARABLE:
-        known = _texts(data.train, data.text_columns)
-        overlap = sum(tuple(column[i] for column in columns) in known for i in chosen)
+        known, own_keys = set(text_keys(data.train, data.text_columns)), text_keys(rows, data.text_columns)
+        overlap = sum(own_keys[i] in known for i in chosen)
     places = np.array([words[i][0] for i in chosen]) if tagged else None
     return Inputs(
         data.name, batches, labels, removed, overlap, digest, special_ids(tokenizer), own=again, columns=places
@@ -310,7 +310,3 @@ def spread(batches: list[Batch], most: int) -> list[Batch]:
             found.append({key: value[rows] for key, value in batch.items()})
         start += size
     return found
-
-
-def _texts(rows: Dataset, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return set(zip(*([as_text(text) for text in rows[column]] for column in columns)))

@@ -50,11 +50,33 @@ class LatencyTable:
     error: float
     plans: tuple[dict, ...]
 
+    def to_dict(self) -> dict:
+        """The table as JSON takes it."""
+        terms = [[term.coefficient, *term.sites] for term in self.model.terms]
+        data = asdict(self)
+        return {"format": FORMAT} | data | {"model": {"n_units": self.model.n_units, "terms": terms}}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "LatencyTable":
+        """Reads what `to_dict` made.
+
+        Raises:
+            ValueError, TypeError, KeyError: It is none.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"expected format '{FORMAT}'")
+        n_units = data["model"]["n_units"]
+        terms = tuple(Term(int(first), tuple(map(str, sites)), False) for first, *sites in data["model"]["terms"])
+        if any(term.coefficient < 0 for term in terms):
+            raise ValueError("expected times of at least 0")
+        for site in (site for term in terms for site in term.sites if site not in n_units):
+            raise ValueError(f"it has no site '{site}'")
+        rest = {key: value for key, value in data.items() if key != "format"}
+        return cls(**rest | {"model": CostModel("latency", terms, n_units), "plans": tuple(data["plans"])})
+
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON."""
-        data = asdict(self)
-        data["model"]["terms"] = [[term.coefficient, *term.sites] for term in self.model.terms]
-        Path(path).write_text(json.dumps({"format": FORMAT} | data, indent=1) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 Clock = Callable[[nn.Module, Batch], tuple[float, dict[str, float]]]
@@ -120,18 +142,7 @@ def load_latency(path: str | Path, everything: dict[str, Site], device: torch.de
         BadRecipe: No table, or one of another model or device.
     """
     try:
-        data = json.loads(Path(path).read_text())
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise ValueError(f"expected format '{FORMAT}'")
-        fields = data.pop("model")
-        terms = tuple(Term(int(first), tuple(map(str, sites)), False) for first, *sites in fields["terms"])
-        if any(term.coefficient < 0 for term in terms):
-            raise ValueError("expected times of at least 0")
-        for site in (site for term in terms for site in term.sites if site not in fields["n_units"]):
-            raise ValueError(f"it has no site '{site}'")
-        table = LatencyTable(
-            model=CostModel("latency", terms, fields["n_units"]), **data | {"plans": tuple(data["plans"])}
-        )
+        table = LatencyTable.from_dict(json.loads(Path(path).read_text()))
     except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
         raise BadRecipe(f"--latency-table: could not read '{path}': {first_line(error)}.") from error
     n_units = {name: site.n_units for name, site in everything.items()}

@@ -104,6 +104,10 @@ class MaskSet(nn.Module):
         for name in sites:
             self[name].noise = scale
 
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """The units of each site that are not cut."""
+        return {name: tuple(mask.hard.nonzero().flatten().tolist()) for name, mask in self.items()}
+
     def set_keep(self, keep: dict[str, tuple[int, ...]]) -> None:
         """Cuts every unit that `keep` does not name."""
         for name, mask in self.items():

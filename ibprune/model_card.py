@@ -165,6 +165,10 @@ def _limits(report: dict, audit: dict | None) -> Iterable[str]:
         f"above, on held-out rows of `{report['data']}`; what was lost on other data is not known, and what is wrong "
         "with the dense model is not mended."
     )
+    if report.get("chosen"):  # reports of an older version have none
+        yield report["chosen"]["note"]
+    if report.get("overlap"):
+        yield f"{report['overlap']:,} held-out rows occur in the training data too, which flatters the metrics."
     dense, pruned = (report[side]["latency_ms"]["median"] for side in ("dense", "pruned"))
     gain = "No speed was gained there: the model is smaller only. " if pruned > 0.95 * dense else ""
     yield f"Latency holds for {report['device']} at the size of input in the table. {gain}Other hardware was not tried."

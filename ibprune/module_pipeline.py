@@ -74,6 +74,8 @@ class ModuleSettings:
     seed: int = 0
 
     def __post_init__(self):
+        if isinstance(self.budget, str | tuple | list):
+            raise BadRecipe(f"budget: expected one share of the dense cost for a module, found {self.budget!r}.")
         for name, valid in (("cost", COSTS), ("score", SCORES), ("shares", SHARES)):
             value = getattr(self, name)
             if value not in valid:

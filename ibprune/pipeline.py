@@ -1,13 +1,16 @@
 """The steps of a run in order: load, measure, cut, recover, measure again, export."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ibprune.audit_output import write_audit
 from ibprune.auditing import Side as AuditSide
 from ibprune.auditing import audit
+from ibprune.budget import Budget
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import count_params
@@ -23,6 +26,7 @@ from ibprune.hub_folders import check_target, push
 from ibprune.images import ImageData
 from ibprune.inputs import MOST_INPUTS, encode_inputs, encode_pictures
 from ibprune.latency import LATENCY, LatencyTable
+from ibprune.losses import Objective
 from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
@@ -30,7 +34,8 @@ from ibprune.models import check_finite
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
-from ibprune.structure import Costs
+from ibprune.resuming import FolderJournal, open_journal
+from ibprune.structure import Costs, Structure
 from ibprune.subject import Subject, known_tokens, load_subject
 from ibprune.timing import time_forward
 from ibprune.trainer import make_accelerator, train
@@ -49,39 +54,134 @@ class PruneResult:
     report: dict
 
 
+@dataclass(frozen=True)
+class Job:
+    """A dense model bound to its data, trained where it must be, and measured: what every cut of it starts from.
+
+    Attributes:
+        recipe: As it was given; `subject.recipe` has the defaults filled in.
+        dense: On the device.
+        metrics: Of the dense model.
+    """
+
+    recipe: Recipe
+    subject: Subject
+    dense: PreTrainedModel
+    metrics: dict[str, float]
+    accelerator: Accelerator
+    journal: FolderJournal
+    timer: Timer
+    console: Quiet
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model that was cut and has recovered.
+
+    Attributes:
+        feed: Of what it reads.
+        objective: As it was trained and judged.
+        metrics: Of the model as it is stored.
+    """
+
+    model: PreTrainedModel
+    plan: PruningPlan
+    budget: Budget
+    structure: Structure
+    feed: Feed
+    objective: Objective
+    metrics: dict[str, float]
+
+
 def run(recipe: Recipe, console: Quiet) -> PruneResult:
     """Carries out a recipe. The output folder appears complete, or not at all; then it is pushed, if asked for."""
     folder = check_output(recipe.output, model=recipe.model)
     if recipe.push_to_hub:
         check_target(recipe.push_to_hub, private=recipe.private, revision=recipe.revision, empty=True)
-    command = recipe.command()
+    job = begin(recipe, open_journal(recipe, folder, console), console)
+    with job.timer("cut"):
+        found = cut(job.dense, job.subject.recipe, job.subject.feed, job.accelerator, console,
+                    found=job.subject.found, journal=job.journal)  # fmt: skip
+    return finish(job, recover(job, *found), folder)
+
+
+def begin(
+    recipe: Recipe, journal: FolderJournal, console: Quiet, *, check: Callable[[Subject], None] | None = None
+) -> Job:
+    """Loads what a recipe names, trains a head that is new, and measures the dense model.
+
+    Args:
+        check: Looks at what was loaded before anything is trained.
+    """
     timer = Timer()
     with timer("load"):
         accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
         subject = load_subject(recipe, console)
-    recipe, source, data, feed, loaded = subject.recipe, subject.source, subject.data, subject.feed, subject.loaded
+    if check is not None:
+        check(subject)
+    feed, loaded = subject.feed, subject.loaded
     dense = loaded.model.to(accelerator.device)
+    journal.data = feed.generator
     if loaded.new_head:
         console.say("The checkpoint has no head for this task.")
     with timer("finetune"), known_tokens(subject):
-        finetune_(dense, recipe, feed, accelerator, console, needed=loaded.new_head)
+        finetune_(dense, subject.recipe, feed, accelerator, console, needed=loaded.new_head, journal=journal)
     if recipe.mode != "full":
         feed = feed.thinned()
+        subject = replace(subject, feed=feed)
         console.say(f"mode {recipe.mode}: masks and recovery learn from {len(feed.few):,} rows")
     with timer("evaluate"), known_tokens(subject):
-        dense_metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
-    with timer("cut"):
-        student, plan, budget, structure, own_feed = cut(dense, recipe, feed, accelerator, console, found=subject.found)
-    objective = on_kept_features(feed.objective, plan)
-    with timer("recover"):
-        teacher = dense if recipe.distill else None
+        metrics = evaluate_model(dense, feed, feed.objective, console=console, what="evaluating dense")
+    return Job(recipe, subject, dense, metrics, accelerator, journal, timer, console)
+
+
+def recover(
+    job: Job,
+    student: PreTrainedModel,
+    plan: PruningPlan,
+    budget: Budget,
+    structure: Structure,
+    feed: Feed,
+    *,
+    phase: str = "recovering",
+) -> Pruned:
+    """Trains what `cut` left, and measures it."""
+    recipe, console = job.subject.recipe, job.console
+    objective = on_kept_features(job.subject.feed.objective, plan)
+    with job.timer("recover"):
+        teacher = job.dense if recipe.distill else None
         steps = train_settings(recipe, recipe.recover_steps)
-        train(student, loss_with(objective, teacher, accelerator), own_feed.train, steps,
-              accelerator=accelerator, phase="recovering", console=console)  # fmt: skip
+        train(student, loss_with(objective, teacher, job.accelerator), feed.train, steps,
+              accelerator=job.accelerator, phase=phase, console=console, journal=job.journal)  # fmt: skip
     check_finite(student, "the recovered model")
-    student = student.to(loaded.dtype).float()  # what is measured is what is stored
-    with timer("evaluate"):
-        metrics = evaluate_model(student, own_feed, objective, dense=dense, console=console, what="evaluating pruned")
+    student = student.to(job.subject.loaded.dtype).float()  # what is measured is what is stored
+    with job.timer("evaluate"):
+        metrics = evaluate_model(student, feed, objective, dense=job.dense, console=console, what="evaluating pruned")
+    return Pruned(student, plan, budget, structure, feed, objective, metrics)
+
+
+def finish(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResult:
+    """Audits, times, writes and checks a pruned model, and pushes it where that is asked for; the run is done.
+
+    Args:
+        more: Further fields of the report.
+    """
+    recipe, console = job.recipe, job.console
+    result = write(job, pruned, folder, **more)
+    job.journal.remove()
+    if recipe.push_to_hub:
+        console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
+        url = push(folder, recipe.push_to_hub, private=recipe.private, revision=recipe.revision,
+                   commit_message=recipe.commit_message)  # fmt: skip
+        console.say(f"pushed: {url}")
+    return result
+
+
+def write(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResult:
+    """Audits, times, writes and checks a pruned model."""
+    subject, dense, console, timer, accelerator = job.subject, job.dense, job.console, job.timer, job.accelerator
+    student, plan, budget, own_feed = pruned.model, pruned.plan, pruned.budget, pruned.feed
+    recipe, source, data, feed = subject.recipe, subject.source, subject.data, subject.feed
     texts = []
     if own_feed is not feed:  # the vocabulary was cut
         texts = [text for column in data.text_columns for text in data.held_out[:TEXTS][column]]
@@ -91,25 +191,27 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
             console.say(f"No audit: {why_not}")
     with timer("bench"):
         shape, latencies = _latency(dense, student, recipe, feed, console)
-    costs = structure.costs
+    costs = pruned.structure.costs
     report = Report(
-        dense=_side(costs, costs.params.n_units, dense_metrics, latencies[0]),
-        pruned=_side(costs, plan.kept(), metrics, latencies[1]),
+        dense=_side(costs, costs.params.n_units, job.metrics, latencies[0]),
+        pruned=_side(costs, plan.kept(), pruned.metrics, latencies[1]),
         budget=costs.achieved(budget, plan),
         score=recipe.score,
         shares=recipe.shares,
         seed=recipe.seed,
+        resumed=job.journal.resumed,
+        overlap=subject.overlap,
         model=source.name,
         data=data.name,
         objective=feed.objective.name,
         macs_length=costs.macs.length,
         latency_input=shape,
-        command=command,
+        command=job.recipe.command(),
         hub={
             "model": None if Path(source.name).is_dir() else source.name,
             "data": hub_data(recipe.task, recipe.data),
         },
-        kept=kept_by_kind(plan, structure.everything),
+        kept=kept_by_kind(plan, pruned.structure.everything),
         vocabulary=compare_tokenizers(feed.preprocessor, own_feed.preprocessor, texts) if texts else None,
         pictures=feed.pictures(),
         refused=subject.found.refused if subject.found else {},
@@ -118,17 +220,13 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         world_size=accelerator.num_processes,
         device=str(accelerator.device),
         precision="fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
-        timings_s=timer.seconds,
+        timings_s=dict(timer.seconds),
         versions=versions(),
+        **more,
     )
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
         _export(student, dense, subject, own_feed, plan, report, audited, texts, costs.latency, temporary, folder)
-    if recipe.push_to_hub:
-        console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
-        url = push(folder, recipe.push_to_hub, private=recipe.private, revision=recipe.revision,
-                   commit_message=recipe.commit_message)  # fmt: skip
-        console.say(f"pushed: {url}")
     return PruneResult(student.eval(), plan, report.to_dict())
 
 

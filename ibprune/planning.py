@@ -49,6 +49,8 @@ def plan(
     named = model if isinstance(model, str | os.PathLike) else None
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
                           "round_to": round_to, "image_size": image_size})  # fmt: skip
+    if isinstance(recipe.budget, tuple):
+        raise BadRecipe(f"--budget: expected one share to plan for, found {len(recipe.budget)}.")
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
     if cost == "latency":
         raise BadRecipe("--cost: a latency is measured in the run itself: plan with params or macs.")
@@ -76,7 +78,7 @@ def plan(
     cost_model = costs.of(cost)
     if "vocab" in sites:
         check_vocab(cost_model, recipe)
-    target = make_budget(cost_model, sites, keep=budget, scope=scope, round_to=round_to)
+    target = make_budget(cost_model, sites, keep=recipe.budget, scope=scope, round_to=round_to)
     scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
     if "vocab" in sites:
         scores["vocab"][fixed] += sites["vocab"].n_units
@@ -109,7 +111,7 @@ def plan(
         "budget": {
             "cost": cost,
             "scope": scope,
-            "keep": budget,
+            "keep": recipe.budget,
             "limit": target.limit,
             "achieved": cost_model(kept, scope=scope),
         },

@@ -1,4 +1,4 @@
-"""Plots of an audit: information plane, retained shares, resolution curves, labels, calibration, heads."""
+"""Plots of an audit (information plane, shares, resolution, labels, calibration, heads) and of several budgets."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,35 @@ def draw_audit(found: dict, folder: Path) -> list[str]:
     for name, draw in PLOTS.items():
         figure = draw(found)
         if figure is not None:
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # the layout stands: each format would work it out again
-            for form in FORMATS:
-                # no date inside: the same audit gives the same file
-                metadata = {"Date": None} if form == "svg" else None
-                figure.savefig(folder / f"{name}.{form}", dpi=150, metadata=metadata)
+            _save(figure, folder, name)
             names.append(name)
     return names
+
+
+def draw_pareto(found: dict, folder: Path) -> None:
+    """Writes what each budget costs against every metric, as pareto.png and pareto.svg.
+
+    Args:
+        found: The dict of pareto.json, from `ibprune.ladder.pareto`.
+    """
+    cost, metrics = found["points"][0]["budget"]["cost"], list(found["dense"]["metrics"])
+    figure = Figure(figsize=(4.5 * len(metrics), 3.5), layout="constrained")
+    for i, metric in enumerate(metrics):
+        axes = figure.add_subplot(1, len(metrics), i + 1)
+        sides = [found["dense"], *found["points"]]
+        axes.plot([s[cost] for s in sides], [s["metrics"][metric] for s in sides], color=PRUNED, zorder=1)
+        for side, colour in zip(sides, [DENSE] + [PRUNED] * len(found["points"])):
+            axes.scatter(side[cost], side["metrics"][metric], color=colour, zorder=2)
+            label = side.get("folder", "dense")
+            axes.annotate(label, (side[cost], side["metrics"][metric]), xytext=(3, 4), textcoords="offset points")
+        axes.set(xlabel=cost, ylabel=metric)
+    _save(figure, folder, "pareto")
+
+
+def _save(figure: Figure, folder: Path, name: str) -> None:
+    for form in FORMATS:
+        metadata = {"Date": None} if form == "svg" else None  # no date inside: the same figures give the same file
+        figure.savefig(folder / f"{name}.{form}", dpi=150, bbox_inches="tight", metadata=metadata)
 
 
 def information_plane(found: dict) -> Figure | None:

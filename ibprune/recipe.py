@@ -1,9 +1,10 @@
 """The recipe: everything that decides a run, as one strict record read from YAML and flags."""
 
+import math
 import os
 import shlex
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,9 +14,39 @@ from ibprune.groups import KINDS
 
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
-WHERE = {"output", "push_to_hub", "private", "revision", "commit_message"}  # where a result goes, not what it is
+# Where a result goes and how it is got there, not what it is.
+WHERE = {"output", "push_to_hub", "private", "revision", "commit_message", "resume", "save_every"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
+
+
+class Goal(NamedTuple):
+    """What `at_least` asks of a metric: a value, or a share of the dense model's."""
+
+    metric: str
+    value: float
+    relative: bool
+
+
+def parse_goal(text: str) -> Goal:
+    """Reads METRIC=VALUE, the value a number or a percentage.
+
+    Raises:
+        ValueError: Anything else.
+
+    Example:
+        >>> parse_goal("accuracy=99%")
+        Goal(metric='accuracy', value=0.99, relative=True)
+    """
+    metric, _, value = (part.strip() for part in text.partition("="))
+    relative = value.endswith("%")
+    try:
+        number = float(value.removesuffix("%")) / (100 if relative else 1)
+    except ValueError:
+        number = math.nan
+    if not metric or not math.isfinite(number) or (relative and number <= 0):
+        raise ValueError(f"expected METRIC=VALUE, such as accuracy=0.88 or accuracy=99%, found '{text}'")
+    return Goal(metric, number, relative)
 
 
 class Recipe(BaseModel):
@@ -27,7 +58,10 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="Hub id, folder or alias of the dense model")
-    budget: float = Field(description="share of the dense cost to keep, in (0, 1]")
+    budget: float | tuple[float, ...] | None = Field(
+        None, description="share of the dense cost to keep, in (0, 1], or several, the largest first"
+    )
+    at_least: str | None = Field(None, description="the smallest model that keeps a metric: accuracy=0.88 or =99%")
     cost: Literal["params", "macs", "latency"] = Field("params", description="what the budget counts")
     scope: Literal["model", "blocks"] = Field("model", description="blocks leaves embeddings and heads out")
     latency_table: str | None = Field(None, description="a latency.json measured before (cost latency)")
@@ -64,6 +98,8 @@ class Recipe(BaseModel):
     commit_message: str | None = Field(None, description="of the commit there")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto")
     audit: bool = Field(True, description="audit the retained information")
+    resume: bool = Field(False, description="go on with a run that was cut short")
+    save_every: float = Field(10, gt=0, description="minutes between two saves of a run's state")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -74,11 +110,26 @@ class Recipe(BaseModel):
             raise ValueError(f"expected a number or text, found {value}")
         return value
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _budget(cls, value: float) -> float:
-        if not 0 < value <= 1:
-            raise ValueError(f"expected a share in (0, 1], found {value:g}")
+    def _budget(cls, value):
+        if value is None:
+            return None
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        try:
+            shares = tuple(sorted({float(part) for part in parts}, reverse=True))
+        except (TypeError, ValueError):
+            raise ValueError(f"expected a share in (0, 1], such as 0.3, or several, found {value!r}") from None
+        for share in shares or (0.0,):
+            if not 0 < share <= 1:
+                raise ValueError(f"expected a share in (0, 1], found {share:g}")
+        return shares if len(shares) > 1 else shares[0]
+
+    @field_validator("at_least")
+    @classmethod
+    def _at_least(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_goal(value)
         return value
 
     @field_validator("kinds", "text_columns", "augment", mode="before")
@@ -103,7 +154,13 @@ class Recipe(BaseModel):
         return tuple(name for name in value if name != "none")
 
     @model_validator(mode="after")
-    def _pushed(self) -> Self:
+    def _whole(self) -> Self:
+        if self.budget is None and self.at_least is None:
+            raise ValueError("expected --budget (recipe key 'budget'), found none")
+        if isinstance(self.budget, tuple) and not self.at_least and self.push_to_hub:
+            raise ValueError("--push-to-hub: a repo holds one model: push a folder of the several budgets afterwards")
+        if "vocab" in self.kinds and (isinstance(self.budget, tuple) or self.at_least):
+            raise ValueError("'vocab' is cut for one budget, tokenizer and all: give one --budget, or other --kinds")
         for name in ("private", "revision", "commit_message"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
@@ -126,7 +183,7 @@ class Recipe(BaseModel):
         return self
 
     def save(self, path: Path) -> None:
-        """Writes the recipe without its output folder and Hub repo, which are taken when the run is repeated."""
+        """Writes the recipe without what only the one run needed: its output folder is taken when it is repeated."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json", exclude=WHERE), sort_keys=False))
 
     def command(self) -> str:
@@ -137,7 +194,7 @@ class Recipe(BaseModel):
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                words += [f"--{flag}", ",".join(value) or "none" if isinstance(value, tuple) else f"{value}"]
+                words += [f"--{flag}", ",".join(map(str, value)) or "none" if isinstance(value, tuple) else f"{value}"]
         return shlex.join(words)
 
 

@@ -49,6 +49,10 @@ class Report:
         command: The command line that made it.
         hub: What the run took from the Hub: the id of the "model", and of the "data" as "repo" or "repo:config"; None
             where it was local.
+        resumed: Whether the run was cut short and taken up again: its timings are then of its last part.
+        budgets: Of the mask run that this model is one stop of; empty where it had one budget.
+        chosen: Where `at_least` chose the budget, the metric, its "threshold", what was "tried", and a "note".
+        overlap: Held-out rows that also occur in the training data; None where these are too many to look.
         sha256: Checksums of the folder's other files, by `ibprune.checksums`.
         audit: The file of the audit; None, with the reason in `audit_note`, where there is none.
     """
@@ -75,6 +79,10 @@ class Report:
     refused: dict[str, str] = field(default_factory=dict)
     audit: str | None = None
     audit_note: str = ""
+    resumed: bool = False
+    budgets: list[float] = field(default_factory=list)
+    chosen: dict | None = None
+    overlap: int | None = None
     verify: dict = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

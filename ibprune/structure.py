@@ -86,19 +86,25 @@ def with_latency(
     dense: nn.Module,
     inputs: Batch,
     *,
-    table: str | None,
+    table: str | dict | None,
     round_to: int,
     seed: int,
     console: Quiet,
 ) -> Structure:
-    """The structure with a cost model of latency: read from a saved table, or measured on `dense` and these inputs."""
+    """The structure with a cost model of latency, measured on `dense` and these inputs.
+
+    Args:
+        table: Taken instead: a saved table's path, or its `LatencyTable.to_dict`.
+    """
     everything = structure.everything
 
     def compacted(kept: dict[str, int]) -> nn.Module:
         plan = structure.plan(dense, {name: tuple(range(count)) for name, count in kept.items()})
         return structure.compact(copy.deepcopy(dense), plan)
 
-    if table is not None:
+    if isinstance(table, dict):
+        found = LatencyTable.from_dict(table)
+    elif table is not None:
         found = load_latency(table, everything, next(dense.parameters()).device)
     else:
         found = measure_latency(

@@ -13,6 +13,7 @@ from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_pict
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
 from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
+from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.structure import check_cnn, choose_kinds
@@ -27,6 +28,7 @@ class Subject:
         recipe: With the defaults that the model's objective decides filled in.
         loaded: The dense model, on the CPU.
         found: The channels of a CNN, None for a transformer.
+        overlap: Held-out rows that the training data hold too; None where nobody looked.
     """
 
     recipe: Recipe
@@ -35,6 +37,7 @@ class Subject:
     loaded: Loaded
     feed: Feed
     found: Found | None
+    overlap: int | None
 
 
 def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> Subject:
@@ -60,6 +63,12 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         data = match_labels(data, config, source.name)
     if data.note:
         console.say(data.note)
+    overlap = held_out_overlap(data)
+    if overlap:
+        console.say(
+            f"warning: {overlap:,} of the {len(data.held_out):,} held-out rows of '{data.name}' occur in the training "
+            "data too: what is measured on them flatters."
+        )
     if pictures and not data.labels:
         raise BadData(f"expected a classifier of pictures in '{source.name}', found one with a single output.")
     n_labels = (len(data.labels) or 1) if data.label_column else None
@@ -85,7 +94,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     )
     if found is not None:
         console.say(f"{len(found.sites)} places where channels can be cut, {len(found.refused)} refused.")
-    return Subject(recipe, source, data, loaded, feed, found)
+    return Subject(recipe, source, data, loaded, feed, found, overlap)
 
 
 @contextmanager

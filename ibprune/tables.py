@@ -36,8 +36,33 @@ def print_report(report: dict, output: str) -> None:
         f"written to {output} in {sum(report['timings_s'].values()):.0f} s; loads with {loads} "
         f"(checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
     )
+    if report["chosen"]:
+        sys.stdout.write(f"{report['chosen']['note']}\n")
     if report["pruned"]["latency_ms"]["median"] > 0.95 * report["dense"]["latency_ms"]["median"]:
         sys.stdout.write("note: no speed was gained on this device at this input size; the model is smaller only.\n")
+
+
+def print_pareto(found: dict, output: str) -> None:
+    cost = found["points"][0]["budget"]["cost"]
+    names = list(found["dense"]["metrics"])
+    sides = [("dense", found["dense"]), *((point["folder"], point) for point in found["points"])]
+    table(
+        f"{found['model']} at shares of its {cost}",
+        ("", "parameters", "MACs", "file", "latency", *names),
+        [
+            (
+                name,
+                f"{side['params']:,}",
+                f"{side['macs'] / 1e6:,.1f} M",
+                f"{side['file_bytes'] / 1e6:,.1f} MB",
+                f"{side['latency_ms']['median']:.1f} ms",
+                *(f"{side['metrics'][metric]:.4f}" for metric in names),
+            )
+            for name, side in sides
+        ],
+    )
+    folders = ", ".join(point["folder"] for point in found["points"])
+    sys.stdout.write(f"written to {output}: {folders}, each a folder that loads; pareto.json has this table\n")
 
 
 def print_training(report: dict, output: str) -> None:

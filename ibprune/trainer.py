@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, IBPruneError
 from ibprune.losses import Batch
+from ibprune.masks import MaskSet
+from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -42,14 +45,18 @@ class TrainSettings:
 
 @dataclass
 class TrainState:
-    """Everything that changes while a phase runs, apart from tensors; JSON as it stands.
+    """Everything that changes while a phase runs, apart from tensors and random generators; JSON as it stands.
 
-    The batches are a function of (seed, step), so that step alone says where in the data a run is.
+    Attributes:
+        step: Steps done.
+        epoch, batch: Epochs done, and batches taken of the present one: its order is a function of (seed, epoch).
+        losses: Of each step.
     """
 
     phase: str
     step: int = 0
     epoch: int = 0
+    batch: int = 0
     losses: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict:
@@ -112,6 +119,7 @@ def train(
     extra_groups: list[dict] | None = None,
     before_step: Callable[[int], None] | None = None,
     frozen: bool = False,
+    journal: Journal = NO_JOURNAL,
 ) -> TrainState:
     """Trains the model's weights in place, and `extra_groups` of parameters at learning rates of their own.
 
@@ -121,13 +129,21 @@ def train(
         extra_groups: Optimiser groups with "params" and "lr" (masks); weight decay 0, not clipped.
         before_step: Called with the step's number, to move schedules on.
         frozen: Whether the weights stay as they are and only the `extra_groups` are trained.
+        journal: Keeps where the phase stands, under its name; from there it goes on, or ends at once.
 
     Raises:
-        IBPruneError: The loss is NaN or infinite.
+        IBPruneError: The loss, or a weight that is to be saved, is NaN or infinite. The last state stays.
     """
-    state = TrainState(phase)
     if settings.steps == 0:
-        return state
+        return TrainState(phase)
+    entry = journal.read(phase)
+    state = TrainState(phase) if entry is None else TrainState.from_dict(entry.facts["state"])
+    if entry is not None:
+        _load_tensors_(model, entry.part("model/"))
+        if state.step == settings.steps:
+            journal.restore(entry)
+            model.eval()
+            return state
     groups = _parameter_groups(model, settings, extra_groups or [])
     if frozen:
         groups = groups[2:]
@@ -143,12 +159,17 @@ def train(
         return min((step + 1) / warmup, max(0.0, (settings.steps - step) / max(1, settings.steps - warmup)))
 
     flat = [lambda step: 1.0] * len(extra_groups or [])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [factor] * (len(groups) - len(flat)) + flat)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    factors = [factor] * (len(groups) - len(flat)) + flat
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors, last_epoch=state.step - 1)
     weights = [p for group in groups[: len(groups) - len(flat)] for p in group["params"]]
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    if entry is not None:
+        _load_moments_(optimizer, entry.part("optimizer/"))
     model.train()
-    batches = _endless(make_batches, settings.seed, accelerator, state)
-    for step in console.track(range(settings.steps), phase, settings.steps):
+    batches = _Batches(make_batches, settings.seed, accelerator, state, journal, entry)
+    for step in console.track(range(state.step, settings.steps), phase, settings.steps - state.step):
         if before_step is not None:
             before_step(step)
         total = 0.0
@@ -156,25 +177,106 @@ def train(
             batch = next(batches)
             with accelerator.accumulate(prepared):
                 loss = loss_of(prepared, batch)
-                total += loss.detach().item() / settings.grad_accum
+                value = loss.detach().item()
+                if not math.isfinite(value):  # before it reaches a weight
+                    where = _first_not_finite(model, partial(loss_of, prepared, batch))
+                    raise IBPruneError(
+                        f"the loss became {value} at step {step} of '{phase}', first in {where}: lower --lr, or use "
+                        "--precision fp32."
+                    )
+                total += value / settings.grad_accum
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and weights:
                     accelerator.clip_grad_norm_(weights, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         schedule.step()
-        if not math.isfinite(total):
-            raise IBPruneError(
-                f"the loss became {total} at step {step} of '{phase}': lower --lr, or use --precision fp32."
-            )
         state.step = step + 1
         state.losses.append(total)
+        if journal.due() and state.step < settings.steps:
+            _check_weights(model, phase, step)
+            states, rng = batches.before_epoch
+            tensors = _named_tensors(model) | _moments(optimizer) | {f"epoch/{key}": x for key, x in states.items()}
+            journal.write(phase, tensors, {"state": state.to_dict(), "epoch": rng})
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
     for parameter in held:
         parameter.requires_grad_(True)
+    _check_weights(model, phase, settings.steps - 1)
+    journal.write(phase, _named_tensors(model), {"state": state.to_dict()})
     model.eval()
     return state
+
+
+def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, each once."""
+    return {f"model/{name}": tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+@torch.no_grad()
+def _load_tensors_(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    own = {name.removeprefix("model/"): tensor for name, tensor in _named_tensors(model).items()}
+    wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
+    if wrong:
+        raise BadRecipe(
+            f"--resume: the saved state does not fit the model, such as '{wrong[0]}': the model or the data are not "
+            "those of the interrupted run."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer/{number}/{key}": value for number, values in state.items() for key, value in values.items()}
+
+
+def _load_moments_(optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
+    """Puts the moments back; rates and the rest of the groups are as the settings make them."""
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in saved.items():
+        number, key = name.split("/")
+        moments.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+
+
+def _check_weights(model: nn.Module, phase: str, step: int) -> None:
+    """Raises `IBPruneError` where a weight is not a number after a step: such a state is not to be kept."""
+    bad = _first_weight(model)
+    if bad:
+        raise IBPruneError(
+            f"step {step} of '{phase}' left NaN or infinity, first in {bad}: lower --lr, or use --precision fp32."
+        )
+
+
+def _first_not_finite(model: nn.Module, compute: Callable[[], torch.Tensor]) -> str:
+    """Where NaN or infinity is first met: in a mask, a weight, or what a module makes while the loss is computed."""
+    bad = _first_weight(model)
+    if bad:
+        return bad
+    met: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(module: nn.Module, inputs: tuple, output: object) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        if not met and any(isinstance(x, torch.Tensor) and not torch.isfinite(x).all() for x in parts):
+            met.append(f"the output of '{names[module]}'")
+
+    hooks = [module.register_forward_hook(look) for module in names if not any(True for _ in module.children())]
+    with torch.no_grad():
+        compute()
+    for hook in hooks:
+        hook.remove()
+    return met[0] if met else "the loss itself"
+
+
+def _first_weight(model: nn.Module) -> str:
+    """A mask, or else a weight, that is not finite; "" where all are."""
+    for module in model.modules():
+        for site, mask in module.items() if isinstance(module, MaskSet) else ():
+            if not all(torch.isfinite(tensor).all() for tensor in (mask.mu, mask.log_var)):
+                return f"the mask of '{site}'"
+    return next((f"'{name}'" for name, p in model.named_parameters() if not torch.isfinite(p).all()), "")
 
 
 def _parameter_groups(model: nn.Module, settings: TrainSettings, extra: list[dict]) -> list[dict]:
@@ -189,10 +291,42 @@ def _parameter_groups(model: nn.Module, settings: TrainSettings, extra: list[dic
     ]
 
 
-def _endless(
-    make_batches: Callable[[int], DataLoader], seed: int, accelerator: Accelerator, state: TrainState
-) -> Iterator[Batch]:
-    while True:
-        loader = accelerator.prepare_data_loader(make_batches(seed + state.epoch))
-        yield from loader
-        state.epoch += 1
+class _Batches:
+    """Batches without end, epoch after epoch; after a resumption from where the run was in its epoch.
+
+    Attributes:
+        before_epoch: Where all generators stood when the present epoch began, as `rng_state` gives it.
+    """
+
+    def __init__(
+        self,
+        make_batches: Callable[[int], DataLoader],
+        seed: int,
+        accelerator: Accelerator,
+        state: TrainState,
+        journal: Journal,
+        entry: Entry | None,
+    ):
+        self.make_batches, self.seed, self.accelerator = make_batches, seed, accelerator
+        self.state, self.journal = state, journal
+        self.batches = self._endless(entry)
+
+    def __next__(self) -> Batch:
+        return next(self.batches)
+
+    def _endless(self, entry: Entry | None) -> Iterator[Batch]:
+        state, data = self.state, self.journal.data
+        while True:
+            if entry is not None:
+                set_rng_state(entry.part("epoch/"), entry.facts["epoch"], data)
+            self.before_epoch = rng_state(data)
+            loader = iter(self.accelerator.prepare_data_loader(self.make_batches(self.seed + state.epoch)))
+            if entry is not None:  # what was read already is read again, so that all generators are where they were
+                for _ in range(state.batch):
+                    next(loader)
+                self.journal.restore(entry)
+                entry = None
+            for batch in loader:
+                state.batch += 1
+                yield batch
+            state.epoch, state.batch = state.epoch + 1, 0

@@ -17,6 +17,7 @@ from ibprune.feeding import Feed
 from ibprune.models import check_finite
 from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions
+from ibprune.resuming import NO_JOURNAL, Journal, open_journal
 from ibprune.subject import known_tokens, load_subject
 from ibprune.trainer import make_accelerator, train
 
@@ -24,7 +25,14 @@ SCHEMA = "ibprune.train_report/1"
 
 
 def finetune_(
-    model: PreTrainedModel, recipe: Recipe, feed: Feed, accelerator: Accelerator, console: Quiet, *, needed: bool
+    model: PreTrainedModel,
+    recipe: Recipe,
+    feed: Feed,
+    accelerator: Accelerator,
+    console: Quiet,
+    *,
+    needed: bool,
+    journal: Journal = NO_JOURNAL,
 ) -> int:
     """Trains the dense model for the steps asked for; by default for an epoch where it is needed. Returns the steps.
 
@@ -43,7 +51,8 @@ def finetune_(
         console.say(f"Training the dense model for {steps} steps.")
     settings = replace(train_settings(recipe, steps), seed=recipe.seed + 17)  # other batches than the recovery's
     loss_of = loss_with(feed.objective, None, accelerator)
-    train(model, loss_of, feed.train, settings, accelerator=accelerator, phase="training dense", console=console)
+    train(model, loss_of, feed.train, settings, accelerator=accelerator, phase="training dense", console=console,
+          journal=journal)  # fmt: skip
     return steps
 
 
@@ -56,16 +65,18 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         IBPruneError: Anything the user can mend, in one line.
     """
     folder = check_output(recipe.output, model=recipe.model)
+    journal = open_journal(recipe, folder, console)
     timer = Timer()
     with timer("load"):
         accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
         subject = load_subject(recipe, console, untrained=True)
     recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
     model = loaded.model.to(accelerator.device)
+    journal.data = feed.generator
     with timer("evaluate"), known_tokens(subject):
         before = evaluate_model(model, feed, feed.objective, console=console, what="evaluating before")
     with timer("train"), known_tokens(subject):
-        steps = finetune_(model, recipe, feed, accelerator, console, needed=True)
+        steps = finetune_(model, recipe, feed, accelerator, console, needed=True, journal=journal)
     check_finite(model, "the trained model")
     model = model.to(loaded.dtype).float()  # what is measured is what is stored
     with timer("evaluate"):
@@ -81,6 +92,8 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         "batch_size": recipe.batch_size,
         "lr": recipe.lr,
         "seed": recipe.seed,
+        "resumed": journal.resumed,
+        "overlap": subject.overlap,
         "pictures": feed.pictures(),
         "device": str(accelerator.device),
         "timings_s": timer.seconds,
@@ -93,4 +106,5 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         report["verify"] = verify(model, temporary, tier, feed.probe())
         report["sha256"] = checksums(temporary)
         (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    journal.remove()
     return report

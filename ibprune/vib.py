@@ -17,6 +17,7 @@ from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet
+from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.trainer import TrainSettings, TrainState, train
 
 NOISELESS_KINDS = ("hidden", "embedding_rank")  # one draw would hit every norm, or every token, at once
@@ -62,6 +63,9 @@ def learn_masks(
     settings: MaskSettings = MaskSettings(),
     frozen: bool = False,
     rescore: Callable[[], dict[str, torch.Tensor]] | None = None,
+    journal: Journal = NO_JOURNAL,
+    phase: str = "learning masks",
+    within: Keep | None = None,
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
     """Learns masks, with the weights unless these are `frozen`; returns (kept units, scores, training state).
 
@@ -81,19 +85,23 @@ def learn_masks(
             masks stay at 1 without noise or KL, and the ranking is that of the newest scores (gradual pruning, Zhu &
             Gupta 2017, arXiv 1710.01878, with a score of one's own). All else is the same: the control of what
             learned masks add.
+        within: What an earlier, larger budget left, where the masks have learned for that: only these units may stay,
+            the masks go on from where they are, and the ramp starts from the cost of these units.
     """
     if train_settings.steps == 0:
-        return target, start, TrainState("learning masks")
+        return target, start, TrainState(phase)
     pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions_kept(target, sites).items()}
     noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
     ranks = dict(start)  # of a gradual score
-    if rescore is None:
+    dense = top = cost_model(cost_model.n_units, scope=budget.scope)
+    if within is not None:
+        top = cost_model(cost_model.n_units | {name: len(units) for name, units in within.items()}, scope=budget.scope)
+    elif rescore is None:
         _start_from_ranks_(masks, sites, start, settings)
 
     def scores() -> dict[str, torch.Tensor]:
-        return _scores(masks) if rescore is None else ranks
+        return only(_scores(masks) if rescore is None else ranks, within)
 
-    dense = cost_model(cost_model.n_units, scope=budget.scope)
     beta = torch.cat(
         [
             torch.full((site.n_units,), cost_model.unit_cost(cost_model.n_units, name, scope=budget.scope) / dense)
@@ -106,12 +114,17 @@ def learn_masks(
     settled_at = math.ceil(settings.settle * steps)
     again = max(1, int(settings.ramp * steps) // settings.rescored)
     settled: Keep = {}  # what stays, from `settled_at` on
+    started = False
 
     def before_step(step: int) -> None:
+        nonlocal started
+        if not started:  # where the run was resumed, the units in the model come from a file
+            masks.set_keep(masks.kept())
+            started = True
         if step >= settled_at:
-            if step == settled_at:
+            if not settled:
                 masks.set_noise(0.0, sites=noisy)
-                settled.update(final_keep())
+                settled.update(final_keep() if step == settled_at else masks.kept())
                 masks.set_keep(settled)
             return
         masks.set_noise(1.0, sites=noisy)
@@ -122,7 +135,7 @@ def learn_masks(
             model.train()
         if step % 5 == 0:
             progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
-            ramped = replace(budget, limit=int(dense - progress * (dense - budget.limit)), round_to=1)
+            ramped = replace(budget, limit=int(top - progress * (top - budget.limit)), round_to=1)
             ranking = Ranking(scores(), sites)  # t = 1 is the target: no need to look far, or closely
             masks.set_keep(keep_within(ranking, cost_model, ramped, pressure, most=4.0, halvings=12))
 
@@ -152,13 +165,14 @@ def learn_masks(
         make_batches,
         train_settings,
         accelerator=accelerator,
-        phase="learning masks",
+        phase=phase,
         console=console,
         extra_groups=[group for group in groups if group["params"]],
         before_step=before_step,
         frozen=frozen,
+        journal=journal if rescore is None else NO_JOURNAL,  # the newest scores are in no file: from its start again
     )
-    keep = settled or final_keep()
+    keep = masks.kept() if settled_at < steps else final_keep()
     masks.set_keep(keep)
     return keep, scores(), state
 
@@ -167,6 +181,16 @@ def is_noisy(site: Site) -> bool:
     """Whether a site's mask learns under noise: not where one draw would act in many places at once."""
     shared = site.mask_at.side == "consumers" and len(site.consumers()) > 1
     return site.kind not in NOISELESS_KINDS and not shared
+
+
+def only(scores: dict[str, torch.Tensor], within: Keep | None) -> dict[str, torch.Tensor]:
+    """The scores, -inf for units that are not among those `within`, if that is given: they never stay."""
+    if within is None:
+        return scores
+    found = {name: torch.full_like(score, -torch.inf) for name, score in scores.items()}
+    for name, score in scores.items():
+        found[name][list(within[name])] = score[list(within[name])]
+    return found
 
 
 def _scores(masks: MaskSet) -> dict[str, torch.Tensor]:

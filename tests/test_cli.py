@@ -87,7 +87,10 @@ def test_recipes_are_strict_and_flags_override_them(tmp_path):
         (["--model", "minilm", "--budget", "0"], "(0, 1]"),
         (["--model", "minilm", "--budget", "1.5"], "(0, 1]"),
         (["--model", "minilm", "--budget", "nan"], "(0, 1]"),
-        (["--model", "minilm", "--budget", "half"], "invalid float"),
+        (
+            ["--model", "minilm", "--budget", "half"],
+            "expected a share in (0, 1], such as 0.3, or several, found 'half'",
+        ),
         (["--model", "minilm"], "--budget"),
         (["--budget", "0.5"], "--model"),
         (["--model", "minilm", "--budget", "0.5", "--scor", "vib"], "did you mean '--score'"),

@@ -1,4 +1,6 @@
-"""The training loop: accumulation, seeds, groups, and a loss that is not a number."""
+"""The training loop: accumulation, seeds, groups, states, and a loss that is not a number."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,9 @@ from torch.utils.data import DataLoader
 
 from ibprune.console import Quiet
 from ibprune.errors import IBPruneError
+from ibprune.masks import MaskSet, VIBMask
+from ibprune.recipe import make_recipe
+from ibprune.resuming import FolderJournal
 from ibprune.trainer import TrainSettings, TrainState, make_accelerator, train
 
 
@@ -52,17 +57,82 @@ def test_no_steps_change_nothing():
     assert torch.equal(model.weight, torch.full((1, 3), 0.1)) and state.step == 0
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_reason():
-    with pytest.raises(IBPruneError, match="lower --lr"):
-        train(
-            nn.Linear(3, 1),
-            lambda m, batch: m(batch["x"]).mean() * float("nan"),
-            lambda seed: DataLoader(rows(), batch_size=8),
-            TrainSettings(steps=2, lr=0.1),
-            accelerator=make_accelerator("fp32"),
-            phase="fit",
-            console=Quiet(),
-        )
+def squared(model, batch):
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def journalled(folder: Path, loss_of, **settings):
+    """Trains for twelve steps of grad_accum 2, three epochs and a half, saving each one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    journal = FolderJournal(folder, make_recipe({"model": "m", "budget": 1}), 0.0, Quiet())
+    settings = TrainSettings(**(dict(steps=12, lr=0.1, grad_accum=2) | settings))
+    state = train(
+        model, loss_of, lambda seed: DataLoader(rows(), batch_size=7, shuffle=True), settings,
+        accelerator=make_accelerator("fp32", grad_accum=2), phase="fit", console=Quiet(), journal=journal,
+    )  # fmt: skip
+    return [p.detach().clone() for p in model.parameters()], state
+
+
+class Failing:
+    """A loss that is NaN at one call."""
+
+    def __init__(self, at: int):
+        self.left = at
+
+    def __call__(self, model, batch):
+        self.left -= 1
+        return squared(model, batch) * (float("nan") if self.left == 0 else 1)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_state_which_goes_on_to_the_same_end(tmp_path):
+    weights, state = journalled(tmp_path / "whole", squared)
+    for call in (2, 9, 15):  # in the first epoch, at the second batch of a step, right after an epoch
+        folder, step = tmp_path / str(call), (call - 1) // 2
+        with pytest.raises(IBPruneError, match=f"became nan at step {step} of 'fit', first in the loss itself: lower"):
+            journalled(folder, Failing(call))
+        again, resumed = journalled(folder, squared)
+        assert all(torch.equal(*pair) for pair in zip(weights, again)) and resumed == state
+        done, known = journalled(folder, Failing(1))  # nothing is left to do
+        assert all(torch.equal(*pair) for pair in zip(weights, done)) and known == state
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    def poisoned(model, batch):
+        loss = squared(model, batch)
+        if len(poisoned.calls) == 10:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        poisoned.calls.append(1)
+        return loss
+
+    poisoned.calls = []
+    with pytest.raises(IBPruneError, match="step 5 of 'fit' left NaN or infinity, first in '0.weight'"):
+        journalled(tmp_path, poisoned)
+    weights, _ = journalled(tmp_path, squared)
+    assert all(torch.isfinite(weight).all() for weight in weights)
+
+
+def test_what_first_became_not_finite_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+
+    def stopped(spoil) -> str:
+        with pytest.raises(IBPruneError, match="lower --lr") as caught:
+            train(
+                model, lambda m, batch: squared(m, {"x": batch["x"] * spoil, "y": batch["y"]}),
+                lambda seed: DataLoader(rows(), batch_size=8), TrainSettings(steps=2, lr=0.1),
+                accelerator=make_accelerator("fp32"), phase="fit", console=Quiet(),
+            )  # fmt: skip
+        return str(caught.value)
+
+    assert "first in the output of '0'" in stopped(float("inf"))
+    with torch.no_grad():
+        model[1].bias.fill_(float("nan"))
+    assert "first in '1.bias'" in stopped(1)
+    model.masks = MaskSet({"layers.0.ffn": VIBMask(2), "layers.1.ffn": VIBMask(2)})
+    with torch.no_grad():
+        model.masks["layers.1.ffn"].log_var[1] = float("inf")
+    assert "first in the mask of 'layers.1.ffn'" in stopped(1)
 
 
 def test_extra_groups_keep_their_own_rate_and_no_decay():

@@ -1,0 +1,128 @@
+"""Several budgets from one mask run: nested plans, a folder each, and the trade between size and quality."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+
+from transformers import PreTrainedModel
+
+from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, make_budget, solve_by_cost, solve_by_shares
+from ibprune.console import Quiet
+from ibprune.cutting import learn_keep, one_shot, per_cost, prepare_cut
+from ibprune.errors import BadRecipe
+from ibprune.export import check_output, staged
+from ibprune.loading import load
+from ibprune.pipeline import Job, PruneResult, begin, recover, write
+from ibprune.plans import PruningPlan
+from ibprune.plots import draw_pareto
+from ibprune.recipe import Recipe
+from ibprune.resuming import open_journal, rng_state, set_rng_state
+from ibprune.structure import Structure
+from ibprune.vib import only
+
+SCHEMA = "ibprune.pareto/1"
+PARETO = "pareto.json"
+Rung = tuple[PreTrainedModel, PruningPlan, Budget, Structure]
+
+
+def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
+    """Prunes to several budgets. The output folder, with a folder per budget, appears complete or not at all.
+
+    A folder that is complete stands in the state of the run until then, so that a resumed run takes it as it is.
+
+    Raises:
+        IBPruneError: Anything the user can mend, in one line.
+    """
+    folder = check_output(recipe.output, model=recipe.model)
+    journal = open_journal(recipe, folder, console)
+    job = begin(recipe, journal, console)
+    done = journal.folder / "done"
+    results = []
+    for small, plan, budget, structure in rungs(job, lambda least: recipe.budget):
+        pruned = recover(job, small, plan, budget, structure, job.subject.feed, phase=f"recovering {budget.keep:g}")
+        place, rng = done / f"{budget.keep:g}", rng_state(journal.data)
+        if place.is_dir():
+            report = json.loads((place / "report.json").read_text())
+            results.append(PruneResult(load(place), plan, report))
+        else:
+            results.append(write(job, pruned, place, budgets=list(recipe.budget)))
+        set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
+    with staged(folder) as temporary:
+        for result in results:
+            name = f"{result.report['budget']['keep']:g}"
+            (done / name).rename(temporary / name)
+        found = pareto([result.report for result in results])
+        (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
+        draw_pareto(found, temporary)
+    journal.remove()
+    return tuple(results)
+
+
+def pareto(reports: list[dict]) -> dict:
+    """What each budget costs and reaches, from the reports of one ladder."""
+    keys = ("params", "macs", "file_bytes", "metrics", "latency_ms")
+    points = [
+        {"folder": f"{report['budget']['keep']:g}", "budget": report["budget"]}
+        | {key: report["pruned"][key] for key in keys}
+        for report in reports
+    ]
+    first = reports[0]
+    dense = {key: first["dense"][key] for key in keys}
+    return {"schema": SCHEMA, "model": first["model"], "command": first["command"], "dense": dense, "points": points}
+
+
+def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Rung]:
+    """What one mask run leaves at each budget, compacted and not recovered, the largest budget first.
+
+    Scores, and how the cut is shared between kinds, come from the smallest budget: the others lie on the way there,
+    where kind k keeps exp(-t * pressure[k]) of its units. Then the mask learning of one run goes down this way and
+    stops at each budget: units that a budget cut never come back, so that plans are nested. Its steps are divided by
+    how far each stretch goes down. Each model starts its recovery from the weights at its stop; the next stretch goes
+    on from there without that recovery.
+
+    Args:
+        choose: The budgets, the largest first, by the least share that can be reached.
+
+    Raises:
+        BadRecipe: A budget cannot be reached.
+    """
+    recipe, subject = job.subject.recipe, job.subject
+    with job.timer("cut"):
+        student, structure, choice, _, _ = prepare_cut(
+            job.dense, recipe, subject.feed, job.accelerator, job.console, found=subject.found, journal=job.journal
+        )
+        sites, cost_model = structure.sites, structure.costs.of(recipe.cost)
+        least = least_cost(cost_model, sites, scope=recipe.scope, round_to=recipe.round_to)
+        shares = choose(least / cost_model(cost_model.n_units, scope=recipe.scope))
+        budgets = [
+            make_budget(cost_model, sites, keep=keep, scope=recipe.scope, round_to=recipe.round_to) for keep in shares
+        ]
+        masks, scores, target = one_shot(student, structure, budgets[-1], choice)
+        pressure = {kind: -math.log(max(share, 1e-9)) for kind, share in fractions_kept(target, sites).items()}
+        start, within = per_cost(scores, structure, budgets[-1]), None
+    above = 1.0
+    for budget in budgets:
+        with job.timer("cut"):
+            keep = _target(only(scores, within), structure, budget, pressure, shares=choice.shares)
+            if choice.score == "vib" and recipe.mask_steps:
+                steps = max(1, round(recipe.mask_steps * (above - budget.keep) / max(1.0 - budgets[-1].keep, 1e-9)))
+                keep, scores = learn_keep(
+                    student, masks, structure, budget, start, keep, choice, steps=steps, within=within,
+                    phase=f"learning masks {budget.keep:g}",
+                )  # fmt: skip
+            plan = structure.plan(student, keep)
+            small = structure.compact(copy.deepcopy(student), plan)
+        yield small, plan, budget, structure
+        within, above = keep, budget.keep
+
+
+def _target(scores: Scores, structure: Structure, budget: Budget, pressure: dict[str, float], *, shares: str) -> Keep:
+    """The units that a budget keeps, on the way to the smallest; by score per cost where that way does not reach it."""
+    sites, cost_model = structure.sites, structure.costs.of(budget.cost)
+    if shares != "cost":
+        try:
+            return solve_by_shares(scores, sites, cost_model, budget, pressure)
+        except BadRecipe:  # the last units of the kinds that are cut cost more than the budget leaves
+            pass
+    return solve_by_cost(scores, sites, cost_model, budget)

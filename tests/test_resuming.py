@@ -1,0 +1,249 @@
+"""A run that is cut short goes on where it was, to the last bit; a state that is damaged, foreign or full says so."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import ibprune
+from ibprune import cli, pipeline, resuming, training
+from ibprune.console import Quiet
+from ibprune.errors import BadRecipe
+
+STEPS = dict(mask_steps=9, recover_steps=8, probe_steps=0, batch_size=16, max_length=16, seed=3, audit=False)
+STEPS |= dict(save_every=1e-9)  # after every step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unverified():
+    """Folders are compared here, not loaded: other tests do that."""
+    found = {"auto_class": "AutoModel", "max_abs_diff": 0.0, "ways": [], "transformers": ""}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resuming.os, "fsync", lambda number: None)  # nobody pulls the plug
+        for module in (pipeline, training):
+            patch.setattr(module, "verify", lambda model, folder, tier, *rest, **more: found | {"tier": tier})
+        yield
+
+
+class Stopping(Quiet):
+    """Stops like Ctrl-C at the n-th item of a stage, and remembers which stages ran."""
+
+    def __init__(self, what: str = "", n: int = 0):
+        self.what, self.n, self.ran, self.said = what, n, [], []
+
+    def say(self, line):
+        self.said.append(line)
+
+    def track(self, items, what, total):
+        self.ran.append((what, total))
+        for i, item in enumerate(items):
+            if (what, i) == (self.what, self.n):
+                raise KeyboardInterrupt
+            yield item
+
+
+def same(first: Path, second: Path) -> None:
+    assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def interrupt(folder, what, n, **values):
+    with pytest.raises(KeyboardInterrupt):
+        ibprune.prune(**values, output=folder, console=Stopping(what, n))
+    assert not folder.exists() and folder.with_name("out.partial").is_dir()
+
+
+def resume(folder, **values) -> Stopping:
+    console = Stopping()
+    result = ibprune.prune(**values, output=folder, resume=True, console=console)
+    assert result.report["resumed"] and not folder.with_name("out.partial").exists()
+    return console
+
+
+@pytest.fixture(scope="module")
+def classifier(folders, reviews):
+    return dict(model=folders["BertForSequenceClassification"], budget=0.4, data=reviews, finetune_steps=12) | STEPS
+
+
+@pytest.fixture(scope="module")
+def whole(classifier, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert not ibprune.prune(**classifier, output=folder).report["resumed"]
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+    return folder
+
+
+@pytest.mark.parametrize(
+    "what,n,left",
+    [
+        ("training dense", 11, ("training dense", 1)),  # in the second epoch
+        ("scoring units", 3, ("scoring units", 10)),
+        ("learning masks", 3, ("learning masks", 6)),  # between two cuts by the ramp
+        ("learning masks", 8, ("learning masks", 1)),  # after what stays was fixed
+        ("recovering", 0, ("recovering", 8)),
+        ("recovering", 5, ("recovering", 3)),
+        ("evaluating pruned", 0, None),
+    ],
+)
+def test_a_run_goes_on_where_it_was_cut_short(what, n, left, classifier, whole, tmp_path):
+    interrupt(tmp_path / "out", what, n, **classifier)
+    console = resume(tmp_path / "out", **classifier)
+    same(whole, tmp_path / "out")
+    trained = ("training dense", "scoring units", "learning masks", "recovering")
+    ran = [stage for stage in console.ran if stage[0] in trained]
+    assert (ran[0] if ran else None) == left
+    assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (whole / "recipe.yaml").read_bytes()
+
+
+def test_a_candidate_cut_that_was_compared_is_not_tried_again(folders, stories, tmp_path):
+    values = dict(model=folders["LlamaForCausalLM"], budget=0.6, data=stories, kinds="ffn,hidden") | STEPS
+    values |= dict(probe_steps=2, mask_steps=0, recover_steps=0)
+    console = Stopping()
+    ibprune.prune(**values, output=tmp_path / "whole", console=console)
+    tries = [stage for stage in console.ran if stage[0] == "trying a cut"]
+    assert len(tries) >= 2
+    console = Stopping("trying a cut", 1)
+    console.n, tracks = -1, iter([-1, 1])  # the first candidate runs, the second is stopped
+    original = console.track
+
+    def track(items, what, total):
+        console.n = next(tracks) if what == "trying a cut" else console.n
+        return original(items, what, total)
+
+    console.track = track
+    with pytest.raises(KeyboardInterrupt):
+        ibprune.prune(**values, output=tmp_path / "out", console=console)
+    again = resume(tmp_path / "out", **values)
+    assert [stage for stage in again.ran if stage[0] == "trying a cut"] == tries[1:]
+    assert not any(stage == "scoring units" for stage, _ in again.ran)
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_run_may_be_cut_short_again_and_again(classifier, whole, tmp_path):
+    interrupt(tmp_path / "out", "learning masks", 2, **classifier)
+    for what in ("learning masks", "learning masks", "recovering"):
+        interrupt(tmp_path / "out", what, 3, **classifier, resume=True)
+    resume(tmp_path / "out", **classifier)
+    same(whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize("head,data", [("BertForMaskedLM", "stories"), ("LlamaForCausalLM", "stories")])
+def test_hidden_tokens_and_accumulated_steps_go_on_too(head, data, folders, request, tmp_path):
+    """What a masked language model's batches hide is drawn by a generator that no seed of an epoch sets."""
+    values = dict(model=folders[head], budget=0.5, data=request.getfixturevalue(data), grad_accum=2) | STEPS
+    ibprune.prune(**values, output=tmp_path / "whole")
+    interrupt(tmp_path / "out", "learning masks", 5, **values)
+    interrupt(tmp_path / "out", "recovering", 6, **values, resume=True)
+    resume(tmp_path / "out", **values)
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_state_is_never_overwritten_unasked_nor_taken_up_by_another_recipe(classifier, tmp_path, capsys):
+    out = tmp_path / "out"
+    interrupt(out, "learning masks", 2, **classifier)
+    state = {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()}
+    flags = ["--model", classifier["model"], "--data", classifier["data"], "--output", str(out), "--quiet"]
+    assert cli.main([*flags, "--budget", "0.4"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("ibprune: error: found the state") and "out.partial': take it up with --resume" in message
+    with pytest.raises(BadRecipe, match="whose budget is 0.4, found 0.3"):
+        ibprune.prune(**classifier | dict(budget=0.3), output=out, resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == state
+    (tmp_path / "out.partial" / "recipe.json").write_text("{")
+    with pytest.raises(BadRecipe, match="recipe.json.*Delete the folder"):
+        ibprune.prune(**classifier, output=out, resume=True)
+    assert not out.exists()
+
+
+def test_a_damaged_state_is_refused_and_without_that_file_its_part_is_done_again(classifier, whole, tmp_path):
+    interrupt(tmp_path / "out", "recovering", 4, **classifier)
+    file = tmp_path / "out.partial" / "learning-masks.safetensors"
+    good = file.read_bytes()
+    flipped = bytearray(good)
+    flipped[-9] ^= 1
+    for bad in (good[:-100], good[:5], b"", bytes(flipped)):
+        file.write_bytes(bad)
+        with pytest.raises(BadRecipe, match=r"learning-masks.safetensors', but: .*Delete it to do that part again"):
+            ibprune.prune(**classifier, output=tmp_path / "out", resume=True)
+    file.unlink()
+    resume(tmp_path / "out", **classifier)
+    same(whole, tmp_path / "out")
+
+
+def test_other_data_do_not_fit_the_state(classifier, folders, tmp_path):
+    interrupt(tmp_path / "out", "recovering", 4, **classifier)
+    record = json.loads((tmp_path / "out.partial" / "recipe.json").read_text())
+    record["recipe"]["model"] = folders["BertModel"]
+    (tmp_path / "out.partial" / "recipe.json").write_text(json.dumps(record))
+    files = tmp_path / "out.partial"
+    (files / "training-dense.safetensors").unlink()
+    (files / "learning-masks.safetensors").rename(files / "training-dense.safetensors")
+    with pytest.raises(BadRecipe, match="does not fit the model, such as '"):
+        ibprune.prune(**classifier | dict(model=folders["BertModel"]), output=tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_costs_the_state_and_not_the_run(error, classifier, whole, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(resuming, "save_file", full)
+    console = Stopping()
+    ibprune.prune(**classifier, output=tmp_path / "out", console=console)
+    same(whole, tmp_path / "out")
+    assert any(line.startswith("warning: the state of the run was not saved") for line in console.said)
+    assert any("No space left" in line for line in console.said)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_to_resume_starts_from_the_beginning(classifier, whole, tmp_path):
+    console = Stopping()
+    result = ibprune.prune(**classifier, output=tmp_path / "out", resume=True, console=console)
+    assert any(line.startswith("nothing to resume") for line in console.said) and not result.report["resumed"]
+    same(whole, tmp_path / "out")
+
+
+def test_a_mistake_before_anything_was_done_leaves_no_state(classifier, tmp_path):
+    with pytest.raises(BadRecipe, match="ask for at least"):
+        ibprune.prune(**classifier | dict(budget=0.001, finetune_steps=0), output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_for_its_own_sake_goes_on_too(classifier, tmp_path):
+    values = {key: classifier[key] for key in ("model", "data", "batch_size", "max_length", "save_every")}
+    values |= dict(finetune_steps=14)
+    ibprune.train(**values, output=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        ibprune.train(**values, output=tmp_path / "out", console=Stopping("training dense", 12))
+    report = ibprune.train(**values, output=tmp_path / "out", resume=True)
+    assert report["resumed"] and not (tmp_path / "out.partial").exists()
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_all_generators_are_put_back():
+    data = torch.Generator().manual_seed(5)
+
+    def draw():
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),
+            random.random(),
+            torch.rand(2, generator=data).tolist(),
+        )
+
+    draw()
+    state = resuming.rng_state(data)
+    state = state[0], json.loads(json.dumps(state[1]))
+    first = draw()
+    assert draw() != first
+    resuming.set_rng_state(*state, data)
+    assert draw() == first
