@@ -202,7 +202,7 @@ def _prune(argv: list[str]) -> int:
     recipe = make_recipe(_given(arguments, without=("recipe", "debug", "quiet", "json")), file=arguments.recipe)
     _hush()
     from ibprune.console import Quiet, Terminal
-    from ibprune.export import check_output
+    from ibprune.folders import check_output
 
     check_output(recipe.output, model=recipe.model)
     console = Quiet() if arguments.quiet else Terminal()

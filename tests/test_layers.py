@@ -28,7 +28,7 @@ LAYERS = (
     ("recipe", "data", "report", "channels"),
     ("collating", "prose", "images", "structure"),
     ("scores", "shares", "models", "feeding", "pairs", "labels", "bench"),
-    ("trainer", "evaluation", "export", "loading", "features", "inputs", "plots", "onnx_files"),
+    ("trainer", "evaluation", "folders", "loading", "features", "inputs", "plots", "onnx_files"),
     ("vib", "verify", "checks", "measures", "attention", "module_files"),
     ("auditing", "audit_output", "head_patterns"),
     ("cutting", "model_card"),
@@ -64,11 +64,11 @@ def test_imports_go_one_way():
 
 
 def test_only_their_owners_do_it():
-    """Optimisers step in trainer.py, models are written in export.py, nothing prints or pickles."""
+    """Optimisers step in trainer.py, models are written in folders.py, nothing prints or pickles."""
     for file in PACKAGE.rglob("*.py"):
         text = file.read_text()
         assert (".step()" in text) <= (file.name == "trainer.py" or file.parent.name == "mi"), file
-        assert ("save_torch_state_dict" in text) <= (file.name == "export.py"), file
+        assert ("save_torch_state_dict" in text) <= (file.name == "folders.py"), file
         assert "pickle" not in text and "torch.load(" not in text, file
 
 
