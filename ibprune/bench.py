@@ -1,6 +1,7 @@
 """Latency of two models side by side: interleaved runs, median and spread."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,19 +33,28 @@ def time_forward(
     device = next(dense.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items()}
     models = (dense.eval(), pruned.eval())
-    for model in models:
-        forward(model, batch)
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in console.track(range(rounds), "timing", rounds):
-        for model, found in zip(models, times):
-            start = _now(device)
-            forward(model, batch)
-            found.append(1000 * (_now(device) - start))
+    calls = (lambda: forward(dense, batch), lambda: forward(pruned, batch))
+    times = time_calls(calls, device=device, rounds=rounds, console=console)
     shares: tuple[list[float], list[float]] = ([], [])
     for _ in range(max(1, rounds // 3)):
         for model, found in zip(models, shares):
             found.append(_share_of_layers(model, batch))
     return tuple(_summary(*pair) for pair in zip(times, shares))
+
+
+def time_calls(
+    calls: tuple[Callable[[], object], ...], *, device: torch.device, rounds: int = 15, console: Quiet
+) -> tuple[list[float], ...]:
+    """Milliseconds of each of `rounds` runs of every call, in turns; a first run of each is not timed."""
+    for call in calls:
+        call()
+    times: tuple[list[float], ...] = tuple([] for _ in calls)
+    for _ in console.track(range(rounds), "timing", rounds):
+        for call, found in zip(calls, times):
+            start = _now(device)
+            call()
+            found.append(1000 * (_now(device) - start))
+    return times
 
 
 def _now(device: torch.device) -> float:
