@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, train, load, push, audit."""
+"""The public Python functions: prune, plan, train, load, push, audit, export."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import nn
 from ibprune.comparing import audit
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
+from ibprune.exporting import export
 from ibprune.hub_folders import fetch, push
 from ibprune.loading import load as load_transformer
 from ibprune.module_files import is_module_folder, load_module
@@ -18,7 +19,7 @@ from ibprune.planning import plan
 from ibprune.recipe import make_recipe
 from ibprune.training import train_dense
 
-__all__ = ["ModuleResult", "PruneResult", "audit", "load", "plan", "prune", "push", "train"]
+__all__ = ["ModuleResult", "PruneResult", "audit", "export", "load", "plan", "prune", "push", "train"]
 
 
 def prune(

@@ -283,10 +283,11 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-def build(family: str, head: str, *, dtype=torch.float64, seed: int = 0):
-    """A tiny model with weights far from their initial values, so that biases and norms matter."""
+def build(family: str, head: str, *, dtype=torch.float64, seed: int = 0, **changes):
+    """A tiny model, its config changed as told, with weights far from their initial values: biases and norms matter."""
     torch.manual_seed(seed)
     config = TINY[family]()
+    config = type(config).from_dict(config.to_dict() | changes) if changes else config
     config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, head)(config).to(dtype).eval()
     with torch.no_grad():
