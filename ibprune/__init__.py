@@ -7,10 +7,34 @@ function's name (`plans.py`, `auditing.py`): importing it would put the module i
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["ModuleResult", "PruneResult", "audit", "bench", "convert_legacy", "load", "plan", "prune", "push", "train"]
+__all__ = [
+    "ModuleResult",
+    "PruneResult",
+    "audit",
+    "bench",
+    "convert_legacy",
+    "export",
+    "load",
+    "plan",
+    "prune",
+    "push",
+    "train",
+]
 
 if TYPE_CHECKING:
-    from ibprune.api import ModuleResult, PruneResult, audit, bench, convert_legacy, load, plan, prune, push, train
+    from ibprune.api import (
+        ModuleResult,
+        PruneResult,
+        audit,
+        bench,
+        convert_legacy,
+        export,
+        load,
+        plan,
+        prune,
+        push,
+        train,
+    )  # fmt: skip
 
 
 def __getattr__(name: str):

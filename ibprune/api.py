@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, train, load, push, audit, bench, convert_legacy."""
+"""The public Python functions: prune, plan, train, load, push, audit, bench, export, convert_legacy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from ibprune.benchmarking import bench
 from ibprune.comparing import audit
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
+from ibprune.exporting import export
 from ibprune.hub_folders import fetch, push
 from ibprune.legacy import convert_legacy
 from ibprune.loading import load as load_transformer
@@ -21,7 +22,19 @@ from ibprune.recipe import make_recipe
 from ibprune.smallest import carry_out
 from ibprune.training import train_dense
 
-__all__ = ["ModuleResult", "PruneResult", "audit", "bench", "convert_legacy", "load", "plan", "prune", "push", "train"]
+__all__ = [
+    "ModuleResult",
+    "PruneResult",
+    "audit",
+    "bench",
+    "convert_legacy",
+    "export",
+    "load",
+    "plan",
+    "prune",
+    "push",
+    "train",
+]
 
 
 def prune(

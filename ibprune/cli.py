@@ -9,6 +9,7 @@ from ibprune.tables import (
     print_audit,
     print_benchmark,
     print_conversion,
+    print_export,
     print_pareto,
     print_plan,
     print_report,
@@ -21,6 +22,7 @@ VERBS = {
     "plan": "say what can be cut and what a budget reaches, from the config alone",
     "train": "train a dense model, also from a config alone, and write a folder that loads",
     "push": "send a folder that ibprune wrote to the Hub",
+    "export": "write a pruned transformer for ONNX Runtime, OpenVINO or llama.cpp",
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
     "bench": "measure speed, memory and size of a dense and a pruned model side by side, and say why it is not more",
     "convert-legacy": "turn a checkpoint that an older tool pruned into a folder that loads",
@@ -151,6 +153,18 @@ def _push_parser() -> _Parser:
     return parser
 
 
+def _export_parser() -> _Parser:
+    parser = _Parser(prog="ibprune export", description=VERBS["export"].capitalize() + ".", allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", help="what ibprune wrote for a transformer or a CNN of transformers")
+    add("--to", required=True, help="onnx, openvino or gguf (causal language models of LLaMA's kind)")
+    add("--output", help="what to write (default: the folder's name with -onnx, -openvino or .gguf)")
+    add("--dtype", help="of a GGUF's matrices: f32 or f16 (default: as the folder's)")
+    add("--json", action="store_true", help="print the result as JSON instead of lines")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def _audit_parser() -> _Parser:
     parser = _Parser(prog="ibprune audit", description=VERBS["audit"].capitalize() + ".", allow_abbrev=False)
     add = parser.add_argument
@@ -241,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return {
             "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit,
-            "bench": _bench, "convert-legacy": _convert_legacy,
+            "bench": _bench, "export": _export, "convert-legacy": _convert_legacy,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
     except IBPruneError as error:
@@ -270,7 +284,7 @@ def _prune(argv: list[str]) -> int:
     recipe = make_recipe(_given(arguments, without=("recipe", "debug", "quiet", "json")), file=arguments.recipe)
     _hush()
     from ibprune.console import Quiet, Terminal
-    from ibprune.export import check_output
+    from ibprune.folders import check_output
 
     check_output(recipe.output, model=recipe.model)
     console = Quiet() if arguments.quiet else Terminal()
@@ -332,6 +346,22 @@ def _push(argv: list[str]) -> int:
     from ibprune.hub_folders import push
 
     sys.stdout.write(f"pushed: {push(**values)}\n")
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    arguments = _export_parser().parse_args(argv)
+    _hush()
+    from ibprune.console import Quiet, Terminal
+    from ibprune.exporting import export
+
+    found = export(**_given(arguments, without=("debug", "json")), console=Quiet() if arguments.json else Terminal())
+    if arguments.json:
+        import json
+
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        print_export(found)
     return 0
 
 

@@ -14,9 +14,9 @@ from ibprune.auditing import Side
 from ibprune.auditing import audit as audit_models
 from ibprune.console import Quiet
 from ibprune.errors import BadData, BadRecipe
-from ibprune.export import check_output, staged
 from ibprune.features import default_pooling
 from ibprune.feeding import find_data, find_pictures, make_picture_feed
+from ibprune.folders import check_output, staged
 from ibprune.inputs import MOST_INPUTS, Inputs, encode_inputs, encode_pairs, encode_pictures
 from ibprune.loading import load_any
 from ibprune.losses import Batch

@@ -11,7 +11,7 @@ from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, mak
 from ibprune.console import Quiet
 from ibprune.cutting import learn_keep, one_shot, per_cost, prepare_cut
 from ibprune.errors import BadRecipe
-from ibprune.export import check_output, staged
+from ibprune.folders import check_output, staged
 from ibprune.loading import load
 from ibprune.pipeline import Job, PruneResult, begin, recover, write
 from ibprune.plans import PruningPlan

@@ -15,7 +15,7 @@ from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.errors import BadRecipe, PlanMismatch, UnsupportedModel, first_line
-from ibprune.export import check_output, probe_inputs, probe_outputs, staged, verify, write_model
+from ibprune.folders import check_output, probe_inputs, probe_outputs, staged, verify, write_model
 from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.models import Source, build_model, check_finite, load_config, load_tokenizer, model_class
 from ibprune.plans import PruningPlan

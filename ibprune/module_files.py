@@ -12,7 +12,7 @@ from torch import nn
 
 from ibprune.checksums import REPORT, check_files, checksums, sha256
 from ibprune.errors import PlanMismatch, first_line
-from ibprune.export import check_output, staged
+from ibprune.folders import check_output, staged
 from ibprune.latency import LATENCY, LatencyTable
 from ibprune.models import check_finite
 from ibprune.onnx_files import write_onnx

@@ -18,9 +18,9 @@ from ibprune.cutting import cut, loss_with, on_kept_features, timed_inputs, trai
 from ibprune.data import TextData, hub_data
 from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
-from ibprune.export import check_output, staged, verify, write_model
 from ibprune.features import default_pooling
 from ibprune.feeding import Feed
+from ibprune.folders import check_output, staged, verify, write_model
 from ibprune.groups import Site
 from ibprune.hub_folders import check_target, push
 from ibprune.images import ImageData

@@ -11,7 +11,7 @@ from ibprune.channels import find_channels
 from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
-from ibprune.export import tier_of
+from ibprune.folders import tier_of
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class
 from ibprune.plans import PruningPlan

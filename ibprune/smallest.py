@@ -5,7 +5,7 @@ import math
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.evaluation import LOWER_IS_BETTER, metric_names
-from ibprune.export import check_output
+from ibprune.folders import check_output
 from ibprune.hub_folders import check_target
 from ibprune.ladder import climb_down, rungs
 from ibprune.pipeline import Pruned, PruneResult, begin, finish, recover, run

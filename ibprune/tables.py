@@ -71,6 +71,13 @@ def print_training(report: dict, output: str) -> None:
     sys.stdout.write(f"{changes} in {report['steps']} steps; written to {output}\n")
 
 
+def print_export(found: dict) -> None:
+    checked = f" (checked, max difference {found['max_diff']:.1e} of the outputs)" if "max_diff" in found else ""
+    sys.stdout.write(f"written to {found['output']}{checked}\n")
+    for note in found["notes"]:
+        sys.stdout.write(f"note: {note}\n")
+
+
 def print_plan(found: dict) -> None:
     from ibprune.report import budget_line, macs_input
 

@@ -12,8 +12,8 @@ from ibprune.costs import count_params
 from ibprune.cutting import loss_with, train_settings
 from ibprune.errors import BadRecipe
 from ibprune.evaluation import evaluate_model
-from ibprune.export import check_output, staged, verify, write_model
 from ibprune.feeding import Feed
+from ibprune.folders import check_output, staged, verify, write_model
 from ibprune.models import check_finite
 from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ibprune.export import probe_outputs
+from ibprune.folders import probe_outputs
 from ibprune.loading import check_loaded, load
 
 

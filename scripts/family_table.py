@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from ibprune.embeddings import named_rows
-from ibprune.export import tier_of
 from ibprune.families import FAMILIES, TRACED
+from ibprune.folders import tier_of
 from ibprune.groups import KINDS
 from ibprune.models import build_model, model_class
 from ibprune.plans import PruningPlan

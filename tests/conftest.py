@@ -297,20 +297,21 @@ def no_network(monkeypatch):
 def _forked():
     """The process that checks a folder is forked: the start of an interpreter would be most of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ibprune.export.subprocess", fresh)
+        patch.setattr("ibprune.folders.subprocess", fresh)
         yield
 
 
 @pytest.fixture
 def own_process(monkeypatch):
     """The process that checks a folder is started as a user's run starts it."""
-    monkeypatch.setattr("ibprune.export.subprocess", subprocess)
+    monkeypatch.setattr("ibprune.folders.subprocess", subprocess)
 
 
-def build(family: str, head: str, *, dtype=torch.float64, seed: int = 0):
-    """A tiny model with weights far from their initial values, so that biases and norms matter."""
+def build(family: str, head: str, *, dtype=torch.float64, seed: int = 0, **changes):
+    """A tiny model, its config changed as told, with weights far from their initial values: biases and norms matter."""
     torch.manual_seed(seed)
     config = TINY[family]()
+    config = type(config).from_dict(config.to_dict() | changes) if changes else config
     config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, head)(config).to(dtype).eval()
     with torch.no_grad():

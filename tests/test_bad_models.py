@@ -14,7 +14,7 @@ import ibprune
 from ibprune.costs import count_params, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import IBPruneError, UnsupportedModel
-from ibprune.export import write_model
+from ibprune.folders import write_model
 from ibprune.models import Source, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites

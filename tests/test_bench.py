@@ -13,7 +13,7 @@ import ibprune
 from ibprune import benchmarking, cli
 from ibprune.costs import macs_model
 from ibprune.examples import example_inputs
-from ibprune.export import write_model
+from ibprune.folders import write_model
 from ibprune.footprint import footprint, lookup_params
 from ibprune.models import load_dense
 from ibprune.sites import find_sites

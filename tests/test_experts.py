@@ -7,13 +7,13 @@ import torch
 import transformers
 from conftest import TINY, build, outputs, random_keep, token_ids
 from safetensors.torch import load_file
-from test_export import uniform
+from test_folders import uniform
 
 import ibprune
 from ibprune import cli
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, PlanMismatch
-from ibprune.export import tier_of, verify, write_model
+from ibprune.folders import tier_of, verify, write_model
 from ibprune.inject import inject_
 from ibprune.losses import Objective
 from ibprune.plans import PruningPlan

@@ -7,7 +7,7 @@ from conftest import CASES, FLOAT32, TINY, build, random_keep, token_ids
 
 import ibprune
 from ibprune.embeddings import factorize_
-from ibprune.export import write_model
+from ibprune.folders import write_model
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_

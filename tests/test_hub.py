@@ -26,7 +26,7 @@ from ibprune.channels import find_channels
 from ibprune.checksums import checksums
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, PlanMismatch
-from ibprune.export import write_model
+from ibprune.folders import write_model
 from ibprune.hub_folders import fetch
 from ibprune.model_card import renamed_card
 from ibprune.plans import PruningPlan

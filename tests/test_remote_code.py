@@ -10,7 +10,7 @@ from conftest import inputs_of, outputs, random_keep, token_ids
 from test_export import pruned
 
 import ibprune
-from ibprune.export import write_model
+from ibprune.folders import write_model
 from ibprune.task_heads import auto_class
 
 CASES = {

@@ -19,7 +19,7 @@ from ibprune.costs import count_params, macs_model, params_model
 from ibprune.data import TextData, load_data
 from ibprune.embeddings import cut_vocab_, factorize_, named_rows
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel
-from ibprune.export import tier_of, verify, write_model
+from ibprune.folders import tier_of, verify, write_model
 from ibprune.inject import inject_
 from ibprune.inputs import encode_inputs
 from ibprune.losses import Objective, _word_means, dense_batch, distill_loss, forward

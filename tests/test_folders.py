@@ -15,7 +15,7 @@ import ibprune
 from ibprune.checksums import checksums
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch
-from ibprune.export import check_output, staged, tier_of, verify, write_model
+from ibprune.folders import check_output, staged, tier_of, verify, write_model
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_
