@@ -117,6 +117,8 @@ class Recipe(BaseModel):
             return None
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         try:
+            if any(isinstance(part, bool) for part in parts):
+                raise TypeError
             shares = tuple(sorted({float(part) for part in parts}, reverse=True))
         except (TypeError, ValueError):
             raise ValueError(f"expected a share in (0, 1], such as 0.3, or several, found {value!r}") from None
