@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build, random_keep, token_ids
 from test_cli import refused
-from test_export import pruned
+from test_folders import pruned
 
 import ibprune
 from ibprune import benchmarking, cli

@@ -7,7 +7,7 @@ import torch
 from conftest import build, outputs, random_keep
 from safetensors.torch import save_file
 from test_cli import refused
-from test_export import cut
+from test_folders import cut
 
 import ibprune
 from ibprune import cli

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import inputs_of, outputs, random_keep, token_ids
-from test_export import pruned
+from test_folders import pruned
 
 import ibprune
 from ibprune.folders import write_model
