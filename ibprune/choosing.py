@@ -78,12 +78,24 @@ def score_units(student: nn.Module, sites: dict[str, Site], masks: MaskSet, choi
                 )
 
 
-def refit_(student: nn.Module, masks: MaskSet, sites: dict[str, Site], keep: Keep, choice: Choice) -> Keep:
-    """What a one-shot score does to the units that stay, in place; returns them, exchanged where the score does so."""
+def refit_(
+    student: nn.Module,
+    masks: MaskSet,
+    sites: dict[str, Site],
+    keep: Keep,
+    choice: Choice,
+    *,
+    within: Keep | None = None,
+) -> Keep:
+    """What a one-shot score does to the units that stay, in place; returns them, exchanged where the score does so.
+
+    Args:
+        within: The units among which it may exchange; None: all.
+    """
     batches, console = choice.batches, choice.console
     gradients = _gradients(student, masks, choice) if choice.score in ("kwon", "obs") else {}
     if choice.score == "kwon":
-        keep = rearrange(keep, gradients)
+        keep = rearrange(keep, gradients, within=within)
     if choice.reconstruct:
         reconstruct_(student, masks, sites, keep, batches, console=console)
     elif choice.score == "kwon":

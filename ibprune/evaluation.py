@@ -54,7 +54,7 @@ def evaluate_model(
 
 def metric_names(feed: Feed) -> tuple[str, ...]:
     """What `evaluate_model` gives for a feed."""
-    if feed.objective.name in ("causal_lm", "masked_lm"):
+    if feed.objective.name in ("causal_lm", "masked_lm", WRITES):
         return ("perplexity",)
     if feed.objective.name == "encoder":
         return ("cosine_to_dense", "recall_at_1")

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 from transformers import PreTrainedModel
 
 from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, make_budget, solve_by_cost, solve_by_shares
+from ibprune.choosing import refit_
 from ibprune.console import Quiet
 from ibprune.cutting import learn_keep, one_shot, per_cost, prepare_cut
 from ibprune.errors import BadRecipe
 from ibprune.folders import check_output, staged
+from ibprune.inject import MASKS
 from ibprune.loading import load
 from ibprune.pipeline import Job, PruneResult, begin, recover, write
 from ibprune.plans import PruningPlan
 from ibprune.plots import draw_pareto
 from ibprune.recipe import Recipe
 from ibprune.resuming import open_journal, rng_state, set_rng_state
+from ibprune.scores import LEARNED
 from ibprune.structure import Structure
 from ibprune.vib import only
 
@@ -49,12 +52,12 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
             results.append(write(job, pruned, place, budgets=list(recipe.budget)))
         set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
     with staged(folder) as temporary:
-        for result in results:
-            name = f"{result.report['budget']['keep']:g}"
-            (done / name).rename(temporary / name)
         found = pareto([result.report for result in results])
         (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
         draw_pareto(found, temporary)
+        for result in results:  # last: what fails before leaves them in the state
+            name = f"{result.report['budget']['keep']:g}"
+            (done / name).rename(temporary / name)
     journal.remove()
     return tuple(results)
 
@@ -79,7 +82,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
     where kind k keeps exp(-t * pressure[k]) of its units. Then the mask learning of one run goes down this way and
     stops at each budget: units that a budget cut never come back, so that plans are nested. Its steps are divided by
     how far each stretch goes down. Each model starts its recovery from the weights at its stop; the next stretch goes
-    on from there without that recovery.
+    on from there without that recovery. One-shot scores refit each model apart, from the dense weights.
 
     Args:
         choose: The budgets, the largest first, by the least share that can be reached.
@@ -105,14 +108,18 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
     for budget in budgets:
         with job.timer("cut"):
             keep = _target(only(scores, within), structure, budget, pressure, shares=choice.shares)
-            if choice.score == "vib" and recipe.mask_steps:
+            if choice.score in LEARNED and recipe.mask_steps:
                 steps = max(1, round(recipe.mask_steps * (above - budget.keep) / max(1.0 - budgets[-1].keep, 1e-9)))
                 keep, scores = learn_keep(
                     student, masks, structure, budget, start, keep, choice, steps=steps, within=within,
                     phase=f"learning masks {budget.keep:g}",
                 )  # fmt: skip
-            plan = structure.plan(student, keep)
-            small = structure.compact(copy.deepcopy(student), plan)
+                start = scores  # a gradual score goes on from its newest
+            small = copy.deepcopy(student)
+            if not (choice.score in LEARNED and recipe.mask_steps):
+                keep = refit_(small, getattr(small, MASKS), sites, keep, choice, within=within)
+            plan = structure.plan(small, keep)
+            small = structure.compact(small, plan)
         yield small, plan, budget, structure
         within, above = keep, budget.keep
 

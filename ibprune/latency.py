@@ -255,6 +255,7 @@ def _regressors(model: nn.Module, path: str, n_units: dict[str, int], dims: Owne
     A module that only calls others works on what its children make and read.
     """
     module = model.get_submodule(path)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # owners know a tied one by its first
     own = [(path, name) for name, _ in module.named_parameters(recurse=False)]
     near = own or [
         (f"{path}.{child}".removeprefix("."), name)
@@ -264,8 +265,8 @@ def _regressors(model: nn.Module, path: str, n_units: dict[str, int], dims: Owne
     sides: list[list[Product]] = []
     products: list[list[Product]] = []
     for owner, name in near:
-        full = f"{owner}.{name}".removeprefix(".")
-        shape = model.get_parameter(full).shape
+        parameter = model.get_parameter(f"{owner}.{name}".removeprefix("."))
+        full, shape = names[id(parameter)], parameter.shape
         for dim in range(len(shape)):
             side = parameter_products("", shape[dim : dim + 1], n_units, {("", 0): dims.get((full, dim), [])})
             if any(sites for _, sites in side):

@@ -33,12 +33,13 @@ def draw_pareto(found: dict, folder: Path) -> None:
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(1, len(metrics), i + 1)
         sides = [found["dense"], *found["points"]]
-        axes.plot([s[cost] for s in sides], [s["metrics"][metric] for s in sides], color=PRUNED, zorder=1)
-        for side, colour in zip(sides, [DENSE] + [PRUNED] * len(found["points"])):
-            axes.scatter(side[cost], side["metrics"][metric], color=colour, zorder=2)
+        spent = [s["latency_ms"]["median"] if cost == "latency" else s[cost] for s in sides]
+        axes.plot(spent, [s["metrics"][metric] for s in sides], color=PRUNED, zorder=1)
+        for side, x, colour in zip(sides, spent, [DENSE] + [PRUNED] * len(found["points"])):
+            axes.scatter(x, side["metrics"][metric], color=colour, zorder=2)
             label = side.get("folder", "dense")
-            axes.annotate(label, (side[cost], side["metrics"][metric]), xytext=(3, 4), textcoords="offset points")
-        axes.set(xlabel=cost, ylabel=metric)
+            axes.annotate(label, (x, side["metrics"][metric]), xytext=(3, 4), textcoords="offset points")
+        axes.set(xlabel="latency (ms)" if cost == "latency" else cost, ylabel=metric)
     _save(figure, folder, "pareto")
 
 

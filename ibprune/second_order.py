@@ -9,7 +9,7 @@ SHRINK = 0.5  # of what the matrix says beside its diagonal: it has more entries
 LARGEST = 10.0  # no multiplier beyond it
 
 
-def rearrange(keep: Keep, gradients: dict[str, torch.Tensor]) -> Keep:
+def rearrange(keep: Keep, gradients: dict[str, torch.Tensor], *, within: Keep | None = None) -> Keep:
     """Swaps cut and kept units within each site while that lowers the estimated loss; as many stay.
 
     Kwon et al. 2022 (arXiv 2204.09656, sec. 4.2): with the Fisher matrix of each site whole instead of its
@@ -18,6 +18,7 @@ def rearrange(keep: Keep, gradients: dict[str, torch.Tensor]) -> Keep:
 
     Args:
         gradients: Of each sequence by each unit's multiplier, by site, (sequences, n_units).
+        within: The only units that may stay, `keep` among them; None: all.
 
     Example:
         >>> both = torch.tensor([[1.0, -1.0, 1.1]])  # the first two cancel out
@@ -32,7 +33,8 @@ def rearrange(keep: Keep, gradients: dict[str, torch.Tensor]) -> Keep:
         if kept.all() or not kept.any():
             continue
         squares = rows.square().sum(1)
-        order = [unit for unit in torch.argsort(squares, stable=True).tolist() if not kept[unit]]
+        free = set(range(len(rows)) if within is None else within[name])
+        order = [unit for unit in torch.argsort(squares, stable=True).tolist() if unit in free and not kept[unit]]
         total = rows[~kept].sum(0)
         for _ in range(ROUNDS):
             changed = False

@@ -119,7 +119,9 @@ def run_cell(cell: Cell) -> dict:
 def per_example(model: nn.Module, feed: Feed) -> dict[str, list]:
     """Loss on the labels of every held-out example, and of a classifier whether it was right."""
     losses, right = [], []
+    device = next(model.parameters()).device
     for batch in feed.held_out():
+        batch = {key: value.to(device) for key, value in batch.items()}
         outputs = forward(model, batch)
         losses += [round(value, 6) for value in supervised_loss(feed.objective, outputs, batch).tolist()]
         if feed.objective.name == "classification":

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from test_resuming import STEPS, Stopping, same, unverified  # noqa: F401
 
 import ibprune
 from ibprune import cli, smallest
 from ibprune.errors import BadRecipe
 from ibprune.plans import PruningPlan
+from ibprune.plots import draw_pareto
 
 BUDGETS = (0.7, 0.5, 0.35)
 
@@ -84,6 +86,8 @@ def test_a_ladder_goes_on_where_it_was_cut_short(what, n, whole, classifier, tmp
         ("LlamaForCausalLM", "stories", dict(score="magnitude", shares="equal", cost="macs")),
         ("BertModel", "stories", dict(shares="equal", round_to=2, kinds="heads,ffn,layers,hidden,embedding_rank")),
         ("BertForSequenceClassification", "reviews", dict(shares="cost", round_to=1)),
+        ("BertForSequenceClassification", "reviews", dict(score="gradual", shares="equal")),
+        ("BertForSequenceClassification", "reviews", dict(score="kwon", shares="equal", round_to=1)),
     ],
 )
 def test_plans_are_nested_whatever_scores_and_shares_the_units(head, data, values, folders, request, tmp_path):
@@ -92,6 +96,17 @@ def test_plans_are_nested_whatever_scores_and_shares_the_units(head, data, value
     results = ibprune.prune(**values | dict(recover_steps=0))
     check_nested([result.plan for result in results])
     assert all(r.report["budget"]["achieved"] <= r.report["budget"]["limit"] for r in results)
+
+
+def test_each_budget_is_refitted(classifier, tmp_path):
+    common = classifier | dict(shares="equal", recover_steps=0, budget=(0.9, 0.8), score="fisher")
+    plain = ibprune.prune(**common, output=tmp_path / "plain")
+    refitted = ibprune.prune(**common, reconstruct=True, output=tmp_path / "refitted")
+    assert [result.plan for result in plain] == [result.plan for result in refitted]
+    for before, after in zip(plain, refitted):
+        before, after = (result.model.state_dict() for result in (before, after))
+        differ = {name for name in before if not torch.equal(before[name], after[name])}
+        assert any("output.dense" in name for name in differ) and not any("word_embeddings" in n for n in differ)
 
 
 def test_the_smallest_model_that_keeps_a_metric_is_found(classifier, tmp_path, monkeypatch):
@@ -192,6 +207,14 @@ def test_budgets_are_read_alike_from_flags_yaml_and_python(tmp_path):
             make_recipe({"model": "m", "budget": bad})
 
 
+@pytest.mark.parametrize("cost", ["params", "macs", "latency"])
+def test_the_plot_is_over_what_the_budget_counts(cost, tmp_path):
+    side = {"params": 10, "macs": 20, "latency_ms": {"median": 30.0}, "metrics": {"accuracy": 0.5}}
+    point = side | {"folder": "0.5", "budget": {"cost": cost}}
+    draw_pareto({"dense": side, "points": [point]}, tmp_path)
+    assert (tmp_path / "pareto.png").exists() and (tmp_path / "pareto.svg").exists()
+
+
 def test_names_of_metrics_are_those_that_are_measured(folders, reviews, stories):
     from ibprune.console import Quiet
     from ibprune.evaluation import evaluate_model, metric_names
@@ -200,6 +223,7 @@ def test_names_of_metrics_are_those_that_are_measured(folders, reviews, stories)
 
     for head, data in (
         ("BertForSequenceClassification", reviews), ("BertModel", stories), ("LlamaForCausalLM", stories),
+        ("BartForConditionalGeneration", stories),
     ):  # fmt: skip
         subject = load_subject(make_recipe({"model": folders[head], "budget": 1, "data": data}), Quiet())
         model, feed = subject.loaded.model, subject.feed

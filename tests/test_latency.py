@@ -22,9 +22,13 @@ from ibprune.structure import choose_kinds, prepare_, prepare_traced_, with_late
 SHORT = dict(mask_steps=4, recover_steps=2, batch_size=8, max_length=16, audit=False)
 
 
+HEADS = {"bert": ("BertForSequenceClassification", {}), "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True})}
+
+
 def structure_of(name):
-    if name == "bert":
-        model = build("bert", "BertForSequenceClassification", dtype=torch.float32)
+    if name != "resnet":
+        head, changes = HEADS[name]
+        model = build(name, head, dtype=torch.float32, **changes)
         return model, prepare_(model, choose_kinds(model, (), cost="latency"), None)
     model = build_net("resnet", dtype=torch.float32)
     example = torch.zeros(2, 3, 12, 12)
@@ -46,7 +50,7 @@ def made_up_seconds(model: nn.Module) -> tuple[float, dict[str, float]]:
     return 1.25 * sum(own.values()) + 1e-5, own
 
 
-@pytest.mark.parametrize("name", ["bert", "resnet"])
+@pytest.mark.parametrize("name", ["bert", "llama", "resnet"])
 def test_the_formula_is_what_the_clock_is_made_of(name):
     model, structure = structure_of(name)
 
