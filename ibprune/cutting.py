@@ -115,6 +115,10 @@ def prepare_cut(
             structure, student, timed_inputs(dense, recipe, feed), seed=recipe.seed, round_to=recipe.round_to,
             table=recipe.latency_table if entry is None else entry.facts, console=console,
         )  # fmt: skip
+        if recipe.budget is not None:  # no state is left of a run that cannot be
+            least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
+            make_budget(structure.costs.of("latency"), structure.sites, keep=least, scope=recipe.scope,
+                        round_to=recipe.round_to)  # fmt: skip
         journal.write("latency", {}, structure.costs.latency.to_dict())
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
