@@ -49,12 +49,12 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
             results.append(write(job, pruned, place, budgets=list(recipe.budget)))
         set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
     with staged(folder) as temporary:
-        for result in results:
-            name = f"{result.report['budget']['keep']:g}"
-            (done / name).rename(temporary / name)
         found = pareto([result.report for result in results])
         (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
         draw_pareto(found, temporary)
+        for result in results:  # last: an error above leaves them in the state
+            name = f"{result.report['budget']['keep']:g}"
+            (done / name).rename(temporary / name)
     journal.remove()
     return tuple(results)
 
