@@ -115,7 +115,12 @@ def prepare_cut(
             structure, student, timed_inputs(dense, recipe, feed), seed=recipe.seed, round_to=recipe.round_to,
             table=recipe.latency_table if entry is None else entry.facts, console=console,
         )  # fmt: skip
-        journal.write("latency", {}, structure.costs.latency.to_dict())
+        if recipe.budget is not None:  # no state is left of a run that cannot be
+            least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
+            make_budget(structure.costs.of("latency"), structure.sites, keep=least, scope=recipe.scope,
+                        round_to=recipe.round_to)  # fmt: skip
+        if entry is None:
+            journal.write("latency", {}, structure.costs.latency.to_dict())
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
         teacher=dense if recipe.distill else None,
@@ -157,8 +162,20 @@ def choose_and_compact_(
         keep, _ = learn_keep(student, masks, structure, budget, start, keep, choice)
     if sites and not (choice.score in LEARNED and choice.settings.steps):
         keep = refit_(student, masks, sites, keep, choice)
-    plan = structure.plan(student, keep)
+    plan = structure.plan(student, as_before(choice.journal, "kept units", keep))
     return structure.compact(student, plan), plan
+
+
+def as_before(journal: Journal, name: str, keep: Keep) -> Keep:
+    """The units that stay, or those that stayed when the run was here before: weights recovered since are theirs.
+
+    On a GPU the same steps may round to another order of the units.
+    """
+    entry = journal.read(name)
+    if entry is not None:
+        return {site: tuple(units.tolist()) for site, units in entry.tensors.items()}
+    journal.write(name, {site: torch.tensor(units, dtype=torch.int64) for site, units in keep.items()})
+    return keep
 
 
 def per_cost(scores: dict[str, torch.Tensor], structure: Structure, budget: Budget) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, make_budget, solve_by_cost, solve_by_shares
 from ibprune.choosing import refit_
 from ibprune.console import Quiet
-from ibprune.cutting import learn_keep, one_shot, per_cost, prepare_cut
+from ibprune.cutting import as_before, learn_keep, one_shot, per_cost, prepare_cut
 from ibprune.errors import BadRecipe
 from ibprune.folders import check_output, staged
 from ibprune.inject import MASKS
@@ -118,6 +118,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
             small = copy.deepcopy(student)
             if not (choice.score in LEARNED and recipe.mask_steps):
                 keep = refit_(small, getattr(small, MASKS), sites, keep, choice, within=within)
+            keep = as_before(choice.journal, f"kept units {budget.keep:g}", keep)
             plan = structure.plan(small, keep)
             small = structure.compact(small, plan)
         yield small, plan, budget, structure

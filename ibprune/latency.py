@@ -127,7 +127,7 @@ def measure_latency(
     error = float(np.median(np.abs(said / whole - 1)[-HELD_OUT:]))
     return LatencyTable(
         device_name(device),
-        {name: list(value.shape) for name, value in inputs.items()},
+        _sizes(inputs),
         model,
         round(1000 * base, 4),
         round(error, 4),
@@ -135,11 +135,11 @@ def measure_latency(
     )
 
 
-def load_latency(path: str | Path, everything: dict[str, Site], device: torch.device) -> LatencyTable:
+def load_latency(path: str | Path, everything: dict[str, Site], device: torch.device, inputs: Batch) -> LatencyTable:
     """Reads a table.
 
     Raises:
-        BadRecipe: No table, or one of another model or device.
+        BadRecipe: No table, or one of another model or device, or of inputs of other sizes.
     """
     try:
         table = LatencyTable.from_dict(json.loads(Path(path).read_text()))
@@ -153,7 +153,18 @@ def load_latency(path: str | Path, everything: dict[str, Site], device: torch.de
             f"--latency-table: '{path}' was measured on '{table.device}', this is '{device_name(device)}': leave it "
             "out, and it is measured."
         )
+    if table.shape != _sizes(inputs):
+        raise BadRecipe(
+            f"--latency-table: '{path}' was measured on inputs of {table.shape}, this run times "
+            f"{_sizes(inputs)}: give the same --batch-size and --max-length or --image-size, or leave it "
+            "out, and it is measured."
+        )
     return table
+
+
+def _sizes(inputs: Batch) -> dict[str, list[int]]:
+    """Sizes of inputs by name."""
+    return {name: list(value.shape) for name, value in inputs.items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -50,7 +50,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
     where = "the whole model" if budget["scope"] == "model" else "the blocks"
     base = report["model"].rstrip("/").split("/")[-1]
     lines = [
-        f"# {base}, pruned to {budget['keep']:.0%} of its {budget['cost']}",
+        f"# {base}, pruned to {100 * budget['keep']:g}% of its {budget['cost']}",
         "",
         f"Made by ibprune from `{report['model']}` on the data `{report['data']}` (score `{report['score']}`, "
         f"seed {report['seed']}). The budget counts {where}: {budget_line(budget)}.",

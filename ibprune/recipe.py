@@ -125,6 +125,8 @@ class Recipe(BaseModel):
         for share in shares or (0.0,):
             if not 0 < share <= 1:
                 raise ValueError(f"expected a share in (0, 1], found {share:g}")
+        if len({f"{share:g}" for share in shares}) < len(shares):  # folders and phases bear these names
+            raise ValueError(f"expected shares that differ in their first six digits, found {value!r}")
         return shares if len(shares) > 1 else shares[0]
 
     @field_validator("at_least")

@@ -69,8 +69,8 @@ def choose(recipe: Recipe, console: Quiet) -> PruneResult:
     if best is None:
         raise BadRecipe(
             f"--at-least: expected {goal.metric} {word} {threshold:.4g}, but the largest candidate, "
-            f"{candidates[0][2].keep:g} of the {recipe.cost}, has {tried[-1]['value']:.4g}: ask for less, with "
-            "--resume, or give more --recover-steps."
+            f"{candidates[0][2].keep:g} of the {recipe.cost}, has {tried[-1]['value']:.4g}: ask for less with "
+            f"--resume, or delete '{journal.folder}' and give more --recover-steps."
         )
     return finish(job, best, folder, chosen=_record(recipe, goal, threshold, word, [c[2].keep for c in candidates],
                                                     tried, best))  # fmt: skip

@@ -105,7 +105,7 @@ def with_latency(
     if isinstance(table, dict):
         found = LatencyTable.from_dict(table)
     elif table is not None:
-        found = load_latency(table, everything, next(dense.parameters()).device)
+        found = load_latency(table, everything, next(dense.parameters()).device, inputs)
     else:
         found = measure_latency(
             dense, everything, structure.sites, compacted, inputs, round_to=round_to, seed=seed, console=console

@@ -79,6 +79,17 @@ def test_a_ladder_goes_on_where_it_was_cut_short(what, n, whole, classifier, tmp
         same(whole[0] / keep, tmp_path / "out" / keep)
 
 
+def test_folders_that_are_complete_stay_where_drawing_fails(classifier, tmp_path, monkeypatch):
+    def stop(found, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ibprune.ladder.draw_pareto", stop)
+    values = classifier | dict(score="magnitude", shares="equal", recover_steps=0)
+    with pytest.raises(KeyboardInterrupt):
+        ibprune.prune(**values, budget=(0.9, 0.8), output=tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out.partial" / "done").iterdir()} == {"0.9", "0.8"}
+
+
 @pytest.mark.parametrize(
     "head,data,values",
     [
@@ -175,6 +186,7 @@ def test_what_cannot_be_kept_or_is_no_metric(classifier, folders, stories, tmp_p
     assert "the dense model itself has" in refused("--at-least", "accuracy=1.01", "--finetune-steps", "0")
     assert list(tmp_path.iterdir()) == []
     assert "expected one share to plan for" in refused_plan(capsys, classifier["model"])
+    assert "differ in their first six digits" in refused("--budget", "0.5,0.50000001")
     assert "push a folder of the several" in refused("--budget", "0.5,0.3", "--push-to-hub", "me/small")
     assert "'vocab' is cut for one budget" in refused("--budget", "0.5,0.3", "--kinds", "ffn,vocab")
 

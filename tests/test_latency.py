@@ -20,6 +20,7 @@ from ibprune.module_pipeline import compact_module_
 from ibprune.structure import choose_kinds, prepare_, prepare_traced_, with_latency
 
 SHORT = dict(mask_steps=4, recover_steps=2, batch_size=8, max_length=16, audit=False)
+READ = {"inputs": torch.zeros(2, 3, 12, 12)}  # by the measured ResNet
 
 
 HEADS = {"bert": ("BertForSequenceClassification", {}), "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True})}
@@ -98,8 +99,7 @@ def by_shapes(monkeypatch):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     model, structure = structure_of("resnet")
-    inputs = {"inputs": torch.zeros(2, 3, 12, 12)}
-    found = with_latency(structure, model, inputs, table=None, round_to=1, seed=0, console=Quiet())
+    found = with_latency(structure, model, READ, table=None, round_to=1, seed=0, console=Quiet())
     path = tmp_path_factory.mktemp("latency") / "latency.json"
     found.costs.latency.save(path)
     return model, structure, found.costs.latency, path
@@ -107,7 +107,7 @@ def measured(tmp_path_factory):
 
 def test_a_table_comes_back_as_it_was_saved(measured):
     model, structure, table, path = measured
-    assert load_latency(path, structure.everything, torch.device("cpu")) == table
+    assert load_latency(path, structure.everything, torch.device("cpu"), READ) == table
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,7 @@ def test_a_table_comes_back_as_it_was_saved(measured):
     [
         (lambda data: data | {"format": "ibprune.plan/1"}, "expected format"),
         (lambda data: data | {"device": "an abacus"}, "measured on 'an abacus'"),
+        (lambda data: data | {"shape": {"inputs": [8, 3, 12, 12]}}, "give the same --batch-size"),
         (lambda data: data | {"extra": 1}, "could not read"),
         (
             lambda data: data | {"model": data["model"] | {"n_units": data["model"]["n_units"] | {"conv1": 3}}},
@@ -130,7 +131,7 @@ def test_a_table_that_does_not_fit_is_refused(change, said, measured, tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(BadRecipe, match=said):
-        load_latency(bad, structure.everything, torch.device("cpu"))
+        load_latency(bad, structure.everything, torch.device("cpu"), READ)
 
 
 def test_a_run_on_a_budget_of_latency_and_again_by_its_table(folders, reviews, tmp_path, by_shapes):
@@ -146,6 +147,14 @@ def test_a_run_on_a_budget_of_latency_and_again_by_its_table(folders, reviews, t
     assert "latency.json" in result.report["sha256"]
     again = ibprune.prune(model, 0.8, output=str(second), latency_table=str(first / "latency.json"), **job)
     assert again.plan == result.plan
+
+
+@pytest.mark.parametrize("budget", [0.01, (0.9, 0.01)])
+def test_a_budget_that_no_latency_reaches_leaves_no_state(budget, folders, reviews, tmp_path, by_shapes):
+    job = dict(data=reviews, cost="latency", output=str(tmp_path / "out"), **SHORT)
+    with pytest.raises(BadRecipe, match="ask for at least"):
+        ibprune.prune(folders["BertForSequenceClassification"], budget, **job)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_module_on_a_budget_of_latency(by_shapes, tmp_path):
