@@ -48,7 +48,7 @@ def make_budget(model: CostModel, sites: dict[str, Site], *, keep: float, scope:
     reachable = least_cost(model, sites, scope=scope, round_to=round_to)
     if limit < reachable:
         share = np.ceil(reachable / dense * 1e4) / 1e4
-        if share >= 1:
+        if full and share >= 1:
             raise BadRecipe(f"the budget {keep:g} cannot be met: cutting {_kinds(sites)} saves no {model.cost} here.")
         raise BadRecipe(
             f"the budget {keep:g} allows {amount(limit, model.cost)}, but cutting {_kinds(sites)} cannot go below "
