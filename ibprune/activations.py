@@ -69,15 +69,7 @@ def flap_scores(
     Raises:
         BadRecipe: A site whose features are not read by linear layers or plain convolutions alone.
     """
-    found = {name: readers(model, site) for name, site in sites.items()}
-    bad = sorted({sites[name].kind for name, taps in found.items() if not taps})
-    if bad:
-        good = sorted({site.kind for site in sites.values()} - set(bad))
-        hint = f"use --kinds {','.join(good)}, or another score" if good else "use another score"
-        raise BadRecipe(
-            f"--score flap needs units that only linear layers or plain convolutions read, which "
-            f"{', '.join(bad)} are not: {hint}."
-        )
+    found = check_read_linearly(model, sites)
     taps = [tap for each in found.values() for tap in each]
     raw = {name: torch.zeros(site.n_units, dtype=torch.float64) for name, site in sites.items()}
     for tap, (mean, square) in moments(model, taps, console.track(batches, "scoring units", total)).items():
@@ -91,6 +83,24 @@ def flap_scores(
     }
     least = min(float(score.min()) for score in standard.values())
     return {name: score - least for name, score in standard.items()}
+
+
+def check_read_linearly(model: nn.Module, sites: dict[str, Site]) -> dict[str, list[Tap]]:
+    """The layers that read each site's features.
+
+    Raises:
+        BadRecipe: A site whose features are not read by linear layers or plain convolutions alone.
+    """
+    found = {name: readers(model, site) for name, site in sites.items()}
+    bad = sorted({sites[name].kind for name, taps in found.items() if not taps})
+    if bad:
+        good = sorted({site.kind for site in sites.values()} - set(bad))
+        hint = f"use --kinds {','.join(good)}, or another score" if good else "use another score"
+        raise BadRecipe(
+            f"--score flap needs units that only linear layers or plain convolutions read, which "
+            f"{', '.join(bad)} are not: {hint}."
+        )
+    return found
 
 
 def compensate_(model: nn.Module, sites: dict[str, Site], keep: Keep, batches: Iterable[Batch]) -> list[str]:

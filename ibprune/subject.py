@@ -1,9 +1,14 @@
 """A dense model bound to its data: found, loaded, its labels matched, its batches made."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
+from ibprune.activations import check_read_linearly
+from ibprune.budget import make_budget
 from ibprune.channels import Found, find_channels
 from ibprune.console import Quiet
 from ibprune.costs import count_params
@@ -12,11 +17,12 @@ from ibprune.errors import BadData
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
-from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
+from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense
 from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
 from ibprune.sites import is_traced, reads_pictures
-from ibprune.structure import check_cnn, choose_kinds
+from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
+from ibprune.surgery import compact_traced_
 from ibprune.task_heads import WRITES, writes
 
 
@@ -80,14 +86,14 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
     found = None
     if not traced:
-        choose_kinds(
-            loaded.model, recipe.kinds, cost=recipe.cost
-        )  # a kind that is not there is said before anything is trained
+        choose_kinds(loaded.model, recipe.kinds, cost=recipe.cost)
     if pictures:
         recipe, feed = make_picture_feed(recipe, loaded.model, loaded.processor, data)
         found = find_channels(loaded.model, feed.example()["pixel_values"]) if traced else None
     else:
         recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
+    if not untrained:
+        check_cut(recipe, loaded.model, feed, found)
     console.say(
         f"{type(loaded.model).__name__} of {source.name}: {count_params(loaded.model):,} parameters; "
         f"{data.name}: {len(feed.train_set):,} training rows; {feed.objective.name}"
@@ -95,6 +101,28 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     if found is not None:
         console.say(f"{len(found.sites)} places where channels can be cut, {len(found.refused)} refused.")
     return Subject(recipe, source, data, loaded, feed, found, overlap)
+
+
+def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found | None) -> None:
+    """Raises `BadRecipe` where a recipe's budget or score cannot be had of a model, before anything is trained.
+
+    What a latency can be, and what a vocabulary needs of the texts, is known only when they were measured.
+
+    Args:
+        found: The channels of a CNN.
+    """
+    if found is not None:
+        skeleton = copy.deepcopy(model)
+        structure = prepare_traced_(skeleton, found.sites, feed.example()["pixel_values"], compact_traced_)
+    else:
+        skeleton = build_model(model.config, type(model), device="meta")
+        structure = prepare_(skeleton, choose_kinds(skeleton, recipe.kinds, cost=recipe.cost), None)
+    if recipe.score == "flap":
+        check_read_linearly(skeleton, structure.sites)
+    if recipe.cost != "latency" and recipe.budget is not None:
+        least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
+        make_budget(structure.costs.of(recipe.cost), structure.sites, keep=least, scope=recipe.scope,
+                    round_to=recipe.round_to)  # fmt: skip
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 import ibprune
 from ibprune import cli
+from ibprune.console import Quiet
+from ibprune.errors import BadRecipe
 from ibprune.losses import Objective, distill_loss, forward, supervised_loss, training_loss
 
 SHORT = dict(mask_steps=6, recover_steps=4, batch_size=16, max_length=16, seed=3)
@@ -119,6 +121,22 @@ def test_a_new_task_head_is_trained_first_and_the_model_learns(folders, reviews,
     result = ibprune.prune(folders["BertModel"], 0.6, data=reviews, output=str(tmp_path / "out"), **steps)
     assert result.report["dense"]["metrics"]["accuracy"] > 0.8
     assert result.report["pruned"]["metrics"]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [({"budget": 0.01}, "cannot go below"), ({"budget": (0.5, 0.01)}, "cannot go below"),
+     ({"budget": 0.5, "score": "flap", "kinds": ("layers", "ffn")}, "use --kinds ffn"),
+     ({"budget": 0.9, "kinds": ("experts",)}, "has no units 'experts'")],
+)  # fmt: skip
+def test_what_cannot_be_cut_is_said_before_a_head_is_trained(values, said, folders, reviews, tmp_path):
+    class Stages(Quiet):
+        def track(self, items, what, total):
+            raise AssertionError(f"'{what}' began")
+
+    with pytest.raises(BadRecipe, match=said):
+        ibprune.prune(model=folders["BertModel"], data=reviews, output=tmp_path / "out", console=Stages(), **values)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
