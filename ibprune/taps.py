@@ -144,6 +144,8 @@ def watch(model: nn.Module, batches: Iterable[Batch], taps: list[Tap], see: See,
     Args:
         calls: Ends each forward after so many calls, where that is known; 0 runs all of it.
     """
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    written = [tap for tap in taps if both and "decoder" in tap.path.split(".")]
     seen: list[int] = []
     current: list[Batch] = [{}]
 
@@ -151,7 +153,7 @@ def watch(model: nn.Module, batches: Iterable[Batch], taps: list[Tap], see: See,
         if isinstance(x, tuple):
             _, weights, chosen = x
             x = weights.new_zeros(len(weights), tap.site.n_units).scatter(1, chosen, weights)
-        see(tap, x.movedim(tap.dim, -1), current[0])
+        see(tap, x.movedim(tap.dim, -1), _written(current[0]) if tap in written else current[0])
         seen.append(1)
         if calls and len(seen) == calls:
             raise _Enough
@@ -176,6 +178,12 @@ def watch(model: nn.Module, batches: Iterable[Batch], taps: list[Tap], see: See,
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _written(batch: Batch) -> Batch:
+    """A batch as an encoder-decoder's decoder has it: which of its tokens are padding, the text to write says."""
+    labels = batch.get("labels")
+    return batch if labels is None or labels.ndim < 2 else batch | {"attention_mask": (labels != -100).long()}
 
 
 class _Enough(Exception):

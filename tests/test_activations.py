@@ -59,6 +59,22 @@ def test_activation_is_the_root_sum_over_sequences_of_squared_mean_sizes():
     assert set(scores) == set(sites)
 
 
+@pytest.mark.parametrize(
+    "family, head", [("t5", "T5ForConditionalGeneration"), ("bart", "BartForConditionalGeneration")]
+)
+def test_a_decoders_padding_is_that_of_the_text_it_writes(family, head):
+    """Both texts are equally long here, so that nothing but the values tells the masks apart."""
+    model, batch = build(family, head), padded_batch()
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][0, 3:] = -100
+    sites = {n: s for n, s in find_sites(model).items() if s.kind == "ffn"}
+    scores = activation_scores(model, sites, [batch], **ONE)
+    for name, site in sites.items():
+        real = (batch["labels"] != -100 if "decoder" in name else batch["attention_mask"]).unsqueeze(-1)
+        x = read_by(model, site.mask_at.path, batch).abs()
+        assert torch.allclose(scores[name], ((x * real).sum(1) / real.sum(1)).square().sum(0).sqrt()), name
+
+
 def test_fluctuation_is_the_variance_times_the_weights_that_read_it():
     model, batch = build("bert", "BertModel"), padded_batch()
     sites = {n: s for n, s in find_sites(model).items() if s.kind in ("heads", "ffn")}
