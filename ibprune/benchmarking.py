@@ -140,7 +140,7 @@ def _check(
         if values is not None and (not values or any(isinstance(v, bool) or v < 1 for v in values)):
             raise BadRecipe(f"{flag}: expected whole numbers of at least 1, found {', '.join(map(str, values))}.")
     for names, valid, flag in ((runtimes, RUNTIMES, "--runtimes"), ((precision,), PRECISIONS, "--precision")):
-        for name in names:
+        for name in names or ("",):
             if name not in valid:
                 raise BadRecipe(f"{flag}: found '{name}': {did_you_mean(name, valid)}.")
     if output and (Path(output).is_dir() or not os.access(Path(output).absolute().parent, os.W_OK)):

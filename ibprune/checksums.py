@@ -66,3 +66,9 @@ def _inside(name: str) -> bool:
     """Whether a path stays in the folder: a report may come from anywhere."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def inside(folder: str | Path) -> str:
+    """A hint for who names a folder of several budgets where one model is expected; "" for any other folder."""
+    found = sorted(path.parent.name for path in Path(folder).glob(f"*/{REPORT}")) if Path(folder).is_dir() else []
+    return f" It holds the folders {', '.join(found)}: name one of them." if found else ""

@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from ibprune.checksums import CARD, REPORT, check_files, sha256
+from ibprune.checksums import CARD, REPORT, check_files, inside, sha256
 from ibprune.errors import BadRecipe, IBPruneError
 from ibprune.hub import hub_reachable
 from ibprune.model_card import renamed_card
@@ -79,7 +79,7 @@ def push(
     """
     folder = Path(folder)
     if not (folder / REPORT).is_file():
-        raise BadRecipe(f"expected an exported folder with a {REPORT}, found none in '{folder}'.")
+        raise BadRecipe(f"expected an exported folder with a {REPORT}, found none in '{folder}'.{inside(folder)}")
     check_files(folder, needed=("*",))
     check_target(repo, private=private, revision=revision)
     api = HfApi()

@@ -8,7 +8,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ibprune.checksums import check_files
+from ibprune.checksums import check_files, inside
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.models import check_finite, find_source, load_dense
 from ibprune.rebuild import Pruned
@@ -74,7 +74,9 @@ def _read(folder: Path, path: Path) -> tuple[dict, dict | None]:
     try:
         raw = json.loads(path.read_text())
     except OSError as error:
-        raise PlanMismatch(f"expected an exported folder with a config.json at '{folder}', found none.") from error
+        raise PlanMismatch(
+            f"expected an exported folder with a config.json at '{folder}', found none.{inside(folder)}"
+        ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PlanMismatch(f"could not read {path}: {error}") from error
     spec = raw.get(SPEC) if isinstance(raw, dict) else None

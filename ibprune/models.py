@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ibprune.checksums import sha256
+from ibprune.checksums import inside, sha256
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
@@ -85,7 +85,7 @@ def find_source(name: str) -> Source:
     """
     if Path(name).is_dir():
         if not any((Path(name) / file).exists() for file in ("config.json", ADAPTER)):
-            raise BadRecipe(f"expected a model folder with a config.json, found none in '{name}'.")
+            raise BadRecipe(f"expected a model folder with a config.json, found none in '{name}'.{inside(name)}")
         return Source(name.rstrip("/"), name)
     if name not in ALIASES and ("/" not in name or name.startswith((".", "/", "~"))):
         raise BadRecipe(

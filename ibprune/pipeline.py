@@ -262,7 +262,8 @@ def _export(
         write_audit(audited, folder)
     report.sha256 = checksums(folder)
     report.save(folder / "report.json")
-    (folder / "README.md").write_text(model_card(report.to_dict(), audited, name=final.name))
+    name = f"{Path(subject.recipe.output).name}/{final.name}" if report.budgets else final.name
+    (folder / "README.md").write_text(model_card(report.to_dict(), audited, name=name))
 
 
 def _audit(

@@ -118,6 +118,7 @@ def test_a_dense_model_without_the_head_gets_one(pairs, tmp_path, tokenizer):
         (["--lengths", ""], "--lengths"),
         (["--lengths", "60"], "expected at most 64 tokens of this model, found 60 and 16 to write"),
         (["--runtimes", "eagre"], "did you mean 'eager'"),
+        (["--runtimes", ""], "--runtimes: found ''"),
         (["--precision", "fp16"], "did you mean 'bf16'"),
         (["--rounds", "0"], "--rounds"),
         (["--image-size", "32"], "leave it out"),

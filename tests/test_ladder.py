@@ -46,6 +46,7 @@ def test_each_budget_is_met_in_a_folder_of_its_own_and_plans_are_nested(whole):
         assert report["budget"]["keep"] == keep and report["budgets"] == list(BUDGETS)
         assert 0.9 * report["budget"]["limit"] <= report["budget"]["achieved"] <= report["budget"]["limit"]
         assert "--budget 0.7,0.5,0.35" in report["command"]
+        assert f'ibprune.load("out/{keep:g}")' in (folder / f"{keep:g}" / "README.md").read_text()
         model = ibprune.load(folder / f"{keep:g}")
         assert sum(p.numel() for p in model.parameters()) == report["pruned"]["params"]
     learned = [stage for stage in ran if stage[0].startswith("learning masks")]
@@ -54,6 +55,13 @@ def test_each_budget_is_met_in_a_folder_of_its_own_and_plans_are_nested(whole):
     found = json.loads((folder / "pareto.json").read_text())
     assert [point["folder"] for point in found["points"]] == ["0.7", "0.5", "0.35"]
     assert [point["params"] for point in found["points"]] == [r.report["pruned"]["params"] for r in results]
+
+
+@pytest.mark.parametrize("command", ["push {} user/model", "bench {} {}", "audit {} {}", "export {} --to onnx"])
+def test_who_names_the_folder_of_all_budgets_is_shown_those_inside(command, whole, capsys):
+    assert cli.main([part.format(whole[0]) for part in command.split()]) == 2
+    error = capsys.readouterr().err
+    assert "It holds the folders 0.35, 0.5, 0.7: name one of them" in error and error.count("\n") == 1
 
 
 def test_the_saved_recipe_of_any_folder_repeats_them_all(whole, tmp_path, capsys):
