@@ -36,7 +36,7 @@ from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
 from ibprune.resuming import FolderJournal, open_journal
 from ibprune.structure import Costs, Structure
-from ibprune.subject import Subject, known_tokens, load_subject
+from ibprune.subject import Subject, fingerprints, known_tokens, load_subject
 from ibprune.timing import time_forward
 from ibprune.trainer import make_accelerator, train
 from ibprune.training import finetune_
@@ -121,7 +121,7 @@ def begin(
         check(subject)
     feed, loaded = subject.feed, subject.loaded
     dense = loaded.model.to(accelerator.device)
-    journal.data = feed.generator
+    journal.bind(fingerprints(subject), feed.generator)
     if loaded.new_head:
         console.say("The checkpoint has no head for this task.")
     with timer("finetune"), known_tokens(subject):

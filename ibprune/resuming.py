@@ -90,11 +90,31 @@ class FolderJournal(Journal):
         folder: Where.
         recipe: Of the run; `open_journal` compares it.
         minutes: Between two saves of a phase of training.
+        before: What the interrupted run was bound to.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, minutes: float, console: Quiet):
+    def __init__(self, folder: Path, recipe: Recipe, minutes: float, console: Quiet, before: dict | None = None):
         self.folder, self.recipe, self.seconds, self.console = folder, recipe, 60 * minutes, console
+        self.before, self.subject = before, {}
         self.written = time.monotonic()
+
+    def bind(self, subject: dict[str, str], data: torch.Generator | None) -> None:
+        """Takes what the run works on, once it is loaded.
+
+        Args:
+            subject: Digests of the model and the data, under words for them.
+            data: As the attribute.
+
+        Raises:
+            BadRecipe: The interrupted run worked on others.
+        """
+        for what, digest in subject.items():
+            if self.before is not None and self.before.get(what) != digest:
+                raise BadRecipe(
+                    f"--resume: {what} changed since the run in '{self.folder}' was interrupted: bring the same back, "
+                    "or delete the folder to start anew."
+                )
+        self.subject, self.data = subject, data
 
     def read(self, name: str) -> Entry | None:
         path = self._path(name)
@@ -129,7 +149,7 @@ class FolderJournal(Journal):
         try:
             if not (self.folder / RECIPE).exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                record = {"format": FORMAT, "recipe": _comparable(self.recipe)}
+                record = {"format": FORMAT, "recipe": _comparable(self.recipe), "subject": self.subject}
                 (self.folder / "recipe.unfinished").write_text(json.dumps(record, indent=1) + "\n")
                 os.replace(self.folder / "recipe.unfinished", self.folder / RECIPE)
             save_file(tensors, unfinished, metadata)
@@ -169,6 +189,7 @@ def open_journal(recipe: Recipe, output: Path, console: Quiet) -> FolderJournal:
     try:
         record = json.loads((folder / RECIPE).read_text())
         theirs = record["recipe"] if record["format"] == FORMAT else None
+        journal.before = dict(record["subject"]) if theirs is not None else None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / RECIPE, first_line(error), folder=True) from error
     if theirs is None:

@@ -1,6 +1,7 @@
 """A dense model bound to its data: found, loaded, its labels matched, its batches made."""
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from ibprune.sites import is_traced, reads_pictures
 from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.task_heads import WRITES, writes
+
+SAMPLED = 64  # values of a tensor and rows of a data set, about, that make a fingerprint
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,19 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
         least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
         make_budget(structure.costs.of(recipe.cost), structure.sites, keep=least, scope=recipe.scope,
                     round_to=recipe.round_to)  # fmt: skip
+
+
+def fingerprints(subject: Subject) -> dict[str, str]:
+    """Digests by which other weights or rows under the same names are known; of samples, as both may be large."""
+    weights, rows = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in subject.loaded.model.state_dict().items():
+        values = tensor.detach().reshape(-1)
+        values = values[:: max(1, len(values) // SAMPLED)]
+        weights.update(f"{name} {tuple(tensor.shape)} {values.tolist()}".encode())
+    for part in (subject.data.train, subject.data.held_out):
+        few = part.select(range(0, len(part), max(1, len(part) // SAMPLED)))
+        rows.update(f"{len(part)} {part.column_names} {few.to_list()}".encode())
+    return {"the model": weights.hexdigest(), "the data": rows.hexdigest()}
 
 
 @contextmanager

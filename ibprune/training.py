@@ -18,7 +18,7 @@ from ibprune.models import check_finite
 from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions
 from ibprune.resuming import NO_JOURNAL, Journal, open_journal
-from ibprune.subject import known_tokens, load_subject
+from ibprune.subject import fingerprints, known_tokens, load_subject
 from ibprune.trainer import make_accelerator, train
 
 SCHEMA = "ibprune.train_report/1"
@@ -72,7 +72,7 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         subject = load_subject(recipe, console, untrained=True)
     recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
     model = loaded.model.to(accelerator.device)
-    journal.data = feed.generator
+    journal.bind(fingerprints(subject), feed.generator)
     with timer("evaluate"), known_tokens(subject):
         before = evaluate_model(model, feed, feed.objective, console=console, what="evaluating before")
     with timer("train"), known_tokens(subject):

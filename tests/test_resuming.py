@@ -2,13 +2,14 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ibprune
 from ibprune import cli, pipeline, resuming, training
@@ -176,16 +177,30 @@ def test_a_damaged_state_is_refused_and_without_that_file_its_part_is_done_again
     same(whole, tmp_path / "out")
 
 
-def test_other_data_do_not_fit_the_state(classifier, folders, tmp_path):
-    interrupt(tmp_path / "out", "recovering", 4, **classifier)
-    record = json.loads((tmp_path / "out.partial" / "recipe.json").read_text())
-    record["recipe"]["model"] = folders["BertModel"]
-    (tmp_path / "out.partial" / "recipe.json").write_text(json.dumps(record))
+def test_another_model_or_other_data_under_the_same_names_are_refused(classifier, tmp_path):
+    values = classifier | {"model": str(tmp_path / "model"), "data": str(tmp_path / "data")}
+    shutil.copytree(classifier["model"], values["model"])
+    shutil.copytree(classifier["data"], values["data"])
+    interrupt(tmp_path / "out", "recovering", 4, **values)
+    files = {path: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()}
+    weights, rows = tmp_path / "model" / "model.safetensors", tmp_path / "data" / "train.tsv"
+    for path, said in ((weights, "the model changed"), (rows, "the data changed")):
+        old = path.read_bytes()
+        if path == weights:
+            tensors = load_file(path)
+            name = max(tensors, key=lambda name: tensors[name].numel())
+            save_file({**tensors, name: tensors[name] + 1e-3}, path, {"format": "pt"})
+        else:
+            path.write_bytes(old + b"one more kind word\t1\n")
+        with pytest.raises(BadRecipe, match=f"--resume: {said} since the run"):
+            ibprune.prune(**values, output=tmp_path / "out", resume=True)
+        path.write_bytes(old)
+    assert {path: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == files
     files = tmp_path / "out.partial"
     (files / "training-dense.safetensors").unlink()
     (files / "learning-masks.safetensors").rename(files / "training-dense.safetensors")
     with pytest.raises(BadRecipe, match="does not fit the model, such as '"):
-        ibprune.prune(**classifier | dict(model=folders["BertModel"]), output=tmp_path / "out", resume=True)
+        ibprune.prune(**values, output=tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
