@@ -124,7 +124,7 @@ def prepare_cut(
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
         teacher=dense if recipe.distill else None,
-        settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
+        settings=phases(recipe)[0], accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
         frozen=recipe.mode == "faster", journal=journal,
     )  # fmt: skip
@@ -199,19 +199,24 @@ def learn_keep(
     choice: Choice,
     *,
     steps: int | None = None,
+    before: int = 0,
     **more: object,
 ) -> tuple[Keep, dict[str, torch.Tensor]]:
     """The units that stay after mask learning, and their scores.
 
     Args:
         steps: By default all of the choice's.
+        before: Steps already made of those.
         more: For `learn_masks`.
     """
 
     def rescored() -> dict[str, torch.Tensor]:
         return per_cost(score_units(student, structure.sites, masks, choice), structure, budget)
 
-    settings = choice.settings if steps is None else replace(choice.settings, steps=steps)
+    settings = choice.settings
+    if steps is not None:
+        left = settings.steps - before - steps
+        settings = replace(settings, steps=steps, before=before, after=settings.after and settings.after + left)
     loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
     keep, scores, _ = learn_masks(
         student, masks, structure.sites, structure.costs.of(budget.cost), budget, start, target, loss_of,
@@ -323,7 +328,7 @@ def probe_steps(asked: int | None, recover_steps: int) -> int:
 
 def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> Callable[[Keep], float]:
     """A function that cuts a copy of the student, recovers it for a few steps and returns its loss."""
-    settings = replace(choice.settings, steps=choice.probe_steps)
+    settings = replace(choice.settings, steps=choice.probe_steps, after=0)
     tries = itertools.count(1)
 
     def loss_of(keep: Keep) -> float:
@@ -373,3 +378,24 @@ def loss_with(
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:
     return TrainSettings(steps=steps, lr=recipe.lr, grad_accum=recipe.grad_accum, seed=recipe.seed)
+
+
+def phases(recipe: Recipe) -> tuple[TrainSettings, TrainSettings]:
+    """How a recipe's masks and its recovery train."""
+    settings, frozen = train_settings(recipe, 0), recipe.mode == "faster"
+    return mask_and_recovery(settings, recipe.score, recipe.mask_steps, recipe.recover_steps, frozen=frozen)
+
+
+def mask_and_recovery(
+    settings: TrainSettings, score: str, mask_steps: int, recover_steps: int, *, frozen: bool = False
+) -> tuple[TrainSettings, TrainSettings]:
+    """How the masks and the recovery train: on one schedule and on different batches, where the weights learn in both.
+
+    Args:
+        frozen: Whether the weights stay as they are while masks are learned.
+    """
+    together = score in LEARNED and not frozen
+    first = replace(settings, steps=mask_steps, after=recover_steps if together else 0)
+    if not (together and mask_steps):
+        return first, replace(settings, steps=recover_steps)
+    return first, replace(settings, steps=recover_steps, before=mask_steps, seed=settings.seed + 31)

@@ -104,16 +104,17 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
         masks, scores, target = one_shot(student, structure, budgets[-1], choice)
         pressure = {kind: -math.log(max(share, 1e-9)) for kind, share in fractions_kept(target, sites).items()}
         start, within = per_cost(scores, structure, budgets[-1]), None
-    above = 1.0
+    above, done = 1.0, 0
     for budget in budgets:
         with job.timer("cut"):
             keep = _target(only(scores, within), structure, budget, pressure, shares=choice.shares)
             if choice.score in LEARNED and recipe.mask_steps:
                 steps = max(1, round(recipe.mask_steps * (above - budget.keep) / max(1.0 - budgets[-1].keep, 1e-9)))
                 keep, scores = learn_keep(
-                    student, masks, structure, budget, start, keep, choice, steps=steps, within=within,
+                    student, masks, structure, budget, start, keep, choice, steps=steps, before=done, within=within,
                     phase=f"learning masks {budget.keep:g}",
                 )  # fmt: skip
+                done += steps
                 start = scores  # a gradual score goes on from its newest
             small = copy.deepcopy(student)
             if not (choice.score in LEARNED and recipe.mask_steps):

@@ -14,7 +14,7 @@ from ibprune.channels import find_channels
 from ibprune.choosing import Choice
 from ibprune.console import Quiet
 from ibprune.costs import COSTS
-from ibprune.cutting import CALIBRATION, choose_and_compact_, loss_with, probe_steps
+from ibprune.cutting import CALIBRATION, choose_and_compact_, loss_with, mask_and_recovery, probe_steps
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.latency import LatencyTable
 from ibprune.losses import Objective
@@ -180,13 +180,13 @@ def prune_module(
         budget = make_budget(cost_model, found.sites, keep=settings.budget, scope="model", round_to=settings.round_to)
         choice = Choice(
             settings.score, settings.shares, settings.seed, objective, batches, pairs.loader, judge=teacher,
-            teacher=teacher, settings=_training(settings, settings.mask_steps),
+            teacher=teacher, settings=_phases(settings)[0],
             probe_steps=probe_steps(settings.probe_steps, settings.recover_steps), accelerator=accelerator,
             console=console, reconstruct=settings.reconstruct,
         )  # fmt: skip
         student, plan = choose_and_compact_(student, structure, budget, choice)
     with timer("recover"):
-        steps = _training(settings, settings.recover_steps)
+        _, steps = _phases(settings)
         train(student, loss_with(objective, teacher, accelerator), pairs.loader, steps,
               accelerator=accelerator, phase="recovering", console=console)  # fmt: skip
     check_finite(student, "the recovered model")
@@ -215,8 +215,10 @@ def prune_module(
     return ModuleResult(student.eval(), plan, report, example.cpu(), costs.latency)
 
 
-def _training(settings: ModuleSettings, steps: int) -> TrainSettings:
-    return TrainSettings(steps=steps, lr=settings.lr, weight_decay=settings.weight_decay, seed=settings.seed)
+def _phases(settings: ModuleSettings) -> tuple[TrainSettings, TrainSettings]:
+    """How the masks and the recovery train."""
+    common = TrainSettings(steps=0, lr=settings.lr, weight_decay=settings.weight_decay, seed=settings.seed)
+    return mask_and_recovery(common, settings.score, settings.mask_steps, settings.recover_steps)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ibprune.budget import Budget
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import count_params
-from ibprune.cutting import cut, loss_with, on_kept_features, timed_inputs, train_settings
+from ibprune.cutting import cut, loss_with, on_kept_features, phases, timed_inputs
 from ibprune.data import TextData, hub_data
 from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
@@ -150,7 +150,7 @@ def recover(
     objective = on_kept_features(job.subject.feed.objective, plan)
     with job.timer("recover"):
         teacher = job.dense if recipe.distill else None
-        steps = train_settings(recipe, recipe.recover_steps)
+        _, steps = phases(recipe)
         train(student, loss_with(objective, teacher, job.accelerator), feed.train, steps,
               accelerator=job.accelerator, phase=phase, console=console, journal=job.journal)  # fmt: skip
     check_finite(student, "the recovered model")

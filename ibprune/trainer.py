@@ -30,12 +30,16 @@ class TrainSettings:
     Attributes:
         steps: Optimiser steps; 0 trains nothing.
         lr: Peak learning rate of the weights; linear warm-up over `warmup` of the steps, then to 0.
+        before, after: Steps of the weights in earlier and later phases of one schedule: the rate falls to 0 at the end
+            of all of them, with a warm-up in each, because each has an optimiser of its own.
         grad_accum: Batches per optimiser step.
         max_grad_norm: Gradients of the weights are clipped to this norm.
     """
 
     steps: int
     lr: float
+    before: int = 0
+    after: int = 0
     warmup: float = 0.1
     weight_decay: float = 0.01
     grad_accum: int = 1
@@ -153,15 +157,10 @@ def train(
     for parameter in held:  # no gradient is computed for it either
         parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
-    warmup = max(1, int(settings.warmup * settings.steps))
-
-    def factor(step: int) -> float:
-        return min((step + 1) / warmup, max(0.0, (settings.steps - step) / max(1, settings.steps - warmup)))
-
     flat = [lambda step: 1.0] * len(extra_groups or [])
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    factors = [factor] * (len(groups) - len(flat)) + flat
+    factors = [partial(rate, settings)] * (len(groups) - len(flat)) + flat
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors, last_epoch=state.step - 1)
     weights = [p for group in groups[: len(groups) - len(flat)] for p in group["params"]]
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -206,6 +205,19 @@ def train(
     journal.write(phase, _named_tensors(model), {"state": state.to_dict()})
     model.eval()
     return state
+
+
+def rate(settings: TrainSettings, step: int) -> float:
+    """The share of the peak learning rate at a step of a phase.
+
+    Example:
+        >>> rate(TrainSettings(steps=100, lr=1.0), 55), rate(TrainSettings(steps=50, lr=1.0, before=50), 5)
+        (0.5, 0.5)
+    """
+    whole = settings.before + settings.steps + settings.after
+    warmup, fall = (max(1, int(settings.warmup * steps)) for steps in (settings.steps, whole))
+    left = whole - settings.before - step
+    return min((step + 1) / warmup, 1.0, max(0.0, left / max(1, whole - fall)))
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

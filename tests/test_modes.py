@@ -5,8 +5,10 @@ import torch
 from datasets import Dataset
 
 import ibprune
+from ibprune.cutting import mask_and_recovery
 from ibprune.errors import BadRecipe
 from ibprune.thinning import LEAST, SHARE, thin
+from ibprune.trainer import TrainSettings
 
 SHORT = dict(mask_steps=6, batch_size=16, max_length=16, audit=False, shares="equal")
 
@@ -50,3 +52,14 @@ def test_what_has_nothing_left_to_train_is_refused(folders):
 def test_an_unknown_mode_is_refused(folders):
     with pytest.raises(BadRecipe, match="did you mean 'faster'"):
         ibprune.prune(folders["BertModel"], 0.5, mode="fastre")
+
+
+def test_masks_and_recovery_share_a_schedule_only_where_the_weights_learn_in_both():
+    common = TrainSettings(steps=0, lr=1.0, seed=3)
+    masks, recovery = mask_and_recovery(common, "vib", 40, 60)
+    assert (masks.steps, masks.before, masks.after) == (40, 0, 60)
+    assert (recovery.steps, recovery.before, recovery.after) == (60, 40, 0) and recovery.seed != masks.seed
+    for score, mask_steps, frozen in (("fisher", 40, False), ("vib", 40, True), ("vib", 0, False)):
+        masks, recovery = mask_and_recovery(common, score, mask_steps, 60, frozen=frozen)
+        assert recovery == TrainSettings(steps=60, lr=1.0, seed=3)
+        assert masks.after == (60 if score == "vib" and not frozen else 0)

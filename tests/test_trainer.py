@@ -12,7 +12,7 @@ from ibprune.errors import IBPruneError
 from ibprune.masks import MaskSet, VIBMask
 from ibprune.recipe import make_recipe
 from ibprune.resuming import FolderJournal
-from ibprune.trainer import TrainSettings, TrainState, make_accelerator, train
+from ibprune.trainer import TrainSettings, TrainState, make_accelerator, rate, train
 
 
 def rows(n: int = 48) -> list[dict]:
@@ -50,6 +50,16 @@ def test_the_loss_falls_and_the_state_survives_json():
     _, state = fit(16, steps=60)
     assert sum(state.losses[-4:]) < sum(state.losses[:4])
     assert TrainState.from_dict(state.to_dict()) == state
+
+
+def test_two_phases_of_one_schedule_fall_as_one_and_each_warms_up():
+    one = [rate(TrainSettings(steps=100, lr=1.0), step) for step in range(100)]
+    assert max(one) == one[9] == 1.0 and one[-1] == pytest.approx(1 / 90)
+    first = [rate(TrainSettings(steps=40, lr=1.0, after=60), step) for step in range(40)]
+    second = [rate(TrainSettings(steps=60, lr=1.0, before=40), step) for step in range(60)]
+    assert first[10:] == pytest.approx(one[10:40])
+    assert second[6:] == pytest.approx(one[46:])
+    assert first[0] == 1 / 4 and second[0] == pytest.approx(1 / 6)
 
 
 def test_no_steps_change_nothing():
