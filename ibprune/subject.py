@@ -14,7 +14,7 @@ from ibprune.channels import Found, find_channels
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.data import TextData
-from ibprune.errors import BadData
+from ibprune.errors import BadData, BadRecipe
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
@@ -24,6 +24,7 @@ from ibprune.recipe import Recipe
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
+from ibprune.taps import readers
 from ibprune.task_heads import WRITES, writes
 
 SAMPLED = 64  # values of a tensor and rows of a data set, about, that make a fingerprint
@@ -122,6 +123,11 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
         structure = prepare_(skeleton, choose_kinds(skeleton, recipe.kinds, cost=recipe.cost), None)
     if recipe.score == "flap":
         check_read_linearly(skeleton, structure.sites)
+    if recipe.reconstruct and not any(readers(skeleton, site) for site in structure.sites.values()):
+        cut = ", ".join(dict.fromkeys(site.kind for site in structure.sites.values()))
+        raise BadRecipe(
+            f"--reconstruct refits what reads heads, FFN units or channels: of {cut}, nothing can be refitted."
+        )
     if recipe.cost != "latency" and recipe.budget is not None:
         least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
         make_budget(structure.costs.of(recipe.cost), structure.sites, keep=least, scope=recipe.scope,
