@@ -127,7 +127,7 @@ def test_a_new_task_head_is_trained_first_and_the_model_learns(folders, reviews,
     "values, said",
     [({"budget": 0.01}, "cannot go below"), ({"budget": (0.5, 0.01)}, "cannot go below"),
      ({"budget": 0.5, "score": "flap", "kinds": ("layers", "ffn")}, "use --kinds ffn"),
-     ({"budget": 0.9, "score": "fisher", "reconstruct": True, "kinds": ("hidden",)}, "of hidden nothing"),
+     ({"budget": 0.9, "score": "fisher", "reconstruct": True, "kinds": ("hidden",)}, "of hidden, nothing"),
      ({"budget": 0.9, "kinds": ("experts",)}, "has no units 'experts'")],
 )  # fmt: skip
 def test_what_cannot_be_cut_is_said_before_a_head_is_trained(values, said, folders, reviews, tmp_path):
