@@ -25,10 +25,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.examples import example_inputs
-from ibprune.groups import axis_width
+from ibprune.groups import Cut, axis_width
 from ibprune.losses import Batch
 from ibprune.plans import PruningPlan
-from ibprune.sites import find_family, find_sites, is_traced
+from ibprune.sites import block_paths, find_family, find_sites, is_counted, is_traced
 from ibprune.surgery import SPEC
 from ibprune.task_heads import auto_class
 
@@ -94,29 +94,38 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     sites = find_sites(model)
     config = copy.deepcopy(model.config)
     delattr(config, SPEC)
+    sized = getattr(config, family.sizes_in) if family.sizes_in else config
+    if family.sizes_in:
+        sized.num_hidden_layers = len(block_paths(model, family))
+    dense = {key: spec["dense"].get(key, getattr(sized, key)) for pair in family.follows for key in pair}
     for name, key in family.config_keys.items():
-        start, _, last = name.rpartition(".")
-        counts = {s.n_units for s in sites.values() if s.name.startswith(start) and s.name.rpartition(".")[2] == last}
-        if not counts:
+        found = [site for site in sites.values() if is_counted(site, name)]
+        if not found:
             continue  # the model has no such units
-        if len(counts) != 1:
+        site, count = found[0], found[0].n_units
+        if any(site.n_units != count for site in found):
             return None
         if name == "kv_groups":
-            config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
+            config.num_attention_heads = config.num_attention_heads // getattr(config, key) * count
             if getattr(config, "head_dim", None) is None:  # then it is the width over the number of heads
-                site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
-                config.head_dim = axis_width(model, site.cuts[0]) // site.n_units
-        setattr(config, key, min(counts))
+                config.head_dim = axis_width(model, site.cuts[0]) // count
+        setattr(sized, key, count)
         if name == "heads" and key == "num_attention_heads":  # beside which some configs take head_dim
-            site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
-            width = axis_width(model, site.cuts[0]) // site.n_units
-            if width * site.n_units != getattr(model.config, family.config_keys["hidden"]):
-                config.head_dim = width  # ViT and its kin take it; elsewhere the shapes below differ
+            width = axis_width(model, site.cuts[0]) // count
+            if width * count != getattr(sized, family.config_keys["hidden"]):
+                sized.head_dim = width  # ViT and its kin take it; elsewhere the shapes below differ
+    for key, other in family.follows:
+        if dense[key] == dense[other]:
+            setattr(sized, key, getattr(sized, other))
+    if family.ratio_key:
+        site = next(site for site in sites.values() if site.kind == "ffn")
+        read = axis_width(model, Cut(site.cuts[0].path, "in"))
+        setattr(sized, family.ratio_key, (site.n_units + 1e-6) / read)  # the product is cut off to a whole number
     try:
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             plain = type(model)(config)
-    except (ValueError, StrictDataclassError):  # the family's own checks refuse the widths
+    except (ValueError, ArithmeticError, StrictDataclassError):  # the family's own checks refuse the widths
         return None
     return config if _form(model) == _form(plain) else None
 

@@ -80,9 +80,8 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
     found = None
     if not traced:
-        choose_kinds(
-            loaded.model, recipe.kinds, cost=recipe.cost
-        )  # a kind that is not there is said before anything is trained
+        # A kind that is not there is said before anything is trained.
+        choose_kinds(loaded.model, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla)
     if pictures:
         recipe, feed = make_picture_feed(recipe, loaded.model, loaded.processor, data)
         found = find_channels(loaded.model, feed.example()["pixel_values"]) if traced else None

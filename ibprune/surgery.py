@@ -65,7 +65,9 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     pin_rotary_(model)
     sizes = _new_sizes(model, sites, plan)
     widths = {
-        key: plan.kept()[name] for name, key in family.config_keys.items() if name in sites and not sites[name].block
+        key: plan.kept()[name]
+        for name, key in family.config_keys.items()
+        if name in sites and not sites[name].block and key in dense
     }
     for site in sites.values():  # sub-layers first: their inner units need no cutting
         if all(cut.axis == "whole" for cut in site.cuts) and not plan.keep[site.name]:
