@@ -1,7 +1,6 @@
 """The only file that writes transformers: a folder that loads, proven by a fresh process before it appears."""
 
 import copy
-import inspect
 import json
 import os
 import shutil
@@ -22,12 +21,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.examples import example_inputs
 from ibprune.groups import Cut, axis_width
 from ibprune.losses import Batch
 from ibprune.plans import PruningPlan
+from ibprune.remote_code import remote_code
 from ibprune.sites import block_paths, find_family, find_sites, is_counted, is_traced
 from ibprune.surgery import SPEC
 from ibprune.task_heads import auto_class
@@ -209,15 +208,13 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
     config_name = type(model.config).__name__
     module = CODE.removesuffix(".py")
     own_type = not raw[SPEC]["shapes"] and raw[SPEC]["embedding"] is None
-    imports = sorted({base, name, config_name} if own_type else {base, name})
-    lines = [inspect.getsource(rebuild).rstrip(), "", ""]
-    lines += [f"from transformers import {', '.join(imports)}  # noqa: E402", "", ""]
+    names, classes, body = {base, name}, [], "pass"
     if own_type:
-        lines += [f"class Pruned{config_name}({config_name}):", f'    model_type = "ibprune_{model_type}"', "", ""]
-    for cls in dict.fromkeys((base, name)):
-        body = f"config_class = Pruned{config_name}" if own_type else "pass"
-        lines += [f"class Pruned{cls}(Pruned, {cls}):", f"    {body}", "", ""]
-    (folder / CODE).write_text("\n".join(lines).rstrip() + "\n")
+        names.add(config_name)
+        classes.append(f'class Pruned{config_name}({config_name}):\n    model_type = "ibprune_{model_type}"')
+        body = f"config_class = Pruned{config_name}"
+    classes += [f"class Pruned{cls}(Pruned, {cls}):\n    {body}" for cls in dict.fromkeys((base, name))]
+    (folder / CODE).write_text(remote_code(model, raw[SPEC], sorted(names), classes))
     raw["architectures"] = [f"Pruned{name}"]
     auto = auto_class(name, model_type)
     raw["auto_map"] = {auto: f"{module}.Pruned{name}"}

@@ -1,5 +1,6 @@
 """Exports: the tiers, strict loading, and what happens when something is wrong with the folder."""
 
+import ast
 import json
 import shutil
 import sys
@@ -270,6 +271,33 @@ def test_the_generated_file_is_short_and_needs_transformers_only(folder):
     code = (folder / "modeling_ibprune.py").read_text()
     assert "import ibprune" not in code and "from ibprune" not in code
     compile(code, "modeling_ibprune.py", "exec")
+
+
+@pytest.mark.parametrize(
+    "family,head,kinds,most",
+    [
+        ("bert", "BertForSequenceClassification", ("heads", "ffn", "hidden"), 105),
+        ("bert", "BertForMaskedLM", (), 180),
+        ("llama-tied", "LlamaForCausalLM", ("kv_groups", "ffn", "hidden"), 115),
+        ("llama-tied", "LlamaForCausalLM", (), 175),
+        ("vit", "ViTForImageClassification", (), 165),
+    ],
+)
+def test_the_generated_file_holds_what_its_model_takes_and_nothing_else(family, head, kinds, most, tmp_path):
+    def keep_of(sites):
+        keep = random_keep(sites, 5)
+        return {n: keep[n] if not kinds or s.kind in kinds else tuple(range(s.n_units)) for n, s in sites.items()}
+
+    model, plan = pruned(family, head, keep_of, factorize=not kinds)
+    assert write_model(model, None, plan, tmp_path) == "remote_code"
+    code = (tmp_path / "modeling_ibprune.py").read_text()
+    assert len(code.splitlines()) <= most
+    tree = ast.parse(code)
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert {name for name in defined if not name.startswith("Pruned")} <= used
+    assert all(ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef))
+    assert not kinds or not {"Zeros", "FactorizedEmbedding", "put_stubs_"} & defined
 
 
 def test_verification_fails_when_the_weights_changed(folder, tmp_path, tokenizer):

@@ -21,7 +21,7 @@ LAYERS = (
     ("families.moe",),
     ("families",),
     ("sites", "masks", "tracing"),
-    ("plans", "inject", "costs", "losses"),
+    ("plans", "inject", "costs", "losses", "numbering", "remote_code"),
     ("ties",),
     ("slicing", "budget", "stages", "timing"),
     ("embeddings", "latency", "taps"),
