@@ -371,6 +371,26 @@ def test_a_pruned_decoder_generates_alike_with_and_without_cache_after_reloading
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("left", ["some", "none"])
+def test_a_folder_of_format_1_is_numbered_by_the_loader(left, tmp_path, tokenizer):
+    def keep_of(sites):
+        keep = random_keep(sites, 7) | {name: (0,) for name, site in sites.items() if site.kind == "layers"}
+        gone = (name for name in keep if name.endswith("attention_sublayer") and (left == "none" or ".0." in name))
+        return keep | dict.fromkeys(gone, ())
+
+    model, plan = pruned("opt", "OPTForCausalLM", keep_of)
+    write_model(model, tokenizer, plan, tmp_path)
+    expected = model.generate(token_ids(), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    spec = raw["ibprune"] | {"format": 1}
+    assert any(path.endswith("layer_idx") for path in spec["sizes"]) == (left == "some")
+    spec["sizes"] = {path: size for path, size in spec["sizes"].items() if not path.endswith("layer_idx")}
+    spec["stubs"] = {path: stub.removeprefix("counting_") for path, stub in spec["stubs"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"ibprune": spec}))
+    loaded = ibprune.load(tmp_path)
+    assert torch.equal(loaded.generate(token_ids(), max_new_tokens=8, do_sample=False, eos_token_id=None), expected)
+
+
 @pytest.mark.parametrize("family,head", [("gpt2", "GPT2LMHeadModel"), ("opt", "OPTForCausalLM")])
 def test_sizes_of_the_blocks_behind_a_dropped_one_are_theirs_after_reloading(family, head, tmp_path, tokenizer):
     def keep(sites):
