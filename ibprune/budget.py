@@ -13,6 +13,7 @@ from ibprune.groups import Site
 from ibprune.ties import Keep, Scores, Tie, tied_costs, tied_scores, tied_sites, untied
 
 WIDTH_KINDS = ("ffn", "hidden", "embedding_rank", "vocab", "channels")
+WIDE = 128  # features from which on a width is rounded, where it has two steps
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Budget:
         keep: Share of the dense cost that may stay, in (0, 1].
         scope: "model" counts everything, "blocks" leaves embeddings and heads out, as papers do.
         limit: The same in the unit of the cost.
-        round_to: Widths (FFN, hidden, rank, vocabulary, channels) of at least 16 such steps become multiples of it.
+        round_to: Widths (FFN, hidden, rank, vocabulary, channels) of at least 16 such steps, or of two steps and 128
+            features, become multiples of it.
         ties: Sites that lose units together only.
     """
 
@@ -349,7 +351,8 @@ def allowed_width(count: int, site: Site, round_to: int, *, up: bool = False) ->
     if site.counts:
         place = bisect_left(site.counts, count) if up else bisect_right(site.counts, count) - 1
         return site.counts[max(0, min(place, len(site.counts) - 1))]
-    step = round_to if site.kind in WIDTH_KINDS and site.n_units >= 16 * round_to else 1
+    wide = site.kind in WIDTH_KINDS and site.n_units >= min(16 * round_to, max(WIDE, 2 * round_to))
+    step = round_to if wide else 1
     if count >= site.n_units:
         return site.n_units
     rounded = (count + step - 1) // step * step if up else count // step * step

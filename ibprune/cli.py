@@ -48,7 +48,7 @@ def _common(parser: _Parser) -> None:
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
     parser.add_argument("--kinds", help=f"comma list: {kinds}")
-    parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8)")
+    parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8; 256 for k-quants)")
     text = "cut only what plain transformers loads without code: the same widths in every layer"
     parser.add_argument("--vanilla", action="store_true", default=None, help=text)
 
