@@ -84,7 +84,7 @@ def cut(
         choice = replace(choice, batches=batches, make_batches=feed.train)
     kinds = tuple(kind for kind in kinds if kind != "vocab")
     rest = prepare_(student, kinds, token_use(student, kinds, counts, choice.batches, feed.objective))
-    if recipe.vanilla:
+    if recipe.vanilla and kinds:
         rest, _ = plain_structure(student, rest, rest.costs.of(recipe.cost), round_to=recipe.round_to)
     student, plan = choose_and_compact_(student, rest, budget, choice)
     plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
