@@ -1,7 +1,8 @@
 """The budget solver: from scores and a cost model to the units that stay, never above the limit."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,10 +10,10 @@ import torch
 from ibprune.costs import CostModel, amount
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
+from ibprune.ties import Keep, Scores, Tie, tied_costs, tied_scores, tied_sites, untied
 
 WIDTH_KINDS = ("ffn", "hidden", "embedding_rank", "vocab", "channels")
-Keep = dict[str, tuple[int, ...]]
-Scores = Mapping[str, torch.Tensor]  # by site, (n_units,); a unit with -inf never stays, but counts in its kind
+WIDE = 128  # features from which on a width is rounded, where it has two steps
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Budget:
         keep: Share of the dense cost that may stay, in (0, 1].
         scope: "model" counts everything, "blocks" leaves embeddings and heads out, as papers do.
         limit: The same in the unit of the cost.
-        round_to: Widths (FFN, hidden, rank, vocabulary, channels) of at least 16 such steps become multiples of it.
+        round_to: Widths (FFN, hidden, rank, vocabulary, channels) of at least 16 such steps, or of two steps and 128
+            features, become multiples of it.
+        ties: Sites that lose units together only.
     """
 
     cost: str
@@ -32,9 +35,12 @@ class Budget:
     scope: str
     limit: int
     round_to: int = 1
+    ties: tuple[Tie, ...] = ()
 
 
-def make_budget(model: CostModel, sites: dict[str, Site], *, keep: float, scope: str, round_to: int) -> Budget:
+def make_budget(
+    model: CostModel, sites: dict[str, Site], *, keep: float, scope: str, round_to: int, ties: tuple[Tie, ...] = ()
+) -> Budget:
     """The budget for a share of the dense cost.
 
     Raises:
@@ -45,22 +51,27 @@ def make_budget(model: CostModel, sites: dict[str, Site], *, keep: float, scope:
     full = {name: site.n_units for name, site in sites.items()}
     dense = model(model.n_units, scope=scope)
     limit = int(keep * dense + 1e-9)
-    reachable = least_cost(model, sites, scope=scope, round_to=round_to)
+    reachable = least_cost(model, sites, scope=scope, round_to=round_to, ties=ties)
     if limit < reachable:
         share = np.ceil(reachable / dense * 1e4) / 1e4
+        more = "leave out --vanilla" if ties else "cut more kinds"
         if full and share >= 1:
             raise BadRecipe(f"the budget {keep:g} cannot be met: cutting {_kinds(sites)} saves no {model.cost} here.")
         raise BadRecipe(
             f"the budget {keep:g} allows {amount(limit, model.cost)}, but cutting {_kinds(sites)} cannot go below "
-            f"{amount(reachable, model.cost)}: ask for at least {share:g}, or cut more kinds."
+            f"{amount(reachable, model.cost)}: ask for at least {share:g}, or {more}."
             if full
             else f"expected at least one kind to cut for the budget {keep:g}, found none."
         )
-    return Budget(model.cost, keep, scope, limit, round_to)
+    return Budget(model.cost, keep, scope, limit, round_to, ties)
 
 
-def least_cost(model: CostModel, sites: dict[str, Site], *, scope: str, round_to: int) -> int:
+def least_cost(
+    model: CostModel, sites: dict[str, Site], *, scope: str, round_to: int, ties: tuple[Tie, ...] = ()
+) -> int:
     """The smallest cost the sites can reach; sites that are not given keep everything."""
+    if ties:
+        return least_cost(tied_costs(ties, model, sites), tied_sites(ties, sites), scope=scope, round_to=round_to)
     kept = dict(model.n_units)
     kept |= {name: site.min_units for name, site in sites.items()}
     kept |= {n: allowed_width(s.min_units, s, round_to, up=True) for n, s in sites.items() if s.kind in WIDTH_KINDS}
@@ -73,6 +84,8 @@ def solve_by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budg
     With scores = gate Fisher information this is the ranking that a converged VIB mask with
     beta proportional to cost would give (one division by cost, here and nowhere else).
     """
+    if budget.ties:
+        return _solve_tied(solve_by_cost, scores, sites, model, budget)
     table = _CostTable(model, budget.scope)
     order = {name: np.argsort(_array(scores[name]), kind="stable") for name in sites}
     ranked = {name: np.sort(_array(scores[name])) for name in sites}
@@ -113,7 +126,9 @@ def solve_by_shares(
     Raises:
         BadRecipe: The kinds under pressure cannot reach the budget by themselves.
     """
-    keep = keep_within(Ranking(scores, sites), model, budget, pressure)
+    if budget.ties:
+        return _solve_tied(solve_by_shares, scores, sites, model, budget, pressure)
+    keep = keep_within(scores, sites, model, budget, pressure)
     if _cost(keep, model, budget) > budget.limit:
         raise BadRecipe(
             f"cutting {', '.join(kind for kind, p in pressure.items() if p > 0)} alone leaves "
@@ -124,7 +139,8 @@ def solve_by_shares(
 
 
 def keep_within(
-    ranking: "Ranking",
+    scores: Scores,
+    sites: dict[str, Site],
     model: CostModel,
     budget: Budget,
     pressure: Mapping[str, float],
@@ -138,6 +154,9 @@ def keep_within(
         most: The largest t that is tried; by default, all that can make a difference.
         halvings: How often the interval of t is halved.
     """
+    if budget.ties:
+        return _solve_tied(keep_within, scores, sites, model, budget, pressure, most=most, halvings=halvings)
+    ranking = Ranking(scores, sites)
 
     def keep_at(t: float) -> Keep:
         fractions = {kind: float(np.exp(-t * pressure.get(kind, 0.0))) for kind in ranking.kinds}
@@ -150,6 +169,20 @@ def keep_within(
         middle = (low + high) / 2
         low, high = (low, middle) if _cost(keep_at(middle), model, budget) <= budget.limit else (middle, high)
     return keep_at(high)
+
+
+def _solve_tied(
+    solve: Callable[..., Keep], scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget,
+    *more: object, **options: object,
+) -> Keep:  # fmt: skip
+    """What a solver finds in terms of the budget's ties, for the sites themselves."""
+    ties = budget.ties
+    known = {name: scores[name] for name in sites}
+    found = solve(
+        tied_scores(ties, known), tied_sites(ties, sites), tied_costs(ties, model, sites), replace(budget, ties=()),
+        *more, **options,
+    )  # fmt: skip
+    return untied(ties, found, known)
 
 
 def fractions_kept(keep: Keep, sites: dict[str, Site]) -> dict[str, float]:
@@ -210,7 +243,8 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
     spot = {name: i for i, name in enumerate(table.names)}
     order = {name: np.argsort(-_array(scores[name]), kind="stable") for name in sites}
     rank = {name: np.argsort(order[name]) / sites[name].n_units for name in sites}
-    inside = {name: _inner_sites(model, sites, name) for name, site in sites.items() if site.kind == "layers"}
+    layers = [name for name, site in sites.items() if site.kind == "layers" and site.block]
+    inside = {name: _inner_sites(model, sites, name) for name in layers}
     dormant = {inner for name, inners in inside.items() if not keep[name] for inner in inners}
     for name in dormant:
         keep[name] = tuple(sorted(order[name][: allowed_width(0, sites[name], budget.round_to, up=True)].tolist()))
@@ -314,7 +348,11 @@ class _CostTable:
 
 def allowed_width(count: int, site: Site, round_to: int, *, up: bool = False) -> int:
     """The nearest permitted count at or below (or above) `count`; the dense width is always permitted."""
-    step = round_to if site.kind in WIDTH_KINDS and site.n_units >= 16 * round_to else 1
+    if site.counts:
+        place = bisect_left(site.counts, count) if up else bisect_right(site.counts, count) - 1
+        return site.counts[max(0, min(place, len(site.counts) - 1))]
+    wide = site.kind in WIDTH_KINDS and site.n_units >= min(16 * round_to, max(WIDE, 2 * round_to))
+    step = round_to if wide else 1
     if count >= site.n_units:
         return site.n_units
     rounded = (count + step - 1) // step * step if up else count // step * step

@@ -48,7 +48,9 @@ def _common(parser: _Parser) -> None:
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
     parser.add_argument("--kinds", help=f"comma list: {kinds}")
-    parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8)")
+    parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8; 256 for k-quants)")
+    text = "cut only what plain transformers loads without code: the same widths in every layer"
+    parser.add_argument("--vanilla", action="store_true", default=None, help=text)
 
 
 def _model(parser: _Parser) -> None:
@@ -314,7 +316,7 @@ def _plan(argv: list[str]) -> int:
     from ibprune.planning import plan
 
     found = plan(recipe.model, recipe.budget, cost=recipe.cost, scope=recipe.scope, kinds=recipe.kinds,
-                 round_to=recipe.round_to, image_size=recipe.image_size)  # fmt: skip
+                 round_to=recipe.round_to, vanilla=recipe.vanilla, image_size=recipe.image_size)  # fmt: skip
     if arguments.json:
         import json
 

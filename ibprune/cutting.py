@@ -31,6 +31,7 @@ from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, pr
 from ibprune.surgery import compact_traced_
 from ibprune.timing import timed_text
 from ibprune.trainer import TrainSettings, train
+from ibprune.vanilla import plain_structure
 from ibprune.vib import learn_masks
 from ibprune.vocabulary import RankedRows, keep_rows, rank_rows
 
@@ -63,13 +64,15 @@ def cut(
     cost_model = structure.costs.of(recipe.cost)
     if "vocab" not in structure.sites:
         sites = structure.sites
-        budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
+        budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to,
+                             ties=structure.ties)  # fmt: skip
         student, plan = choose_and_compact_(student, structure, budget, choice)
         return student, plan, budget, structure, feed
     check_vocab(cost_model, recipe)
     ranked = rank_rows(feed.collate.tokenizer, counts, named=named_rows(dense))
     sites = structure.sites | {"vocab": structure.sites["vocab"].at_least(ranked.n_needed)}
-    budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to)
+    budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to,
+                         ties=structure.ties)  # fmt: skip
     _, _, keep = one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
     n_units, rows = {name: site.n_units for name, site in structure.everything.items()}, keep["vocab"]
     student = copy.deepcopy(dense)
@@ -81,6 +84,8 @@ def cut(
         choice = replace(choice, batches=batches, make_batches=feed.train)
     kinds = tuple(kind for kind in kinds if kind != "vocab")
     rest = prepare_(student, kinds, token_use(student, kinds, counts, choice.batches, feed.objective))
+    if recipe.vanilla and kinds:
+        rest, _ = plain_structure(student, rest, rest.costs.of(recipe.cost), round_to=recipe.round_to)
     student, plan = choose_and_compact_(student, rest, budget, choice)
     plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
     return student, plan, budget, structure, feed
@@ -103,7 +108,7 @@ def prepare_cut(
         example = feed.example()["pixel_values"].to(accelerator.device)
         structure = prepare_traced_(student, found.sites, example, compact_traced_)
     else:
-        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost)
+        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla)
         if find_family(dense.config.model_type).embedding:
             most = USAGE if "vocab" in kinds else 100
             masked = feed.objective.name == "masked_lm"
@@ -121,6 +126,13 @@ def prepare_cut(
                         round_to=recipe.round_to)  # fmt: skip
         if entry is None:
             journal.write("latency", {}, structure.costs.latency.to_dict())
+    if recipe.vanilla:
+        structure, whole = plain_structure(
+            student, structure, structure.costs.of(recipe.cost), round_to=recipe.round_to,
+            kinds=kinds if recipe.kinds else (),
+        )  # fmt: skip
+        for kind, reason in whole.items():
+            console.say(f"'{kind}' stays whole for plain transformers: {reason}")
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
         teacher=dense if recipe.distill else None,

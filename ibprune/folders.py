@@ -1,7 +1,6 @@
 """The only file that writes transformers: a folder that loads, proven by a fresh process before it appears."""
 
 import copy
-import inspect
 import json
 import os
 import shutil
@@ -22,13 +21,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ibprune import rebuild
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.examples import example_inputs
-from ibprune.groups import axis_width
+from ibprune.groups import Cut, axis_width
 from ibprune.losses import Batch
 from ibprune.plans import PruningPlan
-from ibprune.sites import find_family, find_sites, is_traced
+from ibprune.remote_code import remote_code
+from ibprune.sites import block_paths, find_family, find_sites, is_counted, is_traced
 from ibprune.surgery import SPEC
 from ibprune.task_heads import auto_class
 
@@ -94,29 +93,38 @@ def vanilla_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     sites = find_sites(model)
     config = copy.deepcopy(model.config)
     delattr(config, SPEC)
+    sized = getattr(config, family.sizes_in) if family.sizes_in else config
+    if family.sizes_in:
+        sized.num_hidden_layers = len(block_paths(model, family))
+    dense = {key: spec["dense"].get(key, getattr(sized, key)) for pair in family.follows for key in pair}
     for name, key in family.config_keys.items():
-        start, _, last = name.rpartition(".")
-        counts = {s.n_units for s in sites.values() if s.name.startswith(start) and s.name.rpartition(".")[2] == last}
-        if not counts:
+        found = [site for site in sites.values() if is_counted(site, name)]
+        if not found:
             continue  # the model has no such units
-        if len(counts) != 1:
+        site, count = found[0], found[0].n_units
+        if any(site.n_units != count for site in found):
             return None
         if name == "kv_groups":
-            config.num_attention_heads = config.num_attention_heads // getattr(config, key) * min(counts)
+            config.num_attention_heads = config.num_attention_heads // getattr(config, key) * count
             if getattr(config, "head_dim", None) is None:  # then it is the width over the number of heads
-                site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
-                config.head_dim = axis_width(model, site.cuts[0]) // site.n_units
-        setattr(config, key, min(counts))
+                config.head_dim = axis_width(model, site.cuts[0]) // count
+        setattr(sized, key, count)
         if name == "heads" and key == "num_attention_heads":  # beside which some configs take head_dim
-            site = next(site for site in sites.values() if site.name.rpartition(".")[2] == last)
-            width = axis_width(model, site.cuts[0]) // site.n_units
-            if width * site.n_units != getattr(model.config, family.config_keys["hidden"]):
-                config.head_dim = width  # ViT and its kin take it; elsewhere the shapes below differ
+            width = axis_width(model, site.cuts[0]) // count
+            if width * count != getattr(sized, family.config_keys["hidden"]):
+                sized.head_dim = width  # ViT and its kin take it; elsewhere the shapes below differ
+    for key, other in family.follows:
+        if dense[key] == dense[other]:
+            setattr(sized, key, getattr(sized, other))
+    if family.ratio_key:
+        site = next(site for site in sites.values() if site.kind == "ffn")
+        read = axis_width(model, Cut(site.cuts[0].path, "in"))
+        setattr(sized, family.ratio_key, (site.n_units + 1e-6) / read)  # the product is cut off to a whole number
     try:
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             plain = type(model)(config)
-    except (ValueError, StrictDataclassError):  # the family's own checks refuse the widths
+    except (ValueError, ArithmeticError, StrictDataclassError):  # the family's own checks refuse the widths
         return None
     return config if _form(model) == _form(plain) else None
 
@@ -200,15 +208,13 @@ def _remote_config(model: PreTrainedModel, raw: dict, folder: Path) -> dict:
     config_name = type(model.config).__name__
     module = CODE.removesuffix(".py")
     own_type = not raw[SPEC]["shapes"] and raw[SPEC]["embedding"] is None
-    imports = sorted({base, name, config_name} if own_type else {base, name})
-    lines = [inspect.getsource(rebuild).rstrip(), "", ""]
-    lines += [f"from transformers import {', '.join(imports)}  # noqa: E402", "", ""]
+    names, classes, body = {base, name}, [], "pass"
     if own_type:
-        lines += [f"class Pruned{config_name}({config_name}):", f'    model_type = "ibprune_{model_type}"', "", ""]
-    for cls in dict.fromkeys((base, name)):
-        body = f"config_class = Pruned{config_name}" if own_type else "pass"
-        lines += [f"class Pruned{cls}(Pruned, {cls}):", f"    {body}", "", ""]
-    (folder / CODE).write_text("\n".join(lines).rstrip() + "\n")
+        names.add(config_name)
+        classes.append(f'class Pruned{config_name}({config_name}):\n    model_type = "ibprune_{model_type}"')
+        body = f"config_class = Pruned{config_name}"
+    classes += [f"class Pruned{cls}(Pruned, {cls}):\n    {body}" for cls in dict.fromkeys((base, name))]
+    (folder / CODE).write_text(remote_code(model, raw[SPEC], sorted(names), classes))
     raw["architectures"] = [f"Pruned{name}"]
     auto = auto_class(name, model_type)
     raw["auto_map"] = {auto: f"{module}.Pruned{name}"}

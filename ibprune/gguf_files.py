@@ -1,6 +1,7 @@
 """Decoders of LLaMA's kind as GGUF files for llama.cpp: even ones as themselves, uneven ones as DeciLM."""
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,11 @@ def write_gguf(model: PreTrainedModel, folder: Path, path: str | Path, *, dtype:
         import gguf
     except ImportError as error:
         raise BadRecipe(f"expected {error.name} for GGUF, found none: pip install 'ibprune[gguf]'.") from error
+    if dtype is not None and re.match(r"i?q\d", dtype.lower()):
+        raise BadRecipe(
+            f"--dtype: expected f32 or f16, found '{dtype}': quantise the file with llama.cpp's llama-quantize. "
+            f"k-quants take rows of a multiple of {BLOCK}, which --round-to {BLOCK} prunes to."
+        )
     if dtype is not None and dtype not in DTYPES:
         raise BadRecipe(f"unknown --dtype '{dtype}': {did_you_mean(dtype, DTYPES)}.")
     half = dtype == "f16" or (dtype is None and model.dtype == torch.float16)

@@ -127,6 +127,12 @@ class Family:
             names ("ffn"), or of those that begin alike ("decoder.ffn").
         embedding: The token embedding in the backbone, "" where it reads no tokens.
         output: The output layer that may be tied to it ("/…": in the whole model).
+        ties: Sites, by the last part of their names, whose widths follow from each other in plain transformers: without
+            code of ours they stay in the dense model's ratio.
+        follows: Pairs of config keys of which the first says what the second does wherever both say the same.
+        ratio_key: Config key that holds the FFN's width as a multiple of the width it reads.
+        sizes_in: Part of the config that holds all these keys.
+        divided: Whether the config's number of heads must divide its width.
         per_layer: Config keys that list one value per block.
         free: Modules ("/…" in the whole model, "*" for every layer) whose parameters no unit owns.
         causal: Whether a token sees only those before it.
@@ -149,6 +155,11 @@ class Family:
     cross_context: str = ""
     router: str = ""
     experts: str = ""
+    ties: tuple[str, ...] = ()
+    follows: tuple[tuple[str, str], ...] = ()
+    ratio_key: str = ""
+    sizes_in: str = ""
+    divided: bool = False
     per_layer: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     causal: bool = False
@@ -178,6 +189,7 @@ class Site:
         n_units: Units present now.
         block: Path of the block from the model's root, "" for the whole model.
         sizes: The group's `sizes` with paths from the root.
+        counts: The only numbers of units that may stay, ascending; empty: as rounding has it.
     """
 
     name: str
@@ -187,6 +199,7 @@ class Site:
     mask_at: MaskAt
     n_units: int
     sizes: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:

@@ -96,10 +96,11 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
             job.dense, recipe, subject.feed, job.accelerator, job.console, found=subject.found, journal=job.journal
         )
         sites, cost_model = structure.sites, structure.costs.of(recipe.cost)
-        least = least_cost(cost_model, sites, scope=recipe.scope, round_to=recipe.round_to)
+        least = least_cost(cost_model, sites, scope=recipe.scope, round_to=recipe.round_to, ties=structure.ties)
         shares = choose(least / cost_model(cost_model.n_units, scope=recipe.scope))
         budgets = [
-            make_budget(cost_model, sites, keep=keep, scope=recipe.scope, round_to=recipe.round_to) for keep in shares
+            make_budget(cost_model, sites, keep=keep, scope=recipe.scope, round_to=recipe.round_to, ties=structure.ties)
+            for keep in shares
         ]
         masks, scores, target = one_shot(student, structure, budgets[-1], choice)
         pressure = {kind: -math.log(max(share, 1e-9)) for kind, share in fractions_kept(target, sites).items()}

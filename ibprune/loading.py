@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ibprune.checksums import check_files, inside
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.models import check_finite, find_source, load_dense
+from ibprune.numbering import renumber_layers_
 from ibprune.rebuild import Pruned
 from ibprune.sites import check_model_type
 from ibprune.surgery import FORMAT, SPEC, SPEC_KEYS
@@ -48,6 +49,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
         )  # fmt: skip
     except (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError, SafetensorError) as error:
         raise PlanMismatch(f"'{folder}' does not load: {first_line(error)}") from error
+    if spec and spec["format"] == 1:
+        renumber_layers_(model, spec["dense"].get("layer_types"))
     check_loaded(info, str(folder))
     check_finite(model, str(folder))
     return model.eval()
@@ -83,7 +86,7 @@ def _read(folder: Path, path: Path) -> tuple[dict, dict | None]:
     if not isinstance(raw, dict) or not isinstance(spec, dict | None):
         raise PlanMismatch(f"expected keys and values in {path}, found another kind of JSON.")
     missing = [] if spec is None else [key for key in SPEC_KEYS if key not in spec]
-    if missing or (spec is not None and spec["format"] != FORMAT):
+    if missing or (spec is not None and spec["format"] not in (1, FORMAT)):
         raise PlanMismatch(
             f"expected '{SPEC}' of format {FORMAT} in {path}, found "
             + (f"none of {', '.join(missing)}." if missing else f"format {spec['format']}: use a newer ibprune.")

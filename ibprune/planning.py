@@ -20,6 +20,7 @@ from ibprune.shares import equal_pressure
 from ibprune.sites import is_traced
 from ibprune.structure import check_cnn, check_vocab, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
+from ibprune.vanilla import plain_structure
 
 
 def plan(
@@ -30,6 +31,7 @@ def plan(
     scope: str = "model",
     kinds: tuple[str, ...] = (),
     round_to: int = 8,
+    vanilla: bool = False,
     image_size: int | None = None,
 ) -> dict:
     """Predicts a pruned model without its weights: sizes, reach, loading way, and the groups.
@@ -37,6 +39,7 @@ def plan(
     The prediction shares the cut equally between kinds; a run decides the shares by measuring, and
     meets the same budget. A config that names no architecture is planned as the base model; a CNN is planned as
     a classifier that reads pictures of `image_size`, else of the size in its image processor or config, else 224.
+    With `vanilla`, the result says under "whole" which kinds cannot be cut for plain transformers, and why.
 
     Raises:
         IBPruneError: An unknown model or kind, or a budget that cannot be reached.
@@ -48,7 +51,7 @@ def plan(
     """
     named = model if isinstance(model, str | os.PathLike) else None
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
-                          "round_to": round_to, "image_size": image_size})  # fmt: skip
+                          "round_to": round_to, "vanilla": vanilla, "image_size": image_size})  # fmt: skip
     if isinstance(recipe.budget, tuple):
         raise BadRecipe(f"--budget: expected one share to plan for, found {len(recipe.budget)}.")
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
@@ -57,7 +60,7 @@ def plan(
     source = find_source(recipe.model) if named else None
     config = load_config(source) if source else copy.deepcopy(model)
     cls = model_class(config, classify=False)
-    shape, refused = None, {}
+    shape, refused, whole = None, {}, {}
     if is_traced(config.model_type):
         check_cnn(recipe, config.model_type)
         shape = input_shape(config, load_processor(source.location) if source else None, recipe.image_size)
@@ -71,14 +74,19 @@ def plan(
         shape = image_shape(skeleton)
         if recipe.image_size:
             raise BadRecipe(f"--image-size: '{config.model_type}' reads what its config says: leave it out.")
-        structure = prepare_(skeleton, choose_kinds(skeleton, kinds), None)
+        chosen = choose_kinds(skeleton, kinds, vanilla=vanilla)
+        structure = prepare_(skeleton, chosen, None)
+        if vanilla:
+            structure, whole = plain_structure(
+                skeleton, structure, structure.costs.of(cost), round_to=round_to, kinds=chosen if kinds else ()
+            )
     everything, sites, costs = structure.everything, structure.sites, structure.costs
     fixed = sorted(named_rows(skeleton)) if "vocab" in sites else []  # what else a tokenizer needs, no config says
     sites = {name: site.at_least(len(fixed)) if name == "vocab" else site for name, site in sites.items()}
     cost_model = costs.of(cost)
     if "vocab" in sites:
         check_vocab(cost_model, recipe)
-    target = make_budget(cost_model, sites, keep=recipe.budget, scope=scope, round_to=round_to)
+    target = make_budget(cost_model, sites, keep=recipe.budget, scope=scope, round_to=round_to, ties=structure.ties)
     scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
     if "vocab" in sites:
         scores["vocab"][fixed] += sites["vocab"].n_units
@@ -106,6 +114,7 @@ def plan(
         "macs_length": costs.macs.length,
         "pictures": {"shape": list(shape)} if shape else None,
         "refused": refused,
+        "whole": whole,
         "dense": {"params": costs.params(full), "macs": costs.macs(full)},
         "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
         "budget": {
@@ -115,7 +124,8 @@ def plan(
             "limit": target.limit,
             "achieved": cost_model(kept, scope=scope),
         },
-        "reachable_keep": least_cost(cost_model, sites, scope=scope, round_to=round_to) / dense_cost,
+        "reachable_keep": least_cost(cost_model, sites, scope=scope, round_to=round_to, ties=structure.ties)
+        / dense_cost,
         "tier": tier_of(skeleton),
         "groups": groups,
     }

@@ -79,6 +79,7 @@ class Recipe(BaseModel):
     image_size: int | None = Field(None, ge=1, description="pixels of a side of the pictures that the model reads")
     kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all the model has but vocab")
     round_to: int = Field(8, ge=1, description="wide axes become multiples of this")
+    vanilla: bool = Field(False, description="cut only what plain transformers loads without code")
     output: str = Field("pruned", description="folder to write")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     finetune_steps: int | None = Field(None, ge=0, description="steps to train the dense model's task head first")

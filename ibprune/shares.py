@@ -148,7 +148,7 @@ def _by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budget: B
     """
     whole = {name: tuple(range(site.n_units)) for name, site in sites.items() if site.kind == "vocab"}
     others = {name: site for name, site in sites.items() if name not in whole}
-    least = least_cost(model, others, scope=budget.scope, round_to=budget.round_to)
+    least = least_cost(model, others, scope=budget.scope, round_to=budget.round_to, ties=budget.ties)
     if least > budget.limit:
         raise BadRecipe(f"cutting all but the vocabulary cannot go below {amount(least, model.cost)}: cut it too.")
     return solve_by_cost(scores, others, model, budget) | whole

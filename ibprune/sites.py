@@ -78,6 +78,12 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
+def is_counted(site: Site, name: str) -> bool:
+    """Whether a name in `Family.config_keys` speaks for a site."""
+    start, _, last = name.rpartition(".")
+    return site.name.startswith(start) and site.name.rpartition(".")[2] == last
+
+
 def block_lists(model: nn.Module, family: Family) -> list[str]:
     """Paths of the module lists that hold the blocks, from the backbone, in order; an encoder's, then a decoder's."""
     modules = dict(model.named_modules())

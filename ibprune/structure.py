@@ -22,6 +22,7 @@ from ibprune.recipe import CNN_KINDS, Recipe
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_
 from ibprune.task_heads import is_headless
+from ibprune.ties import Tie
 
 LOOKED_UP = ("vocab", "embedding_rank")  # kinds of a token embedding
 MACS_LENGTH = 128  # tokens of the sequence whose MACs are counted, where the model reads so many
@@ -68,12 +69,14 @@ class Structure:
         sites: Those to cut.
         costs: Over all sites.
         compact: Removes, in place, what a plan does not keep.
+        ties: Sites that lose units together only (`ibprune.vanilla`).
     """
 
     everything: dict[str, Site]
     sites: dict[str, Site]
     costs: Costs
     compact: Callable[[nn.Module, PruningPlan], nn.Module]
+    ties: tuple[Tie, ...] = ()
 
     def plan(self, model: nn.Module, keep: Keep) -> PruningPlan:
         """The plan that keeps these units, and all units of the sites that `keep` does not name."""
@@ -117,7 +120,9 @@ def with_latency(
     return replace(structure, costs=replace(structure.costs, latency=found))
 
 
-def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...], *, cost: str = "params") -> tuple[str, ...]:
+def choose_kinds(
+    model: PreTrainedModel, kinds: tuple[str, ...], *, cost: str = "params", vanilla: bool = False
+) -> tuple[str, ...]:
     """The kinds to cut: those asked for, or all the family has but `vocab`. "heads" means KV groups under GQA.
 
     An encoder without a head keeps its `hidden` width unless asked: its embeddings are its interface,
@@ -138,6 +143,10 @@ def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...], *, cost: str = 
             hint = f"{why}. Its kinds: {', '.join(known)}" if why else did_you_mean(kind, known)
             raise BadRecipe(f"'{model.config.model_type}' has no units '{kind}': {hint}.")
     unasked = ("vocab", "hidden") if is_headless(model) else ("vocab",)
+    if vanilla and family.factorizes:  # a native rank is a width of the config
+        if "embedding_rank" in kinds:
+            raise BadRecipe("--vanilla: a factorised embedding takes code to load: leave 'embedding_rank' out.")
+        unasked += ("embedding_rank",)
     if cost == "latency":
         for kind in set(kinds) & set(LOOKED_UP):
             raise BadRecipe(f"'{kind}' takes no time to cut for: leave it out of --kinds, or budget params.")
@@ -147,6 +156,8 @@ def choose_kinds(model: PreTrainedModel, kinds: tuple[str, ...], *, cost: str = 
 
 def check_cnn(recipe: Recipe, model_type: str) -> None:
     """Raises `BadRecipe` where a recipe asks of a CNN what only transformers have."""
+    if recipe.vanilla:
+        raise BadRecipe(f"--vanilla: no config of '{model_type}' says that it has fewer channels: leave it out.")
     for kind in recipe.kinds:
         if kind not in CNN_KINDS:
             raise BadRecipe(f"'{model_type}' has no units '{kind}': {did_you_mean(kind, CNN_KINDS)}.")

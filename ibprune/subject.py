@@ -26,6 +26,7 @@ from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.taps import readers
 from ibprune.task_heads import WRITES, writes
+from ibprune.vanilla import plain_structure
 
 SAMPLED = 64  # values of a tensor and rows of a data set, about, that make a fingerprint
 
@@ -90,7 +91,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
     found = None
     if not traced:
-        choose_kinds(loaded.model, recipe.kinds, cost=recipe.cost)
+        choose_kinds(loaded.model, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla)
     if pictures:
         recipe, feed = make_picture_feed(recipe, loaded.model, loaded.processor, data)
         found = find_channels(loaded.model, feed.example()["pixel_values"]) if traced else None
@@ -120,7 +121,11 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
         structure = prepare_traced_(skeleton, found.sites, feed.example()["pixel_values"], compact_traced_)
     else:
         skeleton = build_model(model.config, type(model), device="meta")
-        structure = prepare_(skeleton, choose_kinds(skeleton, recipe.kinds, cost=recipe.cost), None)
+        kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla)
+        structure = prepare_(skeleton, kinds, None)
+        if recipe.vanilla and recipe.cost != "latency":
+            structure, _ = plain_structure(skeleton, structure, structure.costs.of(recipe.cost),
+                                           round_to=recipe.round_to, kinds=kinds if recipe.kinds else ())  # fmt: skip
     if recipe.score == "flap":
         check_read_linearly(skeleton, structure.sites)
     if recipe.reconstruct and not any(readers(skeleton, site) for site in structure.sites.values()):
@@ -131,7 +136,7 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
     if recipe.cost != "latency" and recipe.budget is not None:
         least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
         make_budget(structure.costs.of(recipe.cost), structure.sites, keep=least, scope=recipe.scope,
-                    round_to=recipe.round_to)  # fmt: skip
+                    round_to=recipe.round_to, ties=structure.ties)  # fmt: skip
 
 
 def fingerprints(subject: Subject) -> dict[str, str]:

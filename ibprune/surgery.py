@@ -10,6 +10,7 @@ from ibprune.embeddings import cut_vocab_, factorize_, merge_
 from ibprune.errors import PlanMismatch
 from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, is_norm
 from ibprune.inject import MASKS, norm_paths, remove_, unnormed
+from ibprune.numbering import renumber_layers_
 from ibprune.plans import PruningPlan, check_plan
 from ibprune.rebuild import (
     STUBS,
@@ -17,7 +18,6 @@ from ibprune.rebuild import (
     FactorizedUnembedding,
     full_path,
     pin_rotary_,
-    renumber_layers_,
     replace_module,
     set_sizes,
 )
@@ -25,7 +25,7 @@ from ibprune.sites import block_lists, block_paths, find_family, find_sites
 from ibprune.slicing import restore_inputs_, slice_
 
 SPEC = "ibprune"
-FORMAT = 1
+FORMAT = 2  # in 1, the numbers of attentions were left to the loader
 SPEC_KEYS = ("format", "model_type", "architecture", "dense", "dropped_blocks", "stubs", "embedding", "shapes")
 
 
@@ -65,7 +65,9 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     pin_rotary_(model)
     sizes = _new_sizes(model, sites, plan)
     widths = {
-        key: plan.kept()[name] for name, key in family.config_keys.items() if name in sites and not sites[name].block
+        key: plan.kept()[name]
+        for name, key in family.config_keys.items()
+        if name in sites and not sites[name].block and key in dense
     }
     for site in sites.values():  # sub-layers first: their inner units need no cutting
         if all(cut.axis == "whole" for cut in site.cuts) and not plan.keep[site.name]:
@@ -79,7 +81,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     owners = {path: modules.get(path.rpartition(".")[0]) for path in sizes}
     dropped = _drop_empty_blocks_(model, family)
     _retype_layers_(model, family)
-    renumber_layers_(model, dense.get("layer_types"))
+    numbers = renumber_layers_(model, dense.get("layer_types"))
     if family.router:
         _settle_experts_(model)
     for key, width in widths.items():
@@ -89,7 +91,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
         f"{now[id(owners[path])]}.{path.rpartition('.')[2]}": size
         for path, size in sizes.items()
         if id(owners[path]) in now
-    }
+    } | numbers
     _describe_(model, dense, before, dropped, sizes, native)
     return model
 

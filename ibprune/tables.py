@@ -102,6 +102,7 @@ def print_plan(found: dict) -> None:
         f"reachable  {found['reachable_keep']:.4f} of the dense {budget['cost']} at the least",
         f"loading    {WAYS[found['tier']]} (with equal shares)",
         *(f"refused    {name}: {reason}" for name, reason in found["refused"].items()),
+        *(f"whole      {kind}: {reason}" for kind, reason in found["whole"].items()),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

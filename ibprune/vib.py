@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ibprune.budget import Budget, Keep, Ranking, fractions_kept, keep_within, solve_by_shares
+from ibprune.budget import Budget, Keep, fractions_kept, keep_within, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.errors import BadRecipe
@@ -136,8 +136,8 @@ def learn_masks(
         if step % 5 == 0:
             progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
             ramped = replace(budget, limit=int(top - progress * (top - budget.limit)), round_to=1)
-            ranking = Ranking(scores(), sites)  # t = 1 is the target: no need to look far, or closely
-            masks.set_keep(keep_within(ranking, cost_model, ramped, pressure, most=4.0, halvings=12))
+            # t = 1 is the target: no need to look far, or closely
+            masks.set_keep(keep_within(scores(), sites, cost_model, ramped, pressure, most=4.0, halvings=12))
 
     def final_keep() -> Keep:
         try:

@@ -17,6 +17,7 @@ from ibprune.models import build_model, model_class
 from ibprune.plans import PruningPlan
 from ibprune.sites import block_paths, find_family
 from ibprune.structure import Structure, choose_kinds, prepare_
+from ibprune.vanilla import plain_structure
 
 WAYS = {"vanilla": "plain", "remote_code": "code"}
 HEAD = """# Model types, kinds of units, and how folders load
@@ -25,6 +26,8 @@ Made by `python scripts/family_table.py > docs/families.md`: every layer keeps t
 `layers`, the last block goes. **plain**: plain transformers builds the shapes, no code is needed. **code**:
 `trust_remote_code=True`, one small file in the folder. `ibprune.load` reads both and runs no code of the folder. Uneven
 widths need code, or `ibprune.load`. A dash: the family has no such units; `ibprune plan --kinds …` says why.
+`--vanilla` cuts the kinds in the last column so that no code is needed, some in a fixed ratio (heads with `hidden`).
+A T5 that writes keeps `hidden`: where its output is tied, a scale follows the width.
 Fewer channels of a CNN ({traced}) always need code, or `ibprune.load`.
 """
 
@@ -52,6 +55,18 @@ def way(config: PreTrainedConfig, kind: str = "") -> str:
     return WAYS[tier_of(model)]
 
 
+def vanilla_kinds(config: PreTrainedConfig) -> str:
+    """The kinds that `--vanilla` cuts if all are asked for."""
+    model = build_model(config, model_class(config, classify=False), device="meta")
+    kinds = dict.fromkeys(group.kind for group in find_family(config.model_type).groups)
+    rank = () if find_family(config.model_type).factorizes else ("embedding_rank",)
+    asked = tuple(kind for kind in kinds if kind not in ("vocab", "embedding_rank") or kind in rank)
+    structure = prepare_(model, asked, None)
+    limited, _ = plain_structure(model, structure, structure.costs.params, round_to=8)
+    found = {site.kind for site in limited.sites.values()} | {"vocab"} & set(kinds)
+    return ", ".join(kind for kind in KINDS if kind in found)
+
+
 def small_config(model_type: str) -> PreTrainedConfig:
     if model_type == "clip":  # of its two towers, a classifier holds one
         return AutoConfig.for_model(model_type, architectures=["CLIPForImageClassification"])
@@ -63,10 +78,11 @@ def small_config(model_type: str) -> PreTrainedConfig:
 
 def main() -> None:
     print(HEAD.format(traced=", ".join(f"`{name}`" for name in TRACED)))
-    print("| model type | " + " | ".join(f"`{kind}`" for kind in KINDS) + " | all but `vocab` |")
-    print("|---|" + "---|" * (len(KINDS) + 1))
+    print("| model type | " + " | ".join(f"`{kind}`" for kind in KINDS) + " | all but `vocab` | `--vanilla` |")
+    print("|---|" + "---|" * (len(KINDS) + 2))
     for model_type in (name for family in FAMILIES for name in family.model_types):
         cells = [way(small_config(model_type), kind) for kind in (*KINDS, "")]
+        cells.append(vanilla_kinds(small_config(model_type)))
         print(f"| `{model_type}` | " + " | ".join(cells) + " |", flush=True)
 
 

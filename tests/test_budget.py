@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from conftest import TINY
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from ibprune.budget import fill, make_budget, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
@@ -14,6 +14,8 @@ from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe
 from ibprune.shares import MOST_RECOVERED, equal_pressure, probe_shares
 from ibprune.sites import find_sites
+from ibprune.structure import prepare_
+from ibprune.vanilla import plain_structure
 
 
 def setting(config=None, length=16):
@@ -70,6 +72,26 @@ def test_budgets_are_met_within_one_step_and_never_exceeded(cost, round_to):
                 assert list(keep[name]) == sorted(set(keep[name]))
                 if site.kind in ("ffn", "hidden", "embedding_rank") and site.n_units >= 16 * round_to:
                     assert len(keep[name]) % round_to == 0 or len(keep[name]) == site.n_units
+
+
+@pytest.mark.parametrize("vanilla", [False, True])
+def test_rows_for_k_quants_are_whole_blocks_where_they_are_asked_for(vanilla):
+    """--round-to 256: from two such steps on, every width of a row is a multiple of it."""
+    config = LlamaConfig(vocab_size=700, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8,
+                         num_key_value_heads=4, intermediate_size=2816)  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    structure = prepare_(model, ("ffn", "hidden"), None)
+    if vanilla:
+        structure, _ = plain_structure(model, structure, structure.costs.params, round_to=256)
+    costs, sites = structure.costs.params, structure.sites
+    for share in (0.3, 0.5, 0.8):
+        budget = make_budget(costs, sites, keep=share, scope="model", round_to=256, ties=structure.ties)
+        scores = {name: torch.rand(site.n_units) for name, site in sites.items()}
+        keep = solve_by_shares(scores, sites, costs, budget, equal_pressure(sites))
+        assert spent(costs, keep) <= budget.limit
+        assert {len(units) % 256 for units in keep.values()} == {0}
+        assert any(len(keep[name]) < site.n_units for name, site in sites.items())
 
 
 def test_scores_are_divided_by_cost_exactly_once():

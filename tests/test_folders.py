@@ -1,5 +1,6 @@
 """Exports: the tiers, strict loading, and what happens when something is wrong with the folder."""
 
+import ast
 import json
 import shutil
 import sys
@@ -272,6 +273,33 @@ def test_the_generated_file_is_short_and_needs_transformers_only(folder):
     compile(code, "modeling_ibprune.py", "exec")
 
 
+@pytest.mark.parametrize(
+    "family,head,kinds,most",
+    [
+        ("bert", "BertForSequenceClassification", ("heads", "ffn", "hidden"), 105),
+        ("bert", "BertForMaskedLM", (), 180),
+        ("llama-tied", "LlamaForCausalLM", ("kv_groups", "ffn", "hidden"), 115),
+        ("llama-tied", "LlamaForCausalLM", (), 175),
+        ("vit", "ViTForImageClassification", (), 165),
+    ],
+)
+def test_the_generated_file_holds_what_its_model_takes_and_nothing_else(family, head, kinds, most, tmp_path):
+    def keep_of(sites):
+        keep = random_keep(sites, 5)
+        return {n: keep[n] if not kinds or s.kind in kinds else tuple(range(s.n_units)) for n, s in sites.items()}
+
+    model, plan = pruned(family, head, keep_of, factorize=not kinds)
+    assert write_model(model, None, plan, tmp_path) == "remote_code"
+    code = (tmp_path / "modeling_ibprune.py").read_text()
+    assert len(code.splitlines()) <= most
+    tree = ast.parse(code)
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert {name for name in defined if not name.startswith("Pruned")} <= used
+    assert all(ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef))
+    assert not kinds or not {"Zeros", "FactorizedEmbedding", "put_stubs_"} & defined
+
+
 def test_verification_fails_when_the_weights_changed(folder, tmp_path, tokenizer):
     model, plan = pruned("bert", "BertForSequenceClassification", lambda sites: random_keep(sites, 6))
     tier = write_model(model, tokenizer, plan, tmp_path)
@@ -341,6 +369,26 @@ def test_a_pruned_decoder_generates_alike_with_and_without_cache_after_reloading
     for cache in (True, False):
         found = loaded.generate(token_ids(), max_new_tokens=8, do_sample=False, use_cache=cache, eos_token_id=None)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("left", ["some", "none"])
+def test_a_folder_of_format_1_is_numbered_by_the_loader(left, tmp_path, tokenizer):
+    def keep_of(sites):
+        keep = random_keep(sites, 7) | {name: (0,) for name, site in sites.items() if site.kind == "layers"}
+        gone = (name for name in keep if name.endswith("attention_sublayer") and (left == "none" or ".0." in name))
+        return keep | dict.fromkeys(gone, ())
+
+    model, plan = pruned("opt", "OPTForCausalLM", keep_of)
+    write_model(model, tokenizer, plan, tmp_path)
+    expected = model.generate(token_ids(), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    spec = raw["ibprune"] | {"format": 1}
+    assert any(path.endswith("layer_idx") for path in spec["sizes"]) == (left == "some")
+    spec["sizes"] = {path: size for path, size in spec["sizes"].items() if not path.endswith("layer_idx")}
+    spec["stubs"] = {path: stub.removeprefix("counting_") for path, stub in spec["stubs"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"ibprune": spec}))
+    loaded = ibprune.load(tmp_path)
+    assert torch.equal(loaded.generate(token_ids(), max_new_tokens=8, do_sample=False, eos_token_id=None), expected)
 
 
 @pytest.mark.parametrize("family,head", [("gpt2", "GPT2LMHeadModel"), ("opt", "OPTForCausalLM")])

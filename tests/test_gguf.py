@@ -234,6 +234,9 @@ def test_what_llama_cpp_cannot_hold_is_refused_whole(sentencepiece, tokenizer, t
     refused(tmp_path / "none", "expected a tokenizer beside the model")
     refused(tmp_path / "far" / "away", "expected an exported folder with a config.json")
     refused(tmp_path / "words", "unknown --dtype 'f23': did you mean", "--dtype", "f23")
+    refused(
+        tmp_path / "words", "found 'Q4_K_M': quantise the file with llama.cpp's llama-quantize", "--dtype", "Q4_K_M"
+    )
     (tmp_path / "there").write_text("mine")
     refused(tmp_path / "words", "expected a new file, found something", "--output", str(tmp_path / "there"))
     words.config.hidden_act = "gelu"

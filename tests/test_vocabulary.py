@@ -348,6 +348,17 @@ def test_a_run_that_cuts_the_vocabulary(head, kinds, shares, keep, spelt, tmp_pa
     assert report["verify"]["tier"] == ("vanilla" if kinds == "vocab" else "remote_code")
 
 
+@pytest.mark.parametrize("kinds", ["ffn,vocab", "vocab"])
+def test_a_cut_vocabulary_loads_without_code_where_that_is_asked_for(kinds, spelt, tmp_path):
+    out = tmp_path / "out"
+    options = SHORT | {"kinds": kinds, "shares": "equal", "vanilla": True, "audit": False}
+    result = ibprune.prune(spelt["BertForSequenceClassification"], 0.9 if kinds == "vocab" else 0.8,
+                           data=spelt["data"], output=str(out), **options)  # fmt: skip
+    assert len(result.plan.keep["vocab"]) < result.plan.n_units["vocab"]
+    assert result.report["verify"]["tier"] == "vanilla" and not list(out.glob("*.py"))
+    assert result.report["budget"]["achieved"] <= result.report["budget"]["limit"]
+
+
 def test_an_encoder_is_distilled_word_by_word_where_the_tokens_differ(spelt):
     tokenizer = AutoTokenizer.from_pretrained(spelt["BertModel"])
     model = ibprune.load(spelt["BertModel"])

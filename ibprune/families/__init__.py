@@ -3,7 +3,7 @@
 from ibprune.families.albert import ALBERT
 from ibprune.families.bart import BART
 from ibprune.families.deberta import DEBERTA_V2
-from ibprune.families.decoders import GEMMA, GEMMA2, LLAMA, OLMO2, PHI3
+from ibprune.families.decoders import GEMMA, GEMMA2, LLAMA, OLMO2, PHI3, QWEN
 from ibprune.families.distilbert import DISTILBERT
 from ibprune.families.encoders import BERT, ELECTRA, ROBERTA
 from ibprune.families.gpt import GPT2, GPT_NEOX, OPT
@@ -14,7 +14,7 @@ from ibprune.families.t5 import T5
 from ibprune.families.vision import BEIT, CLIP, CLIP_VISION, DINOV2, SWIN, VIT
 
 _ENCODERS = (BERT, ROBERTA, DISTILBERT, ELECTRA, MPNET, MODERNBERT, ALBERT, DEBERTA_V2)
-_DECODERS = (LLAMA, MIXTRAL, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
+_DECODERS = (LLAMA, QWEN, MIXTRAL, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, PHI3, GPT2, GPT_NEOX, OPT)
 _VISION = (VIT, DINOV2, BEIT, CLIP_VISION, CLIP, SWIN)
 FAMILIES = (*_ENCODERS, *_DECODERS, BART, T5, *_VISION)
 # Convolutional image classifiers of transformers: no rows, their channels are traced (`ibprune.channels`).

@@ -20,6 +20,7 @@ ALBERT = Family(
         "ffn": "intermediate_size",
         "embedding_rank": "embedding_size",
     },
+    ties=("hidden", "heads", "pooler"),
     free=("/predictions", "/predictions.decoder"),  # vocabulary biases
     uncut=(("layers", "its layers are the same few blocks run again and again, so that no single one can go"),),
     groups=(

@@ -40,6 +40,7 @@ BART = Family(
         "encoder.ffn": "encoder_ffn_dim",
         "decoder.ffn": "decoder_ffn_dim",
     },
+    ties=("hidden", "heads", "head"),
     uncut=(
         ("embedding_rank", "encoder, decoder and output each hold the embedding, which may be scaled"),
         ("vocab", "encoder, decoder and output each hold the embedding"),

@@ -18,6 +18,8 @@ DEBERTA_V2 = Family(
     attention="attention.self",
     context="attention.output.dense",
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    ties=("hidden", "heads", "pooler"),
+    follows=(("pooler_hidden_size", "hidden_size"),),
     free=("/cls.predictions", "/cls.predictions.decoder"),  # vocabulary biases
     groups=(
         heads(

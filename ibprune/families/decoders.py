@@ -1,4 +1,4 @@
-"""Rows of LLaMA and the decoders that share most of its blocks: OLMo2, Gemma and Phi-3."""
+"""Rows of LLaMA and the decoders that share most of its blocks: Mistral, Qwen, OLMo2, Gemma and Phi-3."""
 
 from dataclasses import replace
 
@@ -67,18 +67,21 @@ _VOCAB = vocab("embed_tokens", "/lm_head")
 
 LLAMA = Family(
     causal=True,
-    # Qwen3's q_norm and k_norm act on the features of each head: no unit owns them.
-    model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+    model_types=("llama",),
     blocks="layers.*",
     embedding="embed_tokens",
     output="/lm_head",
     attention="self_attn",
     context="self_attn.o_proj",
     config_keys=_CONFIG_KEYS,
+    divided=True,
     per_layer=("layer_types", "no_rope_layers"),
+    # Qwen3's q_norm and k_norm act on the features of each head: no unit owns them.
     free=("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"),
     groups=(_KV_GROUPS, _ATTENTION_SUBLAYER, _FFN, _FFN_SUBLAYER, _HIDDEN, _EMBEDDING_RANK, _VOCAB),
 )
+
+QWEN = replace(LLAMA, model_types=("mistral", "qwen2", "qwen3", "smollm3"), divided=False)
 
 # OLMo2 and Gemma 2: a norm acts on what a sub-layer adds to the residual stream. The mask of the sub-layer
 # acts behind it: before the norm, a scale would have no effect.
@@ -151,6 +154,7 @@ GEMMA2 = Family(
     attention="self_attn",
     context="self_attn.o_proj",
     config_keys=_CONFIG_KEYS,
+    divided=True,
     per_layer=("layer_types",),
     free=("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"),
     norm_offset=1.0,

@@ -13,6 +13,7 @@ DISTILBERT = Family(
     attention="attention",
     context="attention.out_lin",
     config_keys={"hidden": "dim", "heads": "n_heads", "ffn": "hidden_dim"},
+    ties=("hidden", "heads", "head"),
     groups=(
         heads(_QKV, "attention.out_lin", unit="attention.attention_head_size"),
         # Post-norm: the LayerNorm after a removed sub-layer stays.

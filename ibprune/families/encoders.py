@@ -51,6 +51,7 @@ BERT = Family(
     attention="attention.self",
     context="attention.output.dense",
     config_keys=_CONFIG_KEYS,
+    ties=("hidden", "heads", "pooler"),
     groups=(
         *_BLOCKS,
         width(
@@ -91,6 +92,7 @@ ROBERTA = Family(
     attention="attention.self",
     context="attention.output.dense",
     config_keys=_CONFIG_KEYS,
+    ties=("hidden", "heads", "pooler", "head"),
     reserved_positions=2,  # positions count from the padding's index + 1
     groups=(
         *_BLOCKS,
@@ -140,6 +142,9 @@ ELECTRA = Family(
     attention="attention.self",
     context="attention.output.dense",
     config_keys=_CONFIG_KEYS | {"embedding": "embedding_size"},
+    # Embeddings as wide as the residual stream would lose their projection.
+    ties=("hidden", "heads", "embedding", "head", "discriminator"),
+    follows=(("embedding_size", "hidden_size"),),
     groups=(
         *_BLOCKS,
         width(

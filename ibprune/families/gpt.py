@@ -12,6 +12,7 @@ GPT2 = Family(
     attention="attn",
     context="attn.c_proj",
     config_keys={"hidden": "n_embd", "heads": "n_head", "ffn": "n_inner"},
+    ties=("hidden", "heads"),
     groups=(
         Group(
             "heads",
@@ -68,6 +69,7 @@ GPT_NEOX = Family(
     attention="attention",
     context="attention.dense",
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    ties=("hidden", "heads"),
     groups=(
         Group(
             "heads",
@@ -120,6 +122,8 @@ OPT = Family(
     attention="self_attn",
     context="self_attn.out_proj",
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "ffn_dim"},
+    ties=("hidden", "heads"),
+    follows=(("word_embed_proj_dim", "hidden_size"),),
     groups=(
         heads(_OPT_QKV, "self_attn.out_proj", unit="self_attn.head_dim", sizes=("self_attn.num_heads",)),
         sublayer(

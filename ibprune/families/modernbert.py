@@ -11,6 +11,7 @@ MODERNBERT = Family(
     attention="attn",
     context="attn.Wo",
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    ties=("hidden", "heads", "head"),
     per_layer=("layer_types",),
     groups=(
         Group(

@@ -67,6 +67,7 @@ MIXTRAL = replace(
         "experts": "num_local_experts",
         "expert_ffn": "intermediate_size",
     },
+    divided=False,
     per_layer=(),
     free=(),
     groups=(

@@ -67,6 +67,7 @@ T5 = Family(
     cross_attention=_CROSS,
     cross_context=f"{_CROSS}.o",
     config_keys={"hidden": "d_model", "heads": "num_heads", "ffn": "d_ff"},
+    ties=("hidden", "head"),
     scales=("model_dim",),  # before a tied output the states are divided by its root
     uncut=tuple((kind, "encoder, decoder and output each hold the embedding") for kind in ("embedding_rank", "vocab")),
     groups=(

@@ -113,6 +113,7 @@ DINOV2 = Family(
     attention="attention",
     context="attention.o_proj",
     config_keys={"hidden": "hidden_size", "heads": "num_attention_heads"},
+    ties=("hidden", "ffn"),  # its config counts the FFN in whole multiples of the width
     uncut=_UNCUT,
     groups=(
         *_DINOV2_BLOCKS,
@@ -166,12 +167,15 @@ _CLIP_RESIDUAL = (
     *reads_and_writes("encoder.layers.*.mlp", ("fc1",), "fc2"),
 )
 
+_CLIP_KEYS = {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"}
+
 CLIP_VISION = Family(
     model_types=("clip_vision_model",),
     blocks="encoder.layers.*",
     attention="self_attn",
     context="self_attn.out_proj",
-    config_keys={"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size"},
+    config_keys=_CLIP_KEYS,
+    ties=("hidden", "heads"),
     uncut=_UNCUT,
     groups=(
         *_CLIP_BLOCKS,
@@ -183,13 +187,15 @@ CLIP_VISION = Family(
     ),
 )
 
-# A classifier on the vision tower, in the config of both towers: nothing of it is a key of that config.
+# A classifier on the vision tower, in the config of both towers.
 CLIP = Family(
     model_types=("clip",),
     blocks="vision_model.encoder.layers.*",
     attention="self_attn",
     context="self_attn.out_proj",
-    config_keys={},
+    config_keys=_CLIP_KEYS,
+    sizes_in="vision_config",
+    ties=("hidden", "heads"),
     uncut=_UNCUT,
     groups=(
         *_CLIP_BLOCKS,
@@ -249,6 +255,8 @@ SWIN = Family(
     attention="attention",
     context="attention.o_proj",
     config_keys={},
+    ties=("ffn",),
+    ratio_key="mlp_ratio",
     free=(
         "embeddings",
         "embeddings.patch_embeddings.projection",
