@@ -64,6 +64,7 @@ def _training(parser: _Parser) -> None:
     add("--batch-size", type=int, help="texts or pictures per step and process (default 32)")
     add("--grad-accum", type=int, help="batches per step (default 1)")
     add("--lr", type=float, help="peak learning rate (default: by objective)")
+    add("--schedule", help="how it falls to 0: linear (default), cosine or uba (budget-aware)")
     add("--max-length", type=int, help="tokens per sequence (default: by objective)")
     add("--precision", help="auto (default), fp32 or bf16")
 

@@ -372,4 +372,6 @@ def loss_with(
 
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:
-    return TrainSettings(steps=steps, lr=recipe.lr, grad_accum=recipe.grad_accum, seed=recipe.seed)
+    return TrainSettings(
+        steps=steps, lr=recipe.lr, schedule=recipe.schedule, grad_accum=recipe.grad_accum, seed=recipe.seed
+    )  # fmt: skip

@@ -29,7 +29,7 @@ from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_, with_latency
 from ibprune.surgery import compact_module_
 from ibprune.timing import time_forward
-from ibprune.trainer import TrainSettings, make_accelerator, train
+from ibprune.trainer import SCHEDULES, TrainSettings, make_accelerator, train
 
 SCHEMA = "ibprune.module_report/1"
 Metrics = float | dict[str, float]
@@ -54,6 +54,7 @@ class ModuleSettings:
         probe_steps: Steps of recovery before candidate cuts are compared (shares "probe"); by default an eighth of
             `recover_steps`.
         lr, weight_decay: Of the weights (AdamW); the rate is the peak.
+        schedule: How the rate falls, one of `ibprune.trainer.SCHEDULES`.
         distill: Learn from the dense model's logits too (not with a loss of one's own).
     """
 
@@ -69,6 +70,7 @@ class ModuleSettings:
     probe_steps: int | None = None
     lr: float = 1e-3
     weight_decay: float = 1e-4
+    schedule: str = "linear"
     distill: bool = True
     reconstruct: bool = False
     seed: int = 0
@@ -76,7 +78,8 @@ class ModuleSettings:
     def __post_init__(self):
         if isinstance(self.budget, str | tuple | list):
             raise BadRecipe(f"budget: expected one share of the dense cost for a module, found {self.budget!r}.")
-        for name, valid in (("cost", COSTS), ("score", SCORES), ("shares", SHARES)):
+        listed = (("cost", COSTS), ("score", SCORES), ("shares", SHARES), ("schedule", SCHEDULES))
+        for name, valid in listed:
             value = getattr(self, name)
             if value not in valid:
                 raise BadRecipe(f"{name}: found '{value}': {did_you_mean(str(value), valid)}.")
@@ -216,7 +219,9 @@ def prune_module(
 
 
 def _training(settings: ModuleSettings, steps: int) -> TrainSettings:
-    return TrainSettings(steps=steps, lr=settings.lr, weight_decay=settings.weight_decay, seed=settings.seed)
+    return TrainSettings(
+        steps=steps, lr=settings.lr, schedule=settings.schedule, weight_decay=settings.weight_decay, seed=settings.seed
+    )
 
 
 @torch.no_grad()

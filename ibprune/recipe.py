@@ -90,6 +90,7 @@ class Recipe(BaseModel):
     batch_size: int = Field(32, ge=1, description="sequences per step and process")
     grad_accum: int = Field(1, ge=1, description="batches per step")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
+    schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
     distill: bool = Field(True, description="learn from the dense model's outputs too")
     push_to_hub: str | None = Field(None, description="Hub repo that gets the folder, such as user/model")
