@@ -123,7 +123,7 @@ def prepare_cut(
             journal.write("latency", {}, structure.costs.latency.to_dict())
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
-        teacher=dense if recipe.distill else None,
+        teacher=dense if recipe.distill != "none" else None,
         settings=train_settings(recipe, recipe.mask_steps), accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
         frozen=recipe.mode == "faster", journal=journal,

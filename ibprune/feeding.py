@@ -252,8 +252,12 @@ def make_feed(
             f"expected a fast tokenizer, which says where each token stands, found {type(tokenizer).__name__}: "
             "save the model with a tokenizer.json."
         )
-    if name == "encoder" and not recipe.distill:
+    if name == "encoder" and recipe.distill == "none":
         raise BadRecipe("an encoder without a head is recovered by distillation alone: leave --no-distill out.")
+    if name in ("regression", "encoder") and recipe.divergence != "forward":
+        raise BadRecipe(
+            "--divergence: a regressor, and an encoder without a head, give no distributions to compare: leave it out."
+        )
     defaults = DEFAULTS[name]
     limit = find_family(model.config.model_type).max_tokens(model.config)
     max_length = recipe.max_length or min(defaults.max_length, limit or defaults.max_length)
@@ -291,8 +295,9 @@ def make_feed(
     if len(train_set) == 0 or len(held_out_set) == 0:
         raise BadData(f"expected text to train and to judge on in '{data.name}', found an empty split.")
     feed = Feed(
-        Objective(name), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed, tokenizer
-    )
+        Objective(name, divergence=recipe.divergence), data.metrics, train_set, held_out_set, collate,
+        recipe.batch_size, recipe.seed, tokenizer,
+    )  # fmt: skip
     return recipe, feed
 
 
@@ -317,8 +322,8 @@ def make_picture_feed(
         resize_(processor, size)
     collate = CollatePictures(processor, data, channels, augment=recipe.augment, seed=recipe.seed)
     feed = Feed(
-        Objective("classification"), data.metrics, data.train, data.held_out, collate, recipe.batch_size, recipe.seed,
-        processor, normalised_by,
+        Objective("classification", divergence=recipe.divergence), data.metrics, data.train, data.held_out, collate,
+        recipe.batch_size, recipe.seed, processor, normalised_by,
     )  # fmt: skip
     return recipe, feed
 

@@ -17,7 +17,7 @@ from ibprune.costs import COSTS
 from ibprune.cutting import CALIBRATION, choose_and_compact_, loss_with, probe_steps
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.latency import LatencyTable
-from ibprune.losses import Objective
+from ibprune.losses import DIVERGENCES, Objective
 from ibprune.models import check_finite
 from ibprune.module_files import save_module
 from ibprune.pairs import Pairs
@@ -55,7 +55,8 @@ class ModuleSettings:
             `recover_steps`.
         lr, weight_decay: Of the weights (AdamW); the rate is the peak.
         schedule: How the rate falls, one of `ibprune.trainer.SCHEDULES`.
-        distill: Learn from the dense model's logits too (not with a loss of one's own).
+        distill: "logits" (or True): learn from the dense model's logits too (not with a loss of one's own); "none".
+        divergence: How they are compared, one of `ibprune.losses.DIVERGENCES`.
     """
 
     budget: float
@@ -71,15 +72,18 @@ class ModuleSettings:
     lr: float = 1e-3
     weight_decay: float = 1e-4
     schedule: str = "linear"
-    distill: bool = True
+    distill: str | bool = "logits"
+    divergence: str = "forward"
     reconstruct: bool = False
     seed: int = 0
 
     def __post_init__(self):
         if isinstance(self.budget, str | tuple | list):
             raise BadRecipe(f"budget: expected one share of the dense cost for a module, found {self.budget!r}.")
-        listed = (("cost", COSTS), ("score", SCORES), ("shares", SHARES), ("schedule", SCHEDULES))
-        for name, valid in listed:
+        if isinstance(self.distill, bool):
+            object.__setattr__(self, "distill", "logits" if self.distill else "none")
+        listed = {"cost": COSTS, "score": SCORES, "shares": SHARES, "schedule": SCHEDULES, "divergence": DIVERGENCES}
+        for name, valid in (listed | {"distill": ("logits", "none")}).items():
             value = getattr(self, name)
             if value not in valid:
                 raise BadRecipe(f"{name}: found '{value}': {did_you_mean(str(value), valid)}.")
@@ -167,8 +171,8 @@ def prune_module(
     console.say(f"{type(model).__name__}: {len(found.sites)} places to cut, {len(found.refused)} refused.")
     with timer("evaluate"):
         dense_metrics = _judge(dense, eval_fn)
-    objective = Objective("custom", loss=loss) if loss is not None else Objective("classification")
-    teacher = dense if settings.distill and loss is None else None
+    objective = Objective("classification" if loss is None else "custom", divergence=settings.divergence, loss=loss)
+    teacher = dense if settings.distill != "none" and loss is None else None
     with timer("cut"):
         student = copy.deepcopy(dense)
         structure = prepare_traced_(student, found.sites, example, compact_module_)

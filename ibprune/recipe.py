@@ -92,7 +92,10 @@ class Recipe(BaseModel):
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
     schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
-    distill: bool = Field(True, description="learn from the dense model's outputs too")
+    distill: Literal["logits", "none"] = Field("logits", description="what is learned from the dense model")
+    divergence: Literal["forward", "reverse", "balanced"] = Field(
+        "forward", description="how its distributions are compared: KL from it, to it, or both"
+    )
     push_to_hub: str | None = Field(None, description="Hub repo that gets the folder, such as user/model")
     private: bool = Field(False, description="make that repo a private one")
     revision: str | None = Field(None, description="branch of that repo; default: main")
@@ -110,6 +113,11 @@ class Recipe(BaseModel):
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError(f"expected a number or text, found {value}")
         return value
+
+    @field_validator("distill", mode="before")  # runs before `_plain`
+    @classmethod
+    def _distill(cls, value):
+        return {True: "logits", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -185,6 +193,8 @@ class Recipe(BaseModel):
             raise ValueError(UNFIT)
         if self.mode == "faster" and self.score == "gradual":
             raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")
+        if self.divergence != "forward" and self.distill == "none":
+            raise ValueError("--divergence says how outputs are distilled, and --distill none that they are not")
         return self
 
     def save(self, path: Path) -> None:
