@@ -113,7 +113,8 @@ def _prune_parser() -> _Parser:
     add("--mask-steps", type=int, help="steps of scores vib and gradual (default: by objective)")
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
-    add("--distill", help="what is learned from the dense model: its logits (default) or none")
+    add("--distill", help="what is learned from the dense model: logits (default), hidden or relations (these and its "
+        "blocks' states, or how they relate tokens), or none")  # fmt: skip
     add("--no-distill", dest="distill", action="store_const", const="none", help="the same as --distill none")
     add("--divergence", help="how logits are compared: forward KL (default), reverse or balanced")
     _saving(parser)

@@ -15,6 +15,7 @@ from ibprune.channels import Found
 from ibprune.choosing import Choice, refit_, score_units
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
+from ibprune.distillation import layers_apart, watched
 from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
 from ibprune.groups import MODULE_KINDS
@@ -337,7 +338,7 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
             small, loss_with(objective, choice.teacher, choice.accelerator), choice.make_batches, settings,
             accelerator=choice.accelerator, phase="trying a cut", console=choice.console,
         )  # fmt: skip
-        judged = loss_with(objective, choice.judge, choice.accelerator)
+        judged = loss_with(replace(objective, layers=""), choice.judge, choice.accelerator)
         with torch.no_grad(), choice.accelerator.autocast():
             return torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean()
 
@@ -345,8 +346,8 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
 
 
 def on_kept_features(objective: Objective, plan: PruningPlan) -> Objective:
-    """Compares a narrower encoder with the same features of the dense one."""
-    if objective.name != "encoder":
+    """Compares a narrower model with the same features of the dense one, where features are compared."""
+    if objective.name != "encoder" and not objective.layers:
         return objective
     cut_dims = {
         site: plan.keep[site]
@@ -368,7 +369,16 @@ def loss_with(
                 target = forward(teacher, dense_batch(batch))
         return training_loss(objective, forward(model, batch), target, batch)
 
-    return loss_of
+    def loss_with_layers(model: nn.Module, batch: Batch) -> torch.Tensor:
+        student = accelerator.unwrap_model(model)
+        with torch.no_grad(), accelerator.autocast(), watched(teacher) as theirs:
+            target = forward(teacher, batch)
+        with watched(student) as ours:
+            outputs = forward(model, batch)
+        apart = layers_apart(objective, student, ours, theirs, batch).mean()
+        return training_loss(objective, outputs, target, batch) + apart
+
+    return loss_with_layers if objective.layers and teacher is not None else loss_of
 
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:

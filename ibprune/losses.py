@@ -13,6 +13,7 @@ from ibprune.task_heads import ANSWERS, TAGS, WRITES, complete
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", WRITES, TAGS, ANSWERS, "encoder", "custom")
 DIVERGENCES = ("forward", "reverse", "balanced")
+LAYERED = ("hidden", "relations")
 Batch = dict[str, torch.Tensor]
 WORDS = "words"  # the key of the word that each token belongs to, -1 for none
 DENSE = "dense_"  # begins the keys of what the dense model reads, where its tokens are not the pruned model's
@@ -26,8 +27,9 @@ class Objective:
         name: One of `OBJECTIVES`.
         temperature: Softens both distributions in distillation (Hinton et al. 2015).
         divergence: How distributions are compared in distillation, one of `DIVERGENCES` (see `divergence`).
-        dims: Kept residual features of an encoder, so that a narrower student meets the same features
-            of its teacher; None while the widths are equal.
+        layers: What of the blocks is distilled beside the outputs, one of `LAYERED` (see `distillation`); "": nothing.
+        dims: Kept residual features, so that a narrower student meets the same features of its teacher; None while
+            the widths are equal.
         pooler_dims: The same for the pooler's output.
         loss: For "custom": (output, labels) -> one loss per sample, (batch,); it is not distilled.
     """
@@ -35,6 +37,7 @@ class Objective:
     name: str
     temperature: float = 2.0
     divergence: str = "forward"
+    layers: str = ""
     dims: tuple[int, ...] | None = None
     pooler_dims: tuple[int, ...] | None = None
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -198,7 +201,9 @@ def _encoder_distance(objective: Objective, student, teacher, batch: Batch) -> t
         (ours, real), (own, there) = (_word_means(*side, n_words) for side in ((ours, words), (own, their_words)))
         real = real * there
     tokens = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1).clamp_min(1)
-    loss = tokens + loss + _relation(our_mean, their_mean)
+    loss = tokens + loss
+    if len(ours) > 2:
+        loss = loss + relations_apart(relations(our_mean), relations(their_mean))
     if getattr(student, "pooler_output", None) is not None:
         target = teacher.pooler_output.float()
         target = target if objective.pooler_dims is None else target[..., list(objective.pooler_dims)]
@@ -213,16 +218,23 @@ def _word_means(hidden: torch.Tensor, words: torch.Tensor, n_words: int) -> tupl
     return member @ hidden / count.clamp_min(1).unsqueeze(-1), (count > 0).to(hidden.dtype)
 
 
-def _relation(ours: torch.Tensor, theirs: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
-    """KL between the softmax similarities of each sequence to the others of its batch, (batch,)."""
-    if len(ours) < 3:
-        return ours.new_zeros(len(ours))
-    away = torch.eye(len(ours), dtype=torch.bool, device=ours.device)
-    rows = []
-    for x in (ours, theirs):
-        x = F.normalize(x, dim=-1)
-        rows.append(F.log_softmax((x @ x.T / temperature).masked_fill(away, -1e4), dim=-1))
-    return _kl(rows[1], rows[0])
+def relations(x: torch.Tensor, real: torch.Tensor | None = None, temperature: float = 0.05) -> torch.Tensor:
+    """Log-softmax of the cosines of each vector to the others of its set, (..., n, d) -> (..., n, n).
+
+    Args:
+        real: 0 for vectors to which none is related, (..., n).
+        temperature: For d = 400 features as scaled dot products of vectors that a LayerNorm left, of length sqrt(d).
+    """
+    x = F.normalize(x, dim=-1)
+    away = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    if real is not None:
+        away = away | (real == 0).unsqueeze(-2)
+    return F.log_softmax((x @ x.transpose(-1, -2) / temperature).masked_fill(away, -1e4), dim=-1)
+
+
+def relations_apart(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """KL(theirs || ours) of each vector's relations, (..., n, n) -> (..., n)."""
+    return _kl(theirs, ours)
 
 
 def training_loss(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:

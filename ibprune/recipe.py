@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ibprune.errors import BadRecipe, did_you_mean, first_line
 from ibprune.groups import KINDS
+from ibprune.losses import LAYERED
 
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
@@ -92,7 +93,10 @@ class Recipe(BaseModel):
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
     schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
-    distill: Literal["logits", "none"] = Field("logits", description="what is learned from the dense model")
+    distill: Literal["logits", "hidden", "relations", "none"] = Field(
+        "logits",
+        description="what is learned from the dense model; hidden, relations: of its blocks, beside the logits",
+    )
     divergence: Literal["forward", "reverse", "balanced"] = Field(
         "forward", description="how its distributions are compared: KL from it, to it, or both"
     )
@@ -174,6 +178,8 @@ class Recipe(BaseModel):
             raise ValueError("--push-to-hub: a repo holds one model: push a folder of the several budgets afterwards")
         if "vocab" in self.kinds and (isinstance(self.budget, tuple) or self.at_least):
             raise ValueError("'vocab' is cut for one budget, tokenizer and all: give one --budget, or other --kinds")
+        if "vocab" in self.kinds and self.distill in LAYERED:
+            raise ValueError(f"--distill {self.distill} pairs tokens, which 'vocab' changes: use --distill logits")
         for name in ("private", "revision", "commit_message"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
