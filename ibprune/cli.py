@@ -66,6 +66,7 @@ def _training(parser: _Parser) -> None:
     add("--batch-size", type=int, help="texts or pictures per step and process (default 32)")
     add("--grad-accum", type=int, help="batches per step (default 1)")
     add("--lr", type=float, help="peak learning rate (default: by objective)")
+    add("--schedule", help="how it falls to 0: linear (default), cosine or uba (budget-aware)")
     add("--max-length", type=int, help="tokens per sequence (default: by objective)")
     add("--precision", help="auto (default), fp32 or bf16")
 
@@ -114,7 +115,10 @@ def _prune_parser() -> _Parser:
     add("--mask-steps", type=int, help="steps of scores vib and gradual (default: by objective)")
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
-    add("--no-distill", dest="distill", action="store_false", default=None, help="do not learn from the dense model")
+    add("--distill", help="what is learned from the dense model: logits (default), hidden or relations (these and its "
+        "blocks' states, or how they relate tokens), or none")  # fmt: skip
+    add("--no-distill", dest="distill", action="store_const", const="none", help="the same as --distill none")
+    add("--divergence", help="how logits are compared: forward KL (default), reverse or balanced")
     _saving(parser)
     add("--push-to-hub", metavar="REPO", help="send the folder to this Hub repo, such as user/model, at the end")
     _pushing(parser)

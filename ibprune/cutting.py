@@ -15,6 +15,7 @@ from ibprune.channels import Found
 from ibprune.choosing import Choice, refit_, score_units
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
+from ibprune.distillation import layers_apart, watched
 from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
 from ibprune.groups import MODULE_KINDS
@@ -135,7 +136,7 @@ def prepare_cut(
             console.say(f"'{kind}' stays whole for plain transformers: {reason}")
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
-        teacher=dense if recipe.distill else None,
+        teacher=dense if recipe.distill != "none" else None,
         settings=phases(recipe)[0], accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
         frozen=recipe.mode == "faster", journal=journal,
@@ -354,7 +355,7 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
             small, loss_with(objective, choice.teacher, choice.accelerator), choice.make_batches, settings,
             accelerator=choice.accelerator, phase="trying a cut", console=choice.console,
         )  # fmt: skip
-        judged = loss_with(objective, choice.judge, choice.accelerator)
+        judged = loss_with(replace(objective, layers=""), choice.judge, choice.accelerator)
         with torch.no_grad(), choice.accelerator.autocast():
             return torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean()
 
@@ -362,8 +363,8 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
 
 
 def on_kept_features(objective: Objective, plan: PruningPlan) -> Objective:
-    """Compares a narrower encoder with the same features of the dense one."""
-    if objective.name != "encoder":
+    """Compares a narrower model with the same features of the dense one, where features are compared."""
+    if objective.name != "encoder" and not objective.layers:
         return objective
     cut_dims = {
         site: plan.keep[site]
@@ -385,11 +386,22 @@ def loss_with(
                 target = forward(teacher, dense_batch(batch))
         return training_loss(objective, forward(model, batch), target, batch)
 
-    return loss_of
+    def loss_with_layers(model: nn.Module, batch: Batch) -> torch.Tensor:
+        student = accelerator.unwrap_model(model)
+        with torch.no_grad(), accelerator.autocast(), watched(teacher) as theirs:
+            target = forward(teacher, batch)
+        with watched(student) as ours:
+            outputs = forward(model, batch)
+        apart = layers_apart(objective, student, ours, theirs, batch).mean()
+        return training_loss(objective, outputs, target, batch) + apart
+
+    return loss_with_layers if objective.layers and teacher is not None else loss_of
 
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:
-    return TrainSettings(steps=steps, lr=recipe.lr, grad_accum=recipe.grad_accum, seed=recipe.seed)
+    return TrainSettings(
+        steps=steps, lr=recipe.lr, schedule=recipe.schedule, grad_accum=recipe.grad_accum, seed=recipe.seed
+    )  # fmt: skip
 
 
 def phases(recipe: Recipe) -> tuple[TrainSettings, TrainSettings]:

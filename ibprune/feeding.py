@@ -26,7 +26,7 @@ from ibprune.errors import BadData, BadRecipe, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable
 from ibprune.images import CollatePictures, ImageData, blank_shape, load_images, make_processor, resize_
-from ibprune.losses import Batch, Objective
+from ibprune.losses import LAYERED, Batch, Objective
 from ibprune.prose import load_prose
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
@@ -252,8 +252,12 @@ def make_feed(
             f"expected a fast tokenizer, which says where each token stands, found {type(tokenizer).__name__}: "
             "save the model with a tokenizer.json."
         )
-    if name == "encoder" and not recipe.distill:
+    if name == "encoder" and recipe.distill == "none":
         raise BadRecipe("an encoder without a head is recovered by distillation alone: leave --no-distill out.")
+    if name in ("regression", "encoder") and recipe.divergence != "forward":
+        raise BadRecipe(
+            "--divergence: a regressor, and an encoder without a head, give no distributions to compare: leave it out."
+        )
     defaults = DEFAULTS[name]
     limit = find_family(model.config.model_type).max_tokens(model.config)
     max_length = recipe.max_length or min(defaults.max_length, limit or defaults.max_length)
@@ -291,8 +295,9 @@ def make_feed(
     if len(train_set) == 0 or len(held_out_set) == 0:
         raise BadData(f"expected text to train and to judge on in '{data.name}', found an empty split.")
     feed = Feed(
-        Objective(name), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed, tokenizer
-    )
+        _objective(name, recipe), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed,
+        tokenizer,
+    )  # fmt: skip
     return recipe, feed
 
 
@@ -305,9 +310,15 @@ def make_picture_feed(
         processor: The model's own; None makes one from the training pictures.
 
     Raises:
-        BadRecipe: A size that the model cannot read: a vision transformer has positions for one.
+        BadRecipe: A size that the model cannot read (a vision transformer has positions for one), or a distillation of
+            blocks that it has not.
     """
     size, traced = recipe.image_size, is_traced(model.config.model_type)
+    if traced and recipe.distill in LAYERED:
+        raise BadRecipe(
+            f"--distill {recipe.distill} reads the blocks of a transformer, found a CNN "
+            f"('{model.config.model_type}'): use --distill logits."
+        )
     recipe = _with_defaults(recipe, DEFAULTS["images" if traced else "images by patches"])
     channels, size = (model.config.num_channels, size) if traced else _fixed_shape(model, size)
     normalised_by = "the model's image processor" if processor is not None else "the training pictures"
@@ -317,10 +328,14 @@ def make_picture_feed(
         resize_(processor, size)
     collate = CollatePictures(processor, data, channels, augment=recipe.augment, seed=recipe.seed)
     feed = Feed(
-        Objective("classification"), data.metrics, data.train, data.held_out, collate, recipe.batch_size, recipe.seed,
-        processor, normalised_by,
+        _objective("classification", recipe), data.metrics, data.train, data.held_out, collate, recipe.batch_size,
+        recipe.seed, processor, normalised_by,
     )  # fmt: skip
     return recipe, feed
+
+
+def _objective(name: str, recipe: Recipe) -> Objective:
+    return Objective(name, divergence=recipe.divergence, layers=recipe.distill if recipe.distill in LAYERED else "")
 
 
 def _fixed_shape(model: PreTrainedModel, size: int | None) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from ibprune.errors import BadData
 from ibprune.task_heads import ANSWERS, TAGS, WRITES, complete
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", WRITES, TAGS, ANSWERS, "encoder", "custom")
+DIVERGENCES = ("forward", "reverse", "balanced")
+LAYERED = ("hidden", "relations")
 Batch = dict[str, torch.Tensor]
 WORDS = "words"  # the key of the word that each token belongs to, -1 for none
 DENSE = "dense_"  # begins the keys of what the dense model reads, where its tokens are not the pruned model's
@@ -24,14 +26,18 @@ class Objective:
     Attributes:
         name: One of `OBJECTIVES`.
         temperature: Softens both distributions in distillation (Hinton et al. 2015).
-        dims: Kept residual features of an encoder, so that a narrower student meets the same features
-            of its teacher; None while the widths are equal.
+        divergence: How distributions are compared in distillation, one of `DIVERGENCES` (see `divergence`).
+        layers: What of the blocks is distilled beside the outputs, one of `LAYERED` (see `distillation`); "": nothing.
+        dims: Kept residual features, so that a narrower student meets the same features of its teacher; None while
+            the widths are equal.
         pooler_dims: The same for the pooler's output.
         loss: For "custom": (output, labels) -> one loss per sample, (batch,); it is not distilled.
     """
 
     name: str
     temperature: float = 2.0
+    divergence: str = "forward"
+    layers: str = ""
     dims: tuple[int, ...] | None = None
     pooler_dims: tuple[int, ...] | None = None
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -116,35 +122,69 @@ def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # 
 def distill_loss(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
     """How far the student is from the dense model, per sequence, (batch,).
 
-    Classifiers and language models: T^2 KL(teacher || student) of the logits, of a token classifier at the tokens that
-    have a tag: at the others nobody reads its outputs, and nothing trained the teacher's. Question answering: the mean
-    KL of both ends, over the tokens of the window. Regression: squared
-    difference. Encoders: cosine distance of tokens and of pooled embeddings, the KL between their
-    similarities to the other sequences of the batch, and the squared difference of the pooler output.
+    Classifiers and language models: the `divergence` of the logits, of a token classifier at the tokens that have a
+    tag: at the others nobody reads its outputs, and nothing trained the teacher's. Question answering: the mean of both
+    ends, over the tokens of the window. Regression: squared difference. Encoders: cosine distance of tokens and of
+    pooled embeddings, the KL between their similarities to the other sequences of the batch, and the squared difference
+    of the pooler output.
     Where the two models read different tokens, words take the place of tokens.
     """
     match objective.name:
         case "classification":
-            return _kl(student.logits, teacher.logits, objective.temperature)
+            return divergence(objective, student.logits, teacher.logits)
         case "regression":
             return (student.logits - teacher.logits).float().square().squeeze(-1)
         case "causal_lm":
             real = batch["attention_mask"].float()
-            return (_kl(student.logits, teacher.logits, objective.temperature) * real).sum(1) / real.sum(1)
+            return (divergence(objective, student.logits, teacher.logits) * real).sum(1) / real.sum(1)
         case "question_answering":
-            both = (span_logits(outputs, batch) for outputs in (student, teacher))
-            return _kl(*both, objective.temperature).mean(1)
+            return divergence(objective, *(span_logits(outputs, batch) for outputs in (student, teacher))).mean(1)
         case "masked_lm" | "seq2seq_lm" | "token_classification":
             real = (batch["labels"] != -100).float()
-            each = _kl(student.logits, teacher.logits, objective.temperature)
+            each = divergence(objective, student.logits, teacher.logits)
             return (each * real).sum(1) / real.sum(1).clamp_min(1)
         case _:
             return _encoder_distance(objective, student, teacher, batch)
 
 
-def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+def divergence(objective: Objective, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """T^2 times how far two softened distributions are apart, of logits (..., classes) -> (...), in nats.
+
+    With t the teacher's and s the student's softmax(logits / T): "forward" is KL(t || s) (Hinton et al. 2015),
+    "reverse" KL(s || t), and "balanced" both, weighted for each distribution by whose entropy is larger (the student's
+    loss of BD-KD, Amara et al. 2022, arXiv 2212.12965):
+
+        2/3 KL(t || s) + 1/3 KL(s || t)   where H(s) < H(t): a student too sure is to cover what the teacher does,
+        1/3 KL(t || s) + 2/3 KL(s || t)   elsewhere.
+
+    The weights 2 and 1 are ours, divided by their sum, so that the size is that of the other two.
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.5, 0.5], [0.75, 0.25]]))
+        >>> divergence(Objective("classification", temperature=1.0), *logits)
+        tensor(0.1308)
+    """
+    temperature = objective.temperature
+    ours, theirs = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
+    match objective.divergence:
+        case "forward":
+            found = _kl(theirs, ours)
+        case "reverse":
+            found = _kl(ours, theirs)
+        case _:
+            forward, reverse = _kl(theirs, ours), _kl(ours, theirs)
+            too_sure = _entropy(ours.detach()) < _entropy(theirs)
+            found = torch.where(too_sure, 2 * forward + reverse, forward + 2 * reverse) / 3
+    return temperature**2 * found
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probabilities, (..., classes) -> (...)."""
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+
+def _entropy(logs: torch.Tensor) -> torch.Tensor:
+    return -(logs.exp() * logs).sum(-1)
 
 
 def _encoder_distance(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:
@@ -161,7 +201,9 @@ def _encoder_distance(objective: Objective, student, teacher, batch: Batch) -> t
         (ours, real), (own, there) = (_word_means(*side, n_words) for side in ((ours, words), (own, their_words)))
         real = real * there
     tokens = ((1 - F.cosine_similarity(ours, own, dim=-1)) * real).sum(1) / real.sum(1).clamp_min(1)
-    loss = tokens + loss + _relation(our_mean, their_mean)
+    loss = tokens + loss
+    if len(ours) > 2:
+        loss = loss + relations_apart(relations(our_mean), relations(their_mean))
     if getattr(student, "pooler_output", None) is not None:
         target = teacher.pooler_output.float()
         target = target if objective.pooler_dims is None else target[..., list(objective.pooler_dims)]
@@ -176,16 +218,23 @@ def _word_means(hidden: torch.Tensor, words: torch.Tensor, n_words: int) -> tupl
     return member @ hidden / count.clamp_min(1).unsqueeze(-1), (count > 0).to(hidden.dtype)
 
 
-def _relation(ours: torch.Tensor, theirs: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
-    """KL between the softmax similarities of each sequence to the others of its batch, (batch,)."""
-    if len(ours) < 3:
-        return ours.new_zeros(len(ours))
-    away = torch.eye(len(ours), dtype=torch.bool, device=ours.device)
-    rows = []
-    for x in (ours, theirs):
-        x = F.normalize(x, dim=-1)
-        rows.append(F.log_softmax((x @ x.T / temperature).masked_fill(away, -1e4), dim=-1))
-    return F.kl_div(rows[0], rows[1], log_target=True, reduction="none").sum(-1)
+def relations(x: torch.Tensor, real: torch.Tensor | None = None, temperature: float = 0.05) -> torch.Tensor:
+    """Log-softmax of the cosines of each vector to the others of its set, (..., n, d) -> (..., n, n).
+
+    Args:
+        real: 0 for vectors to which none is related, (..., n).
+        temperature: For d = 400 features as scaled dot products of vectors that a LayerNorm left, of length sqrt(d).
+    """
+    x = F.normalize(x, dim=-1)
+    away = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    if real is not None:
+        away = away | (real == 0).unsqueeze(-2)
+    return F.log_softmax((x @ x.transpose(-1, -2) / temperature).masked_fill(away, -1e4), dim=-1)
+
+
+def relations_apart(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """KL(theirs || ours) of each vector's relations, (..., n, n) -> (..., n)."""
+    return _kl(theirs, ours)
 
 
 def training_loss(objective: Objective, student, teacher, batch: Batch) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ibprune.costs import COSTS
 from ibprune.cutting import CALIBRATION, choose_and_compact_, loss_with, mask_and_recovery, probe_steps
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.latency import LatencyTable
-from ibprune.losses import Objective
+from ibprune.losses import DIVERGENCES, Objective
 from ibprune.models import check_finite
 from ibprune.module_files import save_module
 from ibprune.pairs import Pairs
@@ -29,7 +29,7 @@ from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_, with_latency
 from ibprune.surgery import compact_module_
 from ibprune.timing import time_forward
-from ibprune.trainer import TrainSettings, make_accelerator, train
+from ibprune.trainer import SCHEDULES, TrainSettings, make_accelerator, train
 
 SCHEMA = "ibprune.module_report/1"
 Metrics = float | dict[str, float]
@@ -54,7 +54,9 @@ class ModuleSettings:
         probe_steps: Steps of recovery before candidate cuts are compared (shares "probe"); by default an eighth of
             `recover_steps`.
         lr, weight_decay: Of the weights (AdamW); the rate is the peak.
-        distill: Learn from the dense model's logits too (not with a loss of one's own).
+        schedule: How the rate falls, one of `ibprune.trainer.SCHEDULES`.
+        distill: "logits" (or True): learn from the dense model's logits too (not with a loss of one's own); "none".
+        divergence: How they are compared, one of `ibprune.losses.DIVERGENCES`.
     """
 
     budget: float
@@ -69,14 +71,19 @@ class ModuleSettings:
     probe_steps: int | None = None
     lr: float = 1e-3
     weight_decay: float = 1e-4
-    distill: bool = True
+    schedule: str = "linear"
+    distill: str | bool = "logits"
+    divergence: str = "forward"
     reconstruct: bool = False
     seed: int = 0
 
     def __post_init__(self):
         if isinstance(self.budget, str | tuple | list):
             raise BadRecipe(f"budget: expected one share of the dense cost for a module, found {self.budget!r}.")
-        for name, valid in (("cost", COSTS), ("score", SCORES), ("shares", SHARES)):
+        if isinstance(self.distill, bool):
+            object.__setattr__(self, "distill", "logits" if self.distill else "none")
+        listed = {"cost": COSTS, "score": SCORES, "shares": SHARES, "schedule": SCHEDULES, "divergence": DIVERGENCES}
+        for name, valid in (listed | {"distill": ("logits", "none")}).items():
             value = getattr(self, name)
             if value not in valid:
                 raise BadRecipe(f"{name}: found '{value}': {did_you_mean(str(value), valid)}.")
@@ -164,8 +171,8 @@ def prune_module(
     console.say(f"{type(model).__name__}: {len(found.sites)} places to cut, {len(found.refused)} refused.")
     with timer("evaluate"):
         dense_metrics = _judge(dense, eval_fn)
-    objective = Objective("custom", loss=loss) if loss is not None else Objective("classification")
-    teacher = dense if settings.distill and loss is None else None
+    objective = Objective("classification" if loss is None else "custom", divergence=settings.divergence, loss=loss)
+    teacher = dense if settings.distill != "none" and loss is None else None
     with timer("cut"):
         student = copy.deepcopy(dense)
         structure = prepare_traced_(student, found.sites, example, compact_module_)
@@ -217,7 +224,9 @@ def prune_module(
 
 def _phases(settings: ModuleSettings) -> tuple[TrainSettings, TrainSettings]:
     """How the masks and the recovery train."""
-    common = TrainSettings(steps=0, lr=settings.lr, weight_decay=settings.weight_decay, seed=settings.seed)
+    common = TrainSettings(
+        steps=0, lr=settings.lr, schedule=settings.schedule, weight_decay=settings.weight_decay, seed=settings.seed
+    )
     return mask_and_recovery(common, settings.score, settings.mask_steps, settings.recover_steps)
 
 

@@ -149,7 +149,7 @@ def recover(
     recipe, console = job.subject.recipe, job.console
     objective = on_kept_features(job.subject.feed.objective, plan)
     with job.timer("recover"):
-        teacher = job.dense if recipe.distill else None
+        teacher = job.dense if recipe.distill != "none" else None
         _, steps = phases(recipe)
         train(student, loss_with(objective, teacher, job.accelerator), feed.train, steps,
               accelerator=job.accelerator, phase=phase, console=console, journal=job.journal)  # fmt: skip

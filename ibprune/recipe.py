@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ibprune.errors import BadRecipe, did_you_mean, first_line
 from ibprune.groups import KINDS
+from ibprune.losses import LAYERED
 
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
@@ -91,8 +92,15 @@ class Recipe(BaseModel):
     batch_size: int = Field(32, ge=1, description="sequences per step and process")
     grad_accum: int = Field(1, ge=1, description="batches per step")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
+    schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
-    distill: bool = Field(True, description="learn from the dense model's outputs too")
+    distill: Literal["logits", "hidden", "relations", "none"] = Field(
+        "logits",
+        description="what is learned from the dense model; hidden, relations: of its blocks, beside the logits",
+    )
+    divergence: Literal["forward", "reverse", "balanced"] = Field(
+        "forward", description="how its distributions are compared: KL from it, to it, or both"
+    )
     push_to_hub: str | None = Field(None, description="Hub repo that gets the folder, such as user/model")
     private: bool = Field(False, description="make that repo a private one")
     revision: str | None = Field(None, description="branch of that repo; default: main")
@@ -110,6 +118,11 @@ class Recipe(BaseModel):
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError(f"expected a number or text, found {value}")
         return value
+
+    @field_validator("distill", mode="before")  # runs before `_plain`
+    @classmethod
+    def _distill(cls, value):
+        return {True: "logits", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -166,6 +179,8 @@ class Recipe(BaseModel):
             raise ValueError("--push-to-hub: a repo holds one model: push a folder of the several budgets afterwards")
         if "vocab" in self.kinds and (isinstance(self.budget, tuple) or self.at_least):
             raise ValueError("'vocab' is cut for one budget, tokenizer and all: give one --budget, or other --kinds")
+        if "vocab" in self.kinds and self.distill in LAYERED:
+            raise ValueError(f"--distill {self.distill} pairs tokens, which 'vocab' changes: use --distill logits")
         for name in ("private", "revision", "commit_message"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
@@ -185,6 +200,8 @@ class Recipe(BaseModel):
             raise ValueError(UNFIT)
         if self.mode == "faster" and self.score == "gradual":
             raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")
+        if self.divergence != "forward" and self.distill == "none":
+            raise ValueError("--divergence says how outputs are distilled, and --distill none that they are not")
         return self
 
     def save(self, path: Path) -> None:

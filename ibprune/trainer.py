@@ -15,12 +15,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ibprune.console import Quiet
-from ibprune.errors import BadRecipe, IBPruneError
+from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet
 from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
 
 PRECISIONS = ("auto", "fp32", "bf16")
+SCHEDULES = ("linear", "cosine", "uba")
+PHI = 5.0  # of "uba": below cosine's 2 the rate stays high for longer, above it falls sooner
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TrainSettings:
         lr: Peak learning rate of the weights; linear warm-up over `warmup` of the steps, then to 0.
         before, after: Steps of the weights in earlier and later phases of one schedule: the rate falls to 0 at the end
             of all of them, with a warm-up in each, because each has an optimiser of its own.
+        schedule: How it falls, one of `SCHEDULES` (`decay`).
         grad_accum: Batches per optimiser step.
         max_grad_norm: Gradients of the weights are clipped to this norm.
     """
@@ -40,6 +43,7 @@ class TrainSettings:
     lr: float
     before: int = 0
     after: int = 0
+    schedule: str = "linear"
     warmup: float = 0.1
     weight_decay: float = 0.01
     grad_accum: int = 1
@@ -109,6 +113,31 @@ def _native_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def decay(left: float, schedule: str) -> float:
+    """Share of the peak learning rate when `left` of the schedule is left; 1 above 1, 0 below 0.
+
+    With c = 1 + cos(pi (1 - left)), "uba" is the budget-aware schedule of Tang et al. 2025 (arXiv 2505.24452),
+
+        2 c / (2 phi + (2 - phi) c),   phi = `PHI`;
+
+    phi = 2 is "cosine", c / 2 (Loshchilov & Hutter 2017, arXiv 1608.03983), and phi towards 0 a constant rate.
+
+    Raises:
+        BadRecipe: Another schedule.
+
+    Example:
+        >>> decay(0.25, "linear"), round(decay(0.25, "cosine"), 3), round(decay(0.25, "uba"), 3)
+        (0.25, 0.146, 0.064)
+    """
+    left = min(1.0, max(0.0, left))
+    if schedule == "linear":
+        return left
+    if schedule not in SCHEDULES:
+        raise BadRecipe(f"found the schedule '{schedule}': {did_you_mean(schedule, SCHEDULES)}.")
+    phi, c = 2.0 if schedule == "cosine" else PHI, 1 + math.cos(math.pi * (1 - left))
+    return 2 * c / (2 * phi + (2 - phi) * c)
 
 
 def train(
@@ -217,7 +246,7 @@ def rate(settings: TrainSettings, step: int) -> float:
     whole = settings.before + settings.steps + settings.after
     warmup, fall = (max(1, int(settings.warmup * steps)) for steps in (settings.steps, whole))
     left = whole - settings.before - step
-    return min((step + 1) / warmup, 1.0, max(0.0, left / max(1, whole - fall)))
+    return min((step + 1) / warmup, decay(left / max(1, whole - fall), settings.schedule))
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

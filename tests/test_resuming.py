@@ -134,10 +134,16 @@ def test_a_run_may_be_cut_short_again_and_again(classifier, whole, tmp_path):
     same(whole, tmp_path / "out")
 
 
-@pytest.mark.parametrize("head,data", [("BertForMaskedLM", "stories"), ("LlamaForCausalLM", "stories")])
-def test_hidden_tokens_and_accumulated_steps_go_on_too(head, data, folders, request, tmp_path):
+@pytest.mark.parametrize(
+    "head,data,more",
+    [
+        ("BertForMaskedLM", "stories", dict(distill="hidden", schedule="cosine")),
+        ("LlamaForCausalLM", "stories", dict(distill="relations")),
+    ],
+)
+def test_hidden_tokens_and_accumulated_steps_go_on_too(head, data, more, folders, request, tmp_path):
     """What a masked language model's batches hide is drawn by a generator that no seed of an epoch sets."""
-    values = dict(model=folders[head], budget=0.5, data=request.getfixturevalue(data), grad_accum=2) | STEPS
+    values = dict(model=folders[head], budget=0.5, data=request.getfixturevalue(data), grad_accum=2) | STEPS | more
     ibprune.prune(**values, output=tmp_path / "whole")
     interrupt(tmp_path / "out", "learning masks", 5, **values)
     interrupt(tmp_path / "out", "recovering", 6, **values, resume=True)

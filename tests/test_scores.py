@@ -136,4 +136,4 @@ def test_the_recipe_and_the_scores_name_the_same():
 
 def test_the_command_of_a_refitted_run_asks_for_it():
     recipe = make_recipe({"model": "minilm", "budget": 0.3, "score": "taylor", "reconstruct": True, "distill": False})
-    assert recipe.command() == "ibprune --model minilm --budget 0.3 --score taylor --reconstruct --no-distill"
+    assert recipe.command() == "ibprune --model minilm --budget 0.3 --score taylor --reconstruct --distill none"

@@ -1,5 +1,6 @@
 """The training loop: accumulation, seeds, groups, states, and a loss that is not a number."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ibprune.console import Quiet
-from ibprune.errors import IBPruneError
+from ibprune.errors import BadRecipe, IBPruneError
 from ibprune.masks import MaskSet, VIBMask
 from ibprune.recipe import make_recipe
 from ibprune.resuming import FolderJournal
-from ibprune.trainer import TrainSettings, TrainState, make_accelerator, rate, train
+from ibprune.trainer import SCHEDULES, TrainSettings, TrainState, decay, make_accelerator, rate, train
 
 
 def rows(n: int = 48) -> list[dict]:
@@ -20,7 +21,11 @@ def rows(n: int = 48) -> list[dict]:
     return [{"x": torch.randn(3, generator=generator), "y": torch.randn(1, generator=generator)} for _ in range(n)]
 
 
-def fit(batch_size: int, **settings):
+def squared(model, batch):
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def fit(batch_size: int, loss_of=squared, **settings):
     model = nn.Linear(3, 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,7 +34,7 @@ def fit(batch_size: int, **settings):
     accelerator = make_accelerator("fp32", grad_accum=settings.grad_accum)
     state = train(
         model,
-        lambda m, batch: (m(batch["x"]) - batch["y"]).square().mean(),
+        loss_of,
         lambda seed: DataLoader(rows(), batch_size=batch_size),
         settings,
         accelerator=accelerator,
@@ -67,8 +72,30 @@ def test_no_steps_change_nothing():
     assert torch.equal(model.weight, torch.full((1, 3), 0.1)) and state.step == 0
 
 
-def squared(model, batch):
-    return (model(batch["x"]) - batch["y"]).square().mean()
+def test_schedules_fall_from_the_peak_to_nothing_as_their_papers_say(monkeypatch):
+    lefts = [i / 40 for i in range(41)]
+    for schedule in SCHEDULES:
+        shares = [decay(left, schedule) for left in lefts]
+        assert shares[0] == pytest.approx(0, abs=1e-12) and shares[-1] == decay(1.5, schedule) == 1
+        assert shares == sorted(shares)
+    assert decay(0.3, "linear") == 0.3
+    cosine = [(1 + math.cos(math.pi * (1 - left))) / 2 for left in lefts]
+    assert [decay(left, "cosine") for left in lefts] == pytest.approx(cosine)
+    assert decay(0.5, "uba") == pytest.approx(2 / 7)  # c = 1: 2 / (2 phi + 2 - phi)
+    monkeypatch.setattr("ibprune.trainer.PHI", 2.0)
+    assert [decay(left, "uba") for left in lefts] == pytest.approx(cosine)
+    monkeypatch.setattr("ibprune.trainer.PHI", 1e-9)  # a constant rate
+    assert min(decay(left, "uba") for left in lefts[2:]) > 0.999
+    with pytest.raises(BadRecipe, match="did you mean 'cosine'"):
+        decay(0.5, "cosin")
+
+
+def test_the_weights_follow_the_schedule():
+    """Where the gradient is always 1, AdamW's steps are as long as the rate."""
+    for schedule in SCHEDULES:
+        model, _ = fit(16, lambda m, batch: m.weight.sum(), steps=10, lr=1e-3, weight_decay=0.0, schedule=schedule)
+        rates = [1.0, *(decay((10 - step) / 9, schedule) for step in range(1, 10))]
+        assert torch.allclose(0.1 - model.weight, torch.tensor(1e-3 * sum(rates)), rtol=1e-4)
 
 
 def journalled(folder: Path, loss_of, **settings):
