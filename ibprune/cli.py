@@ -48,6 +48,8 @@ def _common(parser: _Parser) -> None:
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
     parser.add_argument("--kinds", help=f"comma list: {kinds}")
+    rotate = "cut the residual width in its principal directions (RMSNorm models with a head)"
+    parser.add_argument("--rotate", action="store_true", default=None, help=rotate)
     parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8)")
 
 
@@ -314,7 +316,7 @@ def _plan(argv: list[str]) -> int:
     from ibprune.planning import plan
 
     found = plan(recipe.model, recipe.budget, cost=recipe.cost, scope=recipe.scope, kinds=recipe.kinds,
-                 round_to=recipe.round_to, image_size=recipe.image_size)  # fmt: skip
+                 round_to=recipe.round_to, rotate=recipe.rotate, image_size=recipe.image_size)  # fmt: skip
     if arguments.json:
         import json
 

@@ -24,6 +24,7 @@ from ibprune.masks import MaskSet
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.resuming import NO_JOURNAL, Journal
+from ibprune.rotation import principal_axes
 from ibprune.scores import LEARNED
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
@@ -80,9 +81,10 @@ def cut(
         batches = feed.calibration(CALIBRATION, accelerator.device)
         choice = replace(choice, batches=batches, make_batches=feed.train)
     kinds = tuple(kind for kind in kinds if kind != "vocab")
-    rest = prepare_(student, kinds, token_use(student, kinds, counts, choice.batches, feed.objective))
+    use = token_use(student, kinds, counts, choice.batches, feed.objective)
+    rest = prepare_(student, kinds, use, axes=structure.axes)
     student, plan = choose_and_compact_(student, rest, budget, choice)
-    plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
+    plan = replace(plan, n_units=n_units, keep=plan.keep | {"vocab": rows})  # in the dense model's rows
     return student, plan, budget, structure, feed
 
 
@@ -103,12 +105,16 @@ def prepare_cut(
         example = feed.example()["pixel_values"].to(accelerator.device)
         structure = prepare_traced_(student, found.sites, example, compact_traced_)
     else:
-        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost)
+        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost, rotate=recipe.rotate)
         if find_family(dense.config.model_type).embedding:
             most = USAGE if "vocab" in kinds else 100
             masked = feed.objective.name == "masked_lm"
             counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=most, masked=masked)
-        structure = prepare_(student, kinds, token_use(student, kinds, counts, batches, feed.objective))
+        axes = None
+        if recipe.rotate:
+            axes = journal.once("axes", lambda: {"axes": principal_axes(student, batches)})["axes"]
+        use = token_use(student, kinds, counts, batches, feed.objective)
+        structure = prepare_(student, kinds, use, axes=axes)
     if recipe.cost == "latency":
         entry = journal.read("latency")
         structure = with_latency(

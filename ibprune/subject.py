@@ -15,6 +15,7 @@ from ibprune.labels import match_labels
 from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
 from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
+from ibprune.rotation import check_rotation
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.structure import check_cnn, choose_kinds
 from ibprune.task_heads import WRITES, writes
@@ -80,9 +81,10 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
     found = None
     if not traced:
-        choose_kinds(
-            loaded.model, recipe.kinds, cost=recipe.cost
-        )  # a kind that is not there is said before anything is trained
+        # what cannot be is said before anything is trained
+        choose_kinds(loaded.model, recipe.kinds, cost=recipe.cost, rotate=recipe.rotate)
+        if recipe.rotate:
+            check_rotation(loaded.model)
     if pictures:
         recipe, feed = make_picture_feed(recipe, loaded.model, loaded.processor, data)
         found = find_channels(loaded.model, feed.example()["pixel_values"]) if traced else None

@@ -23,7 +23,7 @@ LAYERS = (
     ("sites", "masks", "tracing"),
     ("plans", "inject", "costs", "losses"),
     ("slicing", "budget", "stages", "timing"),
-    ("embeddings", "latency", "taps"),
+    ("embeddings", "latency", "rotation", "taps"),
     ("surgery",),
     ("recipe", "data", "report", "channels"),
     ("collating", "prose", "images", "structure", "resuming"),
