@@ -115,6 +115,10 @@ def prepare_cut(
             axes = journal.once("axes", lambda: {"axes": principal_axes(student, batches)})["axes"]
         use = token_use(student, kinds, counts, batches, feed.objective)
         structure = prepare_(student, kinds, use, axes=axes)
+        params = structure.costs.params
+        more = params(params.n_units) - params.of_dense()
+        if more:
+            console.say(f"--rotate parts the output from the embedding: {more:,} parameters more, before any cut.")
     if recipe.cost == "latency":
         entry = journal.read("latency")
         structure = with_latency(

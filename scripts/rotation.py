@@ -4,13 +4,14 @@
         --data ../shared/data/tinystories/tinystories_sample.txt --widths 48,32 --steps 100
 
 Nothing but `hidden` is cut. "features" are those of the dense model by Fisher, "directions" those of the turned stream
-by Fisher or in the order of their axes. Where turning parts a tied output from the embedding, one more row cuts
-features to the width at which the dense model, tied as it is, has as many parameters.
+by Fisher or in the order of their axes. Where turning parts a tied output from the embedding, two more rows have as
+many parameters: more features of the dense model, tied as it is, and as many of a copy whose output is untied.
 """
 
 import argparse
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--untie", action="store_true", help="start from a copy whose output is not tied")
+    parser.add_argument("--held-out", type=int, default=400, help="rows that the perplexity is of, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="a JSON file for the rows")
     asked = parser.parse_args()
@@ -53,18 +54,16 @@ def main() -> None:
     accelerator = make_accelerator("fp32", grad_accum=1, seed=asked.seed)
     subject = load_subject(recipe, Quiet())
     feed, dense, objective = subject.feed, subject.loaded.model.eval(), subject.feed.objective
-    if asked.untie:
-        dense.lm_head.weight = torch.nn.Parameter(dense.lm_head.weight.detach().clone())
-        dense.config.tie_word_embeddings = False
+    feed = replace(feed, held_out_set=feed.held_out_set.select(range(min(asked.held_out, len(feed.held_out_set)))))
     batches = feed.calibration(CALIBRATION, torch.device("cpu"))
 
     def measured(model: PreTrainedModel) -> float:
         return evaluate_model(model, feed, objective, console=Quiet(), what="evaluating")["perplexity"]
 
     sides = {}
-    for side in ("features", "directions"):
+    turned = principal_axes(dense, batches)
+    for side, axes in {"features": None, "untied features": torch.eye(len(turned)), "directions": turned}.items():
         model = copy.deepcopy(dense)
-        axes = principal_axes(dense, batches) if side == "directions" else None
         structure = prepare_(model, ("hidden",), None, axes=axes)
         sides[side] = model, structure, fisher_order(model, structure, batches, objective)
     rows = [{"units": "dense", "params": sides["features"][1].costs.params.of_dense(), "at_once": measured(dense)}]
@@ -88,12 +87,12 @@ def main() -> None:
         row("features", width, sides["features"][2], "features, Fisher")
         row("directions", width, None, "directions, in order")
         row("directions", width, sides["directions"][2], "directions, Fisher")
-        params = {side: sides[side][1].costs.params for side in sides}
-        whole = params["features"].n_units
-        limit = params["directions"](params["directions"].n_units | {"hidden": width})
-        same = max(w for w in range(1, whole["hidden"] + 1) if params["features"](whole | {"hidden": w}) <= limit)
-        if same > width:
+        tied, untied = (sides[side][1].costs.params for side in ("features", "directions"))
+        whole, limit = tied.n_units, untied(untied.n_units | {"hidden": width})
+        same = max(w for w in range(1, whole["hidden"] + 1) if tied(whole | {"hidden": w}) <= limit)
+        if same > width:  # the rotation has parted the output from the embedding
             row("features", same, sides["features"][2], "features, Fisher, as many parameters")
+            row("untied features", width, sides["untied features"][2], "features, Fisher, output untied before")
     if asked.output:
         Path(asked.output).write_text(json.dumps(rows, indent=1) + "\n")
 

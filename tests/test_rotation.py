@@ -6,8 +6,10 @@ import types
 
 import pytest
 import torch
-from conftest import CASES, build, outputs, token_ids
+import transformers
+from conftest import CASES, build, outputs, random_keep, token_ids
 from test_resuming import STEPS, Stopping, same, unverified  # noqa: F401
+from test_vocabulary import spelt  # noqa: F401
 
 import ibprune
 from ibprune import cli
@@ -15,6 +17,7 @@ from ibprune.budget import make_budget
 from ibprune.costs import count_params
 from ibprune.embeddings import TokenUse
 from ibprune.errors import BadRecipe, PlanMismatch, UnsupportedModel
+from ibprune.folders import verify, write_model
 from ibprune.inject import inject_
 from ibprune.plans import PruningPlan, full_plan, is_rotated
 from ibprune.rotation import check_rotation, principal_axes, rotate_
@@ -86,6 +89,22 @@ def test_cutting_directions_is_exact_and_costs_what_is_predicted(family, head):
     compact_(model, plan)
     assert (outputs(model) - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
     assert count_params(model) == structure.costs.params(plan.kept())
+
+
+@pytest.mark.parametrize("family,head", [(f, h) for f, h in HEADED if h.endswith(("LM", "ForConditionalGeneration"))])
+@pytest.mark.parametrize("even", [True, False])
+def test_folders_of_directions_load(family, head, even, tmp_path):
+    model = build(family, head, dtype=torch.float32)
+    axes = random_axes()
+    structure = prepare_(model, ("hidden",), None, axes=axes)
+    keep = {} if even else random_keep(structure.everything, 5)
+    plan = structure.plan(model, keep | {"hidden": tuple(range(12))})
+    compact_(model, plan)
+    tier = write_model(model, None, plan, tmp_path)
+    # The others scale by the dense width, or split it between heads, and no key of their configs says so.
+    plain = even and family not in ("gemma", "t5", "t5-gated", "phi3")
+    assert tier == ("vanilla" if plain else "remote_code")
+    assert verify(model, tmp_path, tier)["max_abs_diff"] <= 1e-5 * max(1.0, float(outputs(model).abs().max()))
 
 
 def test_the_axes_are_those_of_what_the_norms_see():
@@ -198,6 +217,36 @@ def test_a_run_cuts_directions_and_says_so_everywhere(folders, stories, tmp_path
     assert (
         found["budget"]["limit"] == report["budget"]["limit"] and found["dense"]["params"] == report["dense"]["params"]
     )
+
+
+@pytest.mark.parametrize(
+    "family,head,kinds,score",
+    [
+        ("llama", "LlamaForSequenceClassification", "hidden,embedding_rank", "kwon"),
+        ("llama-tied", "LlamaForSequenceClassification", "", "taylor"),
+        ("t5", "T5ForSequenceClassification", "hidden,heads", "fisher"),
+        ("qwen3", "Qwen3ForSequenceClassification", "hidden", "magnitude"),
+    ],
+)
+def test_directions_go_with_every_kind_and_score(family, head, kinds, score, tokenizer, reviews, tmp_path, unverified):  # noqa: F811
+    build(family, head, dtype=torch.float32).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    values = dict(kinds=kinds, score=score, rotate=True, round_to=1) | STEPS
+    result = ibprune.prune(str(tmp_path / "dense"), 0.6, data=reviews, output=str(tmp_path / "out"), **values)
+    report = result.report
+    assert result.plan.rotated and report["directions"][0] == len(result.plan.keep["hidden"])
+    assert count_params(result.model) == report["pruned"]["params"] <= report["budget"]["limit"]
+
+
+def test_a_cut_vocabulary_comes_first_and_the_axes_stay(spelt, tmp_path, unverified):  # noqa: F811
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spelt["BertModel"])
+    ids = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=None)
+    build("llama", "LlamaForSequenceClassification", dtype=torch.float32, **ids).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    values = dict(kinds="hidden,embedding_rank,vocab", shares="equal", score="fisher", rotate=True) | STEPS
+    result = ibprune.prune(str(tmp_path / "dense"), 0.5, data=spelt["data"], output=str(tmp_path / "out"), **values)
+    assert len(result.plan.keep["vocab"]) < result.plan.n_units["vocab"] and result.plan.rotated
+    assert count_params(result.model) <= result.report["budget"]["limit"]
 
 
 @pytest.mark.parametrize("what,n", [("learning masks", 2), ("recovering", 2)])
