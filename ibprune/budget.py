@@ -49,7 +49,7 @@ def make_budget(
     if not 0 < keep <= 1:
         raise BadRecipe(f"expected a budget in (0, 1], found {keep}: the share of the dense {model.cost} to keep.")
     full = {name: site.n_units for name, site in sites.items()}
-    dense = model(model.n_units, scope=scope)
+    dense = model.of_dense(scope=scope)
     limit = int(keep * dense + 1e-9)
     reachable = least_cost(model, sites, scope=scope, round_to=round_to, ties=ties)
     if limit < reachable:

@@ -51,6 +51,8 @@ def _common(parser: _Parser) -> None:
     parser.add_argument("--round-to", type=int, help="wide axes become multiples of this (default 8; 256 for k-quants)")
     text = "cut only what plain transformers loads without code: the same widths in every layer"
     parser.add_argument("--vanilla", action="store_true", default=None, help=text)
+    text = "cut the residual width in its principal directions (RMSNorm models with a head)"
+    parser.add_argument("--rotate", action="store_true", default=None, help=text)
 
 
 def _model(parser: _Parser) -> None:
@@ -320,7 +322,8 @@ def _plan(argv: list[str]) -> int:
     from ibprune.planning import plan
 
     found = plan(recipe.model, recipe.budget, cost=recipe.cost, scope=recipe.scope, kinds=recipe.kinds,
-                 round_to=recipe.round_to, vanilla=recipe.vanilla, image_size=recipe.image_size)  # fmt: skip
+                 round_to=recipe.round_to, vanilla=recipe.vanilla, rotate=recipe.rotate,
+                 image_size=recipe.image_size)  # fmt: skip
     if arguments.json:
         import json
 

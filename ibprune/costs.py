@@ -42,12 +42,18 @@ class CostModel:
     Attributes:
         cost: "params", or "macs" of one sequence of `length` tokens, of one image where the model reads images; or
             "latency" in femtoseconds (`ibprune.latency`).
+        dense: Cost of the dense model by scope, where this is of a model that costs more with all its units.
     """
 
     cost: str
     terms: tuple[Term, ...]
     n_units: dict[str, int]
     length: int = 0
+    dense: Mapping[str, int] | None = None
+
+    def of_dense(self, *, scope: str = "model") -> int:
+        """What budgets are shares of."""
+        return self(self.n_units, scope=scope) if self.dense is None else self.dense[scope]
 
     def __call__(self, kept: Mapping[str, int], *, scope: str = "model") -> int:
         """The exact cost when `kept[site]` units stay (the number matters, not which)."""

@@ -25,6 +25,7 @@ from ibprune.masks import MaskSet
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe
 from ibprune.resuming import NO_JOURNAL, Journal
+from ibprune.rotation import principal_axes
 from ibprune.scores import LEARNED
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
@@ -84,11 +85,12 @@ def cut(
         batches = feed.calibration(CALIBRATION, accelerator.device)
         choice = replace(choice, batches=batches, make_batches=feed.train)
     kinds = tuple(kind for kind in kinds if kind != "vocab")
-    rest = prepare_(student, kinds, token_use(student, kinds, counts, choice.batches, feed.objective))
+    use = token_use(student, kinds, counts, choice.batches, feed.objective)
+    rest = prepare_(student, kinds, use, axes=structure.axes)
     if recipe.vanilla and kinds:
         rest, _ = plain_structure(student, rest, rest.costs.of(recipe.cost), round_to=recipe.round_to)
     student, plan = choose_and_compact_(student, rest, budget, choice)
-    plan = PruningPlan(plan.model_type, n_units, plan.keep | {"vocab": rows})  # in the dense model's rows
+    plan = replace(plan, n_units=n_units, keep=plan.keep | {"vocab": rows})  # in the dense model's rows
     return student, plan, budget, structure, feed
 
 
@@ -109,12 +111,20 @@ def prepare_cut(
         example = feed.example()["pixel_values"].to(accelerator.device)
         structure = prepare_traced_(student, found.sites, example, compact_traced_)
     else:
-        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla)
+        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate)
         if find_family(dense.config.model_type).embedding:
             most = USAGE if "vocab" in kinds else 100
             masked = feed.objective.name == "masked_lm"
             counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=most, masked=masked)
-        structure = prepare_(student, kinds, token_use(student, kinds, counts, batches, feed.objective))
+        axes = None
+        if recipe.rotate:
+            axes = journal.once("axes", lambda: {"axes": principal_axes(student, batches)})["axes"]
+        use = token_use(student, kinds, counts, batches, feed.objective)
+        structure = prepare_(student, kinds, use, axes=axes)
+        params = structure.costs.params
+        more = params(params.n_units) - params.of_dense()
+        if more:
+            console.say(f"--rotate parts the output from the embedding: {more:,} parameters more, before any cut.")
     if recipe.cost == "latency":
         entry = journal.read("latency")
         structure = with_latency(

@@ -97,7 +97,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
         )
         sites, cost_model = structure.sites, structure.costs.of(recipe.cost)
         least = least_cost(cost_model, sites, scope=recipe.scope, round_to=recipe.round_to, ties=structure.ties)
-        shares = choose(least / cost_model(cost_model.n_units, scope=recipe.scope))
+        shares = choose(least / cost_model.of_dense(scope=recipe.scope))
         budgets = [
             make_budget(cost_model, sites, keep=keep, scope=recipe.scope, round_to=recipe.round_to, ties=structure.ties)
             for keep in shares

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ibprune.audit_output import audit_section, layer_status
 from ibprune.checksums import CARD, REPORT
-from ibprune.report import SCHEMA, budget_line, macs_input, rows
+from ibprune.report import SCHEMA, budget_line, kept_names, macs_input, rows
 from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 NAME = re.compile(r'\.from_pretrained\("([^"]+)"')  # what a card calls its folder
@@ -49,6 +49,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
     budget = report["budget"]
     where = "the whole model" if budget["scope"] == "model" else "the blocks"
     base = report["model"].rstrip("/").split("/")[-1]
+    names = kept_names(report)
     lines = [
         f"# {base}, pruned to {100 * budget['keep']:g}% of its {budget['cost']}",
         "",
@@ -73,9 +74,14 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         "",
         "| kind | kept | removed |",
         "|---|---|---|",
-        *(f"| {kind} | {share:.1%} | {1 - share:.1%} |" for kind, share in report["kept"].items()),
+        *(f"| {names[kind]} | {share:.1%} | {1 - share:.1%} |" for kind, share in report["kept"].items()),
         "",
-        "`plan.json` lists every unit that stayed.",
+        "`plan.json` lists every unit that stayed."
+        + (
+            " Its `hidden` units are directions, which the dense model does not have."
+            if report.get("directions")
+            else ""
+        ),
         "",
         *_audit(report, audit),
         "## Limits",

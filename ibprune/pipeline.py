@@ -13,7 +13,7 @@ from ibprune.auditing import audit
 from ibprune.budget import Budget
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
-from ibprune.costs import count_params
+from ibprune.costs import CostModel, count_params
 from ibprune.cutting import cut, loss_with, on_kept_features, phases, timed_inputs
 from ibprune.data import TextData, hub_data
 from ibprune.errors import BadData
@@ -193,7 +193,7 @@ def write(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResult
         shape, latencies = _latency(dense, student, recipe, feed, console)
     costs = pruned.structure.costs
     report = Report(
-        dense=_side(costs, costs.params.n_units, job.metrics, latencies[0]),
+        dense=_side(costs, None, job.metrics, latencies[0]),
         pruned=_side(costs, plan.kept(), pruned.metrics, latencies[1]),
         budget=costs.achieved(budget, plan),
         score=recipe.score,
@@ -212,6 +212,7 @@ def write(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResult
             "data": hub_data(recipe.task, recipe.data),
         },
         kept=kept_by_kind(plan, pruned.structure.everything),
+        directions=[len(plan.keep["hidden"]), plan.n_units["hidden"]] if plan.rotated else None,
         vocabulary=compare_tokenizers(feed.preprocessor, own_feed.preprocessor, texts) if texts else None,
         pictures=feed.pictures(),
         refused=subject.found.refused if subject.found else {},
@@ -306,15 +307,20 @@ def _latency(
     return shape, time_forward(dense, student, inputs, console=console)
 
 
-def _side(costs: Costs, kept: dict[str, int], metrics: dict[str, float], latency: dict[str, float]) -> Side:
+def _side(costs: Costs, kept: dict[str, int] | None, metrics: dict[str, float], latency: dict[str, float]) -> Side:
+    """What a model costs that keeps so many units of each site; the dense model where there is no number."""
+
+    def cost(model: CostModel, scope: str) -> int:
+        return model.of_dense(scope=scope) if kept is None else model(kept, scope=scope)
+
     return Side(
-        params=costs.params(kept),
-        macs=costs.macs(kept),
+        params=cost(costs.params, "model"),
+        macs=cost(costs.macs, "model"),
         file_bytes=0,
         metrics=metrics,
         latency_ms=latency,
-        params_blocks=costs.params(kept, scope="blocks"),
-        macs_blocks=costs.macs(kept, scope="blocks"),
+        params_blocks=cost(costs.params, "blocks"),
+        macs_blocks=cost(costs.macs, "blocks"),
     )
 
 

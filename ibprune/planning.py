@@ -14,7 +14,6 @@ from ibprune.examples import image_shape
 from ibprune.folders import tier_of
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class
-from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
 from ibprune.sites import is_traced
@@ -32,6 +31,7 @@ def plan(
     kinds: tuple[str, ...] = (),
     round_to: int = 8,
     vanilla: bool = False,
+    rotate: bool = False,
     image_size: int | None = None,
 ) -> dict:
     """Predicts a pruned model without its weights: sizes, reach, loading way, and the groups.
@@ -51,7 +51,8 @@ def plan(
     """
     named = model if isinstance(model, str | os.PathLike) else None
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
-                          "round_to": round_to, "vanilla": vanilla, "image_size": image_size})  # fmt: skip
+                          "round_to": round_to, "vanilla": vanilla, "rotate": rotate,
+                          "image_size": image_size})  # fmt: skip
     if isinstance(recipe.budget, tuple):
         raise BadRecipe(f"--budget: expected one share to plan for, found {len(recipe.budget)}.")
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
@@ -74,8 +75,9 @@ def plan(
         shape = image_shape(skeleton)
         if recipe.image_size:
             raise BadRecipe(f"--image-size: '{config.model_type}' reads what its config says: leave it out.")
-        chosen = choose_kinds(skeleton, kinds, vanilla=vanilla)
-        structure = prepare_(skeleton, chosen, None)
+        chosen = choose_kinds(skeleton, kinds, vanilla=vanilla, rotate=rotate)
+        axes = torch.eye(skeleton.config.hidden_size) if rotate else None  # any: there are no weights
+        structure = prepare_(skeleton, chosen, None, axes=axes)
         if vanilla:
             structure, whole = plain_structure(
                 skeleton, structure, structure.costs.of(cost), round_to=round_to, kinds=chosen if kinds else ()
@@ -95,11 +97,10 @@ def plan(
     except BadRecipe:  # equal widths alone do not reach it: whole sub-layers go too
         keep = solve_by_cost(scores, sites, cost_model, target)
     keep = {name: keep.get(name, tuple(range(site.n_units))) for name, site in everything.items()}
-    n_units = {name: site.n_units for name, site in everything.items()}
-    structure.compact(skeleton, PruningPlan(config.model_type, n_units, keep))
+    structure.compact(skeleton, structure.plan(skeleton, keep))
     kept = {name: len(units) for name, units in keep.items()}
     full = cost_model.n_units
-    dense_cost = cost_model(full, scope=scope)
+    dense_cost = cost_model.of_dense(scope=scope)
     groups = {}
     for site in everything.values():
         group = groups.setdefault(
@@ -115,7 +116,7 @@ def plan(
         "pictures": {"shape": list(shape)} if shape else None,
         "refused": refused,
         "whole": whole,
-        "dense": {"params": costs.params(full), "macs": costs.macs(full)},
+        "dense": {"params": costs.params.of_dense(), "macs": costs.macs.of_dense()},
         "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
         "budget": {
             "cost": cost,

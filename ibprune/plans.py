@@ -10,6 +10,7 @@ from ibprune.errors import PlanMismatch, did_you_mean
 from ibprune.groups import Site
 
 FORMAT = "ibprune.plan/1"
+ROTATED = "rotated_stream"  # set on a model whose residual stream was turned (`ibprune.rotation`)
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class PruningPlan:
         model_type: The family's `config.model_type`, or the class name of a plain module.
         n_units: Units of each site before pruning.
         keep: Sorted indices of the units that stay, by site.
+        rotated: Whether its `hidden` units are directions of a residual stream that was turned first, which the dense
+            model does not have.
 
     Example:
         >>> PruningPlan("bert", {"hidden": 4}, {"hidden": (0, 2)}).kept()
@@ -29,6 +32,7 @@ class PruningPlan:
     model_type: str
     n_units: dict[str, int]
     keep: dict[str, tuple[int, ...]]
+    rotated: bool = False
     format: str = FORMAT
 
     def kept(self) -> dict[str, int]:
@@ -41,6 +45,7 @@ class PruningPlan:
             "format": self.format,
             "model_type": self.model_type,
             "n_units": self.n_units,
+            **({"rotated": True} if self.rotated else {}),
             "keep": {name: list(units) for name, units in self.keep.items()},
         }
 
@@ -70,6 +75,9 @@ class PruningPlan:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise PlanMismatch(f"{name}: expected format '{FORMAT}', found {found!r}.")
         keep, n_units, model_type = data.get("keep"), data.get("n_units"), data.get("model_type")
+        rotated = data.get("rotated", False)
+        if not isinstance(rotated, bool):
+            raise PlanMismatch(f"{name}: expected true or false for 'rotated', found {rotated!r}.")
         if not isinstance(keep, dict) or not isinstance(n_units, dict) or not isinstance(model_type, str):
             raise PlanMismatch(f"{name}: expected 'model_type', 'n_units' and 'keep', found {sorted(data)}.")
         if set(keep) != set(n_units):
@@ -82,7 +90,7 @@ class PruningPlan:
                 raise PlanMismatch(f"{name}: site '{site}' holds something that is not an index.")
             if units != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < total):
                 raise PlanMismatch(f"{name}: site '{site}' needs sorted, unique indices in 0..{total - 1}.")
-        return cls(model_type, dict(n_units), {site: tuple(units) for site, units in keep.items()})
+        return cls(model_type, dict(n_units), {site: tuple(units) for site, units in keep.items()}, rotated)
 
 
 def model_type(model: nn.Module) -> str:
@@ -90,14 +98,26 @@ def model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 
+def is_rotated(model: nn.Module) -> bool:
+    """Whether the model's `hidden` units are directions of a turned residual stream."""
+    return getattr(model, ROTATED, False)
+
+
 def check_plan(plan: PruningPlan, model: nn.Module, sites: dict[str, Site]) -> None:
     """Checks that a plan fits a model's sites.
 
     Raises:
-        PlanMismatch: Another model type, other sites, other unit counts, or fewer units than a site needs.
+        PlanMismatch: Another model type, other sites, other unit counts, fewer units than a site needs, or directions
+            of a turned residual stream where the model's is not, or the reverse.
     """
     if plan.model_type != model_type(model):
         raise PlanMismatch(f"the plan is for model_type '{plan.model_type}', the model is '{model_type(model)}'.")
+    if plan.rotated != is_rotated(model):
+        first, second = ("turned", "not") if plan.rotated else ("plain", "turned")
+        raise PlanMismatch(
+            f"the plan counts the features of a {first} residual stream, the model's is {second}: `hidden` units are "
+            "directions after --rotate, features otherwise. Repeat the run by its recipe.yaml."
+        )
     for name in plan.keep:
         if name not in sites:
             raise PlanMismatch(f"the plan names a site '{name}' that the model lacks: {did_you_mean(name, sites)}.")
@@ -117,4 +137,5 @@ def full_plan(model: nn.Module, sites: dict[str, Site]) -> PruningPlan:
         model_type(model),
         {name: site.n_units for name, site in sites.items()},
         {name: tuple(range(site.n_units)) for name, site in sites.items()},
+        is_rotated(model),
     )

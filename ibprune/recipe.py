@@ -79,6 +79,7 @@ class Recipe(BaseModel):
     augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")
     image_size: int | None = Field(None, ge=1, description="pixels of a side of the pictures that the model reads")
     kinds: tuple[str, ...] = Field((), description="kinds of units to cut; default: all the model has but vocab")
+    rotate: bool = Field(False, description="cut directions of the residual stream instead of its features")
     round_to: int = Field(8, ge=1, description="wide axes become multiples of this")
     vanilla: bool = Field(False, description="cut only what plain transformers loads without code")
     output: str = Field("pruned", description="folder to write")
@@ -177,6 +178,8 @@ class Recipe(BaseModel):
             raise ValueError("expected --budget (recipe key 'budget'), found none")
         if isinstance(self.budget, tuple) and not self.at_least and self.push_to_hub:
             raise ValueError("--push-to-hub: a repo holds one model: push a folder of the several budgets afterwards")
+        if self.rotate and self.kinds and "hidden" not in self.kinds:
+            raise ValueError("--rotate turns the axes in which 'hidden' is cut: add it to --kinds, or leave it out")
         if "vocab" in self.kinds and (isinstance(self.budget, tuple) or self.at_least):
             raise ValueError("'vocab' is cut for one budget, tokenizer and all: give one --budget, or other --kinds")
         if "vocab" in self.kinds and self.distill in LAYERED:

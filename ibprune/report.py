@@ -43,6 +43,8 @@ class Report:
         macs_length: Tokens of the sequence whose MACs count; for pictures the most rows that a layer sees, or 0.
         vocabulary: What a cut vocabulary means for held-out texts, dense and pruned: its rows, the tokens of a
             text, and the share of unknown ones; None where it was not cut.
+        directions: Of a residual stream that was turned before `hidden` was cut: how many stayed, of how many; None
+            where features are cut.
         pictures: Where pictures are read, the shape that MACs and latency are of, and how they were normalised and
             augmented.
         refused: Channels of a CNN that cannot be cut, with the reason.
@@ -75,6 +77,7 @@ class Report:
     command: str
     hub: dict[str, str | None]
     vocabulary: dict[str, list[float]] | None = None
+    directions: list[int] | None = None
     pictures: dict | None = None
     refused: dict[str, str] = field(default_factory=dict)
     audit: str | None = None
@@ -133,6 +136,15 @@ def macs_input(found: dict) -> str:
     if found["pictures"] is None:
         return f"{found['macs_length']} tokens"
     return " x ".join(str(size) for size in found["pictures"]["shape"])
+
+
+def kept_names(report: dict) -> dict[str, str]:
+    """What the tables call the kinds of `kept`."""
+    found = {kind: kind for kind in report["kept"]}
+    if report.get("directions"):  # reports of an older version have none
+        kept, total = report["directions"]
+        found["hidden"] = f"hidden ({kept} of {total} directions of the turned stream)"
+    return found
 
 
 def budget_line(budget: dict) -> str:

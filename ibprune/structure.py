@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 from ibprune import channels
 from ibprune.budget import Budget, Keep
 from ibprune.console import Quiet
-from ibprune.costs import FEMTOSECONDS_PER_MS, CostModel, macs_model, module_macs_model, params_model
+from ibprune.costs import FEMTOSECONDS_PER_MS, SCOPES, CostModel, macs_model, module_macs_model, params_model
 from ibprune.embeddings import TokenUse, factorize_
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.groups import ATTENTION_KINDS, Site
 from ibprune.latency import LatencyTable, load_latency, measure_latency
 from ibprune.losses import Batch
-from ibprune.plans import PruningPlan, model_type
+from ibprune.plans import PruningPlan, is_rotated, model_type
 from ibprune.recipe import CNN_KINDS, Recipe
+from ibprune.rotation import rotate_
 from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_
 from ibprune.task_heads import is_headless
@@ -70,6 +71,7 @@ class Structure:
         costs: Over all sites.
         compact: Removes, in place, what a plan does not keep.
         ties: Sites that lose units together only (`ibprune.vanilla`).
+        axes: Of the residual stream, where it was turned, (d, d).
     """
 
     everything: dict[str, Site]
@@ -77,11 +79,13 @@ class Structure:
     costs: Costs
     compact: Callable[[nn.Module, PruningPlan], nn.Module]
     ties: tuple[Tie, ...] = ()
+    axes: torch.Tensor | None = None
 
     def plan(self, model: nn.Module, keep: Keep) -> PruningPlan:
         """The plan that keeps these units, and all units of the sites that `keep` does not name."""
         n_units = {name: site.n_units for name, site in self.everything.items()}
-        return PruningPlan(model_type(model), n_units, {n: keep.get(n, tuple(range(u))) for n, u in n_units.items()})
+        keep = {name: keep.get(name, tuple(range(units))) for name, units in n_units.items()}
+        return PruningPlan(model_type(model), n_units, keep, is_rotated(model))
 
 
 def with_latency(
@@ -121,7 +125,12 @@ def with_latency(
 
 
 def choose_kinds(
-    model: PreTrainedModel, kinds: tuple[str, ...], *, cost: str = "params", vanilla: bool = False
+    model: PreTrainedModel,
+    kinds: tuple[str, ...],
+    *,
+    cost: str = "params",
+    vanilla: bool = False,
+    rotate: bool = False,
 ) -> tuple[str, ...]:
     """The kinds to cut: those asked for, or all the family has but `vocab`. "heads" means KV groups under GQA.
 
@@ -130,7 +139,7 @@ def choose_kinds(
     so that it is cut only where it is named.
 
     Raises:
-        BadRecipe: A kind the family does not have.
+        BadRecipe: A kind the family does not have, or a rotation of what is not cut.
     """
     family = find_family(model.config.model_type)
     known = tuple(dict.fromkeys(group.kind for group in family.groups))
@@ -151,7 +160,11 @@ def choose_kinds(
         for kind in set(kinds) & set(LOOKED_UP):
             raise BadRecipe(f"'{kind}' takes no time to cut for: leave it out of --kinds, or budget params.")
         unasked += LOOKED_UP
-    return kinds or tuple(kind for kind in known if kind not in unasked)
+    chosen = kinds or tuple(kind for kind in known if kind not in unasked)
+    if rotate and "hidden" not in chosen:
+        why = dict(family.uncut).get("hidden") or "it is not among --kinds"
+        raise BadRecipe(f"--rotate turns the axes in which 'hidden' is cut, and here it is not cut: {why}.")
+    return chosen
 
 
 def check_cnn(recipe: Recipe, model_type: str) -> None:
@@ -161,6 +174,8 @@ def check_cnn(recipe: Recipe, model_type: str) -> None:
     for kind in recipe.kinds:
         if kind not in CNN_KINDS:
             raise BadRecipe(f"'{model_type}' has no units '{kind}': {did_you_mean(kind, CNN_KINDS)}.")
+    if recipe.rotate:
+        raise BadRecipe(f"--rotate turns the residual stream of a transformer; '{model_type}' has none.")
     if recipe.scope != "model":
         raise BadRecipe(
             f"--scope: '{recipe.scope}' is for transformers; '{model_type}' has no embeddings to leave out."
@@ -181,20 +196,36 @@ def check_vocab(model: CostModel, recipe: Recipe) -> None:
         )
 
 
-def prepare_(model: PreTrainedModel, kinds: tuple[str, ...], use: TokenUse | None) -> Structure:
+def prepare_(
+    model: PreTrainedModel, kinds: tuple[str, ...], use: TokenUse | None, *, axes: torch.Tensor | None = None
+) -> Structure:
     """What can be cut of a transformer; factorises its embedding if the rank is to be cut.
 
     Args:
         kinds: From `choose_kinds`.
         use: What the data make of the token embedding, which orders its directions.
+        axes: Those into which the residual stream is turned first, (d, d); None leaves it.
+
+    Raises:
+        UnsupportedModel: The residual stream cannot be turned.
     """
+    tied = None  # an output that is parted from the embedding costs more than the dense model does
+    if axes is not None:
+        dense = params_model(model, find_sites(model))
+        tied = {scope: dense.of_dense(scope=scope) for scope in SCOPES}
+        rotate_(model, axes)
+        if use is not None and use.metric is not None:
+            turn = axes.to(use.metric)
+            use = replace(use, metric=turn.T @ use.metric @ turn)
     if "embedding_rank" in kinds and find_family(model.config.model_type).factorizes:
         factorize_(model, use)
     everything = find_sites(model)
     chosen = {name: site for name, site in everything.items() if site.kind in kinds}
     length = min(MACS_LENGTH, find_family(model.config.model_type).max_tokens(model.config) or MACS_LENGTH)
-    costs = Costs(params_model(model, everything), macs_model(model, everything, length=length))
-    return Structure(everything, chosen, costs, compact_)
+    params = replace(params_model(model, everything), dense=tied)
+    return Structure(
+        everything, chosen, Costs(params, macs_model(model, everything, length=length)), compact_, axes=axes
+    )
 
 
 def prepare_traced_(

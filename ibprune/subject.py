@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from ibprune.activations import check_read_linearly
@@ -21,6 +22,7 @@ from ibprune.labels import match_labels
 from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense
 from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
+from ibprune.rotation import check_rotation
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
@@ -91,7 +93,11 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
     found = None
     if not traced:
-        choose_kinds(loaded.model, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla)
+        choose_kinds(
+            loaded.model, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate
+        )  # what cannot be is said before anything is trained
+        if recipe.rotate:
+            check_rotation(loaded.model)
     if pictures:
         recipe, feed = make_picture_feed(recipe, loaded.model, loaded.processor, data)
         found = find_channels(loaded.model, feed.example()["pixel_values"]) if traced else None
@@ -121,8 +127,9 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
         structure = prepare_traced_(skeleton, found.sites, feed.example()["pixel_values"], compact_traced_)
     else:
         skeleton = build_model(model.config, type(model), device="meta")
-        kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla)
-        structure = prepare_(skeleton, kinds, None)
+        kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate)
+        axes = torch.eye(skeleton.config.hidden_size) if recipe.rotate else None  # any: there are no weights
+        structure = prepare_(skeleton, kinds, None, axes=axes)
         if recipe.vanilla and recipe.cost != "latency":
             structure, _ = plain_structure(skeleton, structure, structure.costs.of(recipe.cost),
                                            round_to=recipe.round_to, kinds=kinds if recipe.kinds else ())  # fmt: skip

@@ -21,7 +21,7 @@ def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 
 
 def print_report(report: dict, output: str) -> None:
-    from ibprune.report import budget_line, rows
+    from ibprune.report import budget_line, kept_names, rows
 
     budget = report["budget"]
     table(
@@ -29,7 +29,8 @@ def print_report(report: dict, output: str) -> None:
         ("", "dense", "pruned", "ratio"),
         rows(report),
     )
-    kept = ", ".join(f"{kind} {share:.0%}" for kind, share in report["kept"].items())
+    names = kept_names(report)
+    kept = ", ".join(f"{names[kind]} {share:.0%}" for kind, share in report["kept"].items())
     loads = WAYS[report["verify"]["tier"]]
     sys.stdout.write(
         f"budget {budget_line(budget)}; kept: {kept}\n"
