@@ -15,7 +15,7 @@ from conftest import TINY, build
 from safetensors.torch import load_file, save_file
 
 import ibprune
-from ibprune import cli, hub
+from ibprune import cli, flags, hub
 from ibprune.errors import BadRecipe
 from ibprune.recipe import Recipe, make_recipe
 
@@ -36,9 +36,9 @@ def refused(capsys, *argv) -> str:
 
 
 def test_every_recipe_key_is_a_flag_and_every_flag_a_key():
-    actions = {a.dest for a in cli._prune_parser()._actions if not isinstance(a, argparse._HelpAction)}
+    actions = {a.dest for a in flags.prune_parser()._actions if not isinstance(a, argparse._HelpAction)}
     assert actions - {"recipe", "debug", "quiet", "json"} == set(Recipe.model_fields)
-    assert {a.dest for a in cli._plan_parser()._actions} - {"help", "debug", "json"} <= set(Recipe.model_fields)
+    assert {a.dest for a in flags.plan_parser()._actions} - {"help", "debug", "json"} <= set(Recipe.model_fields)
 
 
 def test_the_command_of_a_recipe_makes_the_same_recipe():
@@ -50,7 +50,7 @@ def test_the_command_of_a_recipe_makes_the_same_recipe():
     ):
         recipe = make_recipe({"model": "bert-base", "budget": 0.3} | values)
         words = shlex.split(make_recipe(recipe.model_dump() | {"output": "o", "push_to_hub": "a/b"}).command())
-        given = cli._given(cli._prune_parser().parse_args(words[1:]), without=())
+        given = cli._given(flags.prune_parser().parse_args(words[1:]), without=())
         assert words[0] == "ibprune" and make_recipe({k: given[k] for k in given if k in Recipe.model_fields}) == recipe
 
 
@@ -229,7 +229,8 @@ def test_the_width_is_cut_by_default_where_there_is_a_head():
 
 
 def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():
-    code = "import sys, ibprune; ibprune.__version__; from ibprune import cli; cli._prune_parser().format_help(); "
+    code = "import sys, ibprune; ibprune.__version__; from ibprune import cli, flags; "
+    code += "flags.prune_parser().format_help(); "
     code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -17,6 +17,7 @@ from ibprune import cli, cutting
 from ibprune.cutting import loss_with, on_kept_features
 from ibprune.distillation import RELATED, TAUGHT, layers_apart, match, watched
 from ibprune.errors import BadRecipe
+from ibprune.flags import prune_parser
 from ibprune.inject import inject_
 from ibprune.losses import DIVERGENCES, LAYERED, Objective, distill_loss, divergence, forward
 from ibprune.plans import PruningPlan
@@ -89,8 +90,8 @@ def test_a_recipe_says_what_is_distilled_in_words_or_as_before():
         distill(distill="logit")
     with pytest.raises(BadRecipe, match="--divergence says how outputs are distilled"):
         distill(distill=False, divergence="balanced")
-    given = cli._prune_parser().parse_args(["--model", "m", "--no-distill"])
-    assert given.distill == "none" and cli._prune_parser().parse_args([]).distill is None
+    given = prune_parser().parse_args(["--model", "m", "--no-distill"])
+    assert given.distill == "none" and prune_parser().parse_args([]).distill is None
 
 
 def test_what_gives_no_distribution_has_no_divergence(folders, stories, tmp_path, capsys):

@@ -42,7 +42,7 @@ LAYERS = (
     ("ladder",),
     ("smallest",),
     ("api",),
-    ("tables",),
+    ("tables", "flags"),
     ("", "cli"),
     ("__main__",),
 )
