@@ -24,7 +24,7 @@ from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
 from ibprune.rotation import check_rotation
 from ibprune.sites import is_traced, reads_pictures
-from ibprune.structure import check_cnn, choose_kinds, prepare_, prepare_traced_
+from ibprune.structure import check_cnn, check_vocab, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.taps import readers
 from ibprune.task_heads import WRITES, writes
@@ -140,6 +140,8 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
         raise BadRecipe(
             f"--reconstruct refits what reads heads, FFN units or channels: of {cut}, nothing can be refitted."
         )
+    if "vocab" in structure.sites:
+        check_vocab(structure.costs.of(recipe.cost), recipe)
     if recipe.cost != "latency" and recipe.budget is not None:
         least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
         make_budget(structure.costs.of(recipe.cost), structure.sites, keep=least, scope=recipe.scope,
