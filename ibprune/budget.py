@@ -54,7 +54,7 @@ def make_budget(
     reachable = least_cost(model, sites, scope=scope, round_to=round_to, ties=ties)
     if limit < reachable:
         share = np.ceil(reachable / dense * 1e4) / 1e4
-        more = "leave out --vanilla" if ties else "cut more kinds"
+        more = "cut more kinds or leave out --vanilla" if ties else "cut more kinds"
         if full and share >= 1:
             raise BadRecipe(f"the budget {keep:g} cannot be met: cutting {_kinds(sites)} saves no {model.cost} here.")
         raise BadRecipe(
