@@ -151,6 +151,15 @@ def test_a_model_without_a_head_keeps_its_width_and_is_told_so():
         choose_kinds(build("llama", "LlamaModel"), (), rotate=True)
 
 
+@pytest.mark.parametrize("family,head", [("clip", "CLIPForImageClassification"), ("gpt2", "GPT2LMHeadModel")])
+def test_a_plan_refuses_what_modules_show(family, head):
+    """CLIP's config is that of two towers: no width stands in it."""
+    config = build(family, head).config
+    config.architectures = [head]
+    with pytest.raises(UnsupportedModel, match="takes a mean over the features"):
+        ibprune.plan(config, 0.8, rotate=True)
+
+
 def test_what_no_structure_tells_the_figures_do():
     """A per-feature operation inside a forward: modules and norms are those of any LLaMA."""
     model = build("llama", "LlamaForCausalLM", dtype=torch.float32)
