@@ -54,12 +54,12 @@ def make_budget(
     reachable = least_cost(model, sites, scope=scope, round_to=round_to, ties=ties)
     if limit < reachable:
         share = np.ceil(reachable / dense * 1e4) / 1e4
-        more = "leave out --vanilla" if ties else "cut more kinds"
+        more = "cut more kinds, or leave out --vanilla" if ties else "or cut more kinds"
         if full and share >= 1:
             raise BadRecipe(f"the budget {keep:g} cannot be met: cutting {_kinds(sites)} saves no {model.cost} here.")
         raise BadRecipe(
             f"the budget {keep:g} allows {amount(limit, model.cost)}, but cutting {_kinds(sites)} cannot go below "
-            f"{amount(reachable, model.cost)}: ask for at least {share:g}, or {more}."
+            f"{amount(reachable, model.cost)}: ask for at least {share:g}, {more}."
             if full
             else f"expected at least one kind to cut for the budget {keep:g}, found none."
         )

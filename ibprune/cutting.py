@@ -145,8 +145,8 @@ def prepare_cut(
         for kind, reason in whole.items():
             console.say(f"'{kind}' stays whole for plain transformers: {reason}")
     choice = Choice(
-        recipe.score, recipe.shares, recipe.seed, feed.objective, batches, feed.train, judge=dense,
-        teacher=dense if recipe.distill != "none" else None,
+        recipe.score, recipe.shares, recipe.seed, replace(feed.objective, axes=structure.axes), batches, feed.train,
+        judge=dense, teacher=dense if recipe.distill != "none" else None,
         settings=phases(recipe)[0], accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
         frozen=recipe.mode == "faster", journal=journal,

@@ -55,8 +55,9 @@ def layers_apart(objective: Objective, student: nn.Module, ours: States, theirs:
 
         |h_student - h_teacher|^2 / |h_teacher|^2,
 
-    on the features that the student has at present, so that nothing is projected. Behind a LayerNorm, where all |h| are
-    alike, this is CoFi's mean squared error but for its scale; it suits residual streams that grow on their way, too.
+    on the features that the student has at present, or its directions where its stream was turned (`objective.axes`),
+    so that nothing is projected. Behind a LayerNorm, where all |h| are alike, this is CoFi's mean squared error but for
+    its scale; it suits residual streams that grow on their way, too.
     "relations" compares the softmax over the other real tokens of the cosines between hidden states by
     KL(teacher || student), the mean over the real tokens: the loss of MiniLMv2 (Wang et al. 2021, arXiv 2012.15828)
     on hidden states in the place of queries, keys and values. No rotation of the features changes it.
@@ -72,6 +73,8 @@ def layers_apart(objective: Objective, student: nn.Module, ours: States, theirs:
             continue
         real = (batch["labels"] != -100) if written and objective.name == WRITES else batch.get("attention_mask")
         students = [_on_kept(state, student, None) for state in students]
+        if objective.axes is not None:
+            taught = [state.float() @ objective.axes.to(state.device, torch.float32) for state in taught]
         taught = [_on_kept(state, student, objective.dims) for state in taught]
         with torch.no_grad():
             distances = [[float(_apart(objective, s, t, real).mean()) for s in students] for t in taught]

@@ -31,6 +31,8 @@ class Objective:
         dims: Kept residual features, so that a narrower student meets the same features of its teacher; None while
             the widths are equal.
         pooler_dims: The same for the pooler's output.
+        axes: Into which the student's residual stream was turned (`ibprune.rotation`), of which `dims` are then
+            columns, (d, d); None where it was not.
         loss: For "custom": (output, labels) -> one loss per sample, (batch,); it is not distilled.
     """
 
@@ -40,6 +42,7 @@ class Objective:
     layers: str = ""
     dims: tuple[int, ...] | None = None
     pooler_dims: tuple[int, ...] | None = None
+    axes: torch.Tensor | None = None
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 

@@ -22,7 +22,7 @@ from ibprune.models import check_finite
 from ibprune.module_files import save_module
 from ibprune.pairs import Pairs
 from ibprune.plans import PruningPlan, model_type
-from ibprune.recipe import UNFIT
+from ibprune.recipe import UNFIT, UNTAUGHT
 from ibprune.report import Timer, versions
 from ibprune.scores import LEARNED, SCORES
 from ibprune.shares import SHARES
@@ -96,6 +96,8 @@ class ModuleSettings:
                 raise BadRecipe(f"{name}: expected a whole number of at least {least}, found {value!r}.")
         if self.reconstruct and self.score in LEARNED and self.mask_steps:
             raise BadRecipe(f"{UNFIT}.")
+        if self.divergence != "forward" and self.distill == "none":
+            raise BadRecipe(UNTAUGHT + ".")
         if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
             raise BadRecipe(f"lr: expected a number above 0, found {self.lr!r}.")
 

@@ -147,7 +147,7 @@ def recover(
 ) -> Pruned:
     """Trains what `cut` left, and measures it."""
     recipe, console = job.subject.recipe, job.console
-    objective = on_kept_features(job.subject.feed.objective, plan)
+    objective = on_kept_features(replace(job.subject.feed.objective, axes=structure.axes), plan)
     with job.timer("recover"):
         teacher = job.dense if recipe.distill != "none" else None
         _, steps = phases(recipe)

@@ -15,6 +15,7 @@ from ibprune.folders import tier_of
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class
 from ibprune.recipe import make_recipe
+from ibprune.rotation import any_axes
 from ibprune.shares import equal_pressure
 from ibprune.sites import is_traced
 from ibprune.structure import check_cnn, check_vocab, choose_kinds, prepare_, prepare_traced_
@@ -39,7 +40,8 @@ def plan(
     The prediction shares the cut equally between kinds; a run decides the shares by measuring, and
     meets the same budget. A config that names no architecture is planned as the base model; a CNN is planned as
     a classifier that reads pictures of `image_size`, else of the size in its image processor or config, else 224.
-    With `vanilla`, the result says under "whole" which kinds cannot be cut for plain transformers, and why.
+    With `vanilla`, the result says under "whole" which kinds cannot be cut for plain transformers, and why. With
+    `rotate`, a stream behind LayerNorms is refused here; what only weights show (as in Gemma 2), in a run alone.
 
     Raises:
         IBPruneError: An unknown model or kind, or a budget that cannot be reached.
@@ -76,7 +78,7 @@ def plan(
         if recipe.image_size:
             raise BadRecipe(f"--image-size: '{config.model_type}' reads what its config says: leave it out.")
         chosen = choose_kinds(skeleton, kinds, vanilla=vanilla, rotate=rotate)
-        axes = torch.eye(skeleton.config.hidden_size) if rotate else None  # any: there are no weights
+        axes = any_axes(skeleton) if rotate else None
         structure = prepare_(skeleton, chosen, None, axes=axes)
         if vanilla:
             structure, whole = plain_structure(

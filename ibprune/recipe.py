@@ -19,6 +19,7 @@ AUGMENTATIONS = ("flip", "crop")
 WHERE = {"output", "push_to_hub", "private", "revision", "commit_message", "resume", "save_every"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
+UNTAUGHT = "divergence says how outputs are distilled, and distill none that they are not"
 
 
 class Goal(NamedTuple):
@@ -204,7 +205,7 @@ class Recipe(BaseModel):
         if self.mode == "faster" and self.score == "gradual":
             raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")
         if self.divergence != "forward" and self.distill == "none":
-            raise ValueError("--divergence says how outputs are distilled, and --distill none that they are not")
+            raise ValueError(UNTAUGHT)
         return self
 
     def save(self, path: Path) -> None:

@@ -19,7 +19,7 @@ from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, first_line
 from ibprune.recipe import WHERE, Recipe
 
-FORMAT = "ibprune.state/1"
+FORMAT = "ibprune.state/2"  # in 1, nothing told the model and the data
 RECIPE = "recipe.json"
 Tensors = dict[str, torch.Tensor]
 

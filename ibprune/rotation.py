@@ -100,6 +100,15 @@ def rotate_(model: PreTrainedModel, axes: torch.Tensor) -> None:
     _mark_(model)
 
 
+def any_axes(model: PreTrainedModel) -> torch.Tensor:
+    """Axes for a model without weights, of which only the number matters, (d, d).
+
+    Raises:
+        UnsupportedModel: As `rotate_`, as far as the modules tell.
+    """
+    return torch.eye(_stream(model).n_units)
+
+
 def check_rotation(model: PreTrainedModel) -> None:
     """Raises `UnsupportedModel` as `rotate_` would, without turning anything: what only figures show is left to it."""
     inputs = {key: value.to(model.device) for key, value in example_inputs(model, batch=2, length=12).items()}

@@ -162,7 +162,7 @@ def choose_kinds(
         unasked += LOOKED_UP
     chosen = kinds or tuple(kind for kind in known if kind not in unasked)
     if rotate and "hidden" not in chosen:
-        why = dict(family.uncut).get("hidden") or "it is not among --kinds"
+        why = dict(family.uncut).get("hidden", "a model without a head keeps its width")
         raise BadRecipe(f"--rotate turns the axes in which 'hidden' is cut, and here it is not cut: {why}.")
     return chosen
 

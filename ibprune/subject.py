@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from ibprune.activations import check_read_linearly
@@ -22,7 +21,7 @@ from ibprune.labels import match_labels
 from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense
 from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
-from ibprune.rotation import check_rotation
+from ibprune.rotation import any_axes, check_rotation
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.structure import check_cnn, check_vocab, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
@@ -128,7 +127,7 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
     else:
         skeleton = build_model(model.config, type(model), device="meta")
         kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate)
-        axes = torch.eye(skeleton.config.hidden_size) if recipe.rotate else None  # any: there are no weights
+        axes = any_axes(skeleton) if recipe.rotate else None
         structure = prepare_(skeleton, kinds, None, axes=axes)
         if recipe.vanilla and recipe.cost != "latency":
             structure, _ = plain_structure(skeleton, structure, structure.costs.of(recipe.cost),

@@ -20,8 +20,9 @@ from ibprune.errors import BadRecipe
 from ibprune.flags import prune_parser
 from ibprune.inject import inject_
 from ibprune.losses import DIVERGENCES, LAYERED, Objective, distill_loss, divergence, forward
-from ibprune.plans import PruningPlan
+from ibprune.plans import PruningPlan, full_plan
 from ibprune.recipe import make_recipe
+from ibprune.rotation import rotate_
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
 from ibprune.trainer import make_accelerator
@@ -109,9 +110,9 @@ def seen(model, batch):
     return states
 
 
-def far(kind, student, teacher, batch, *, name="classification", dims=None):
+def far(kind, student, teacher, batch, *, name="classification", dims=None, axes=None):
     """The distance of a student's blocks from its teacher's, (batch,)."""
-    objective = Objective(name, layers=kind, dims=dims)
+    objective = Objective(name, layers=kind, dims=dims, axes=axes)
     with torch.no_grad():
         theirs = seen(teacher, batch)
     return layers_apart(objective, student, seen(student, batch), theirs, batch)
@@ -207,6 +208,30 @@ def test_relations_know_no_rotation_and_hidden_states_do():
     assert layers_apart(Objective("encoder", layers="relations"), teacher, wider, states, batch).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", LAYERED)
+@pytest.mark.parametrize("family,head", [("llama", "LlamaForCausalLM"), ("t5", "T5ForConditionalGeneration")])
+def test_a_turned_student_meets_its_directions_of_the_teacher(family, head, kind):
+    """Turned but not cut it is its teacher; masked it is as far from it as compacted."""
+    teacher = build(family, head)
+    batch = inputs_of(teacher)
+    axes = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(3)).double()).Q
+    student = copy.deepcopy(teacher)
+    rotate_(student, axes)
+    assert far(kind, student, teacher, batch, axes=axes).abs().max() < 1e-5
+    assert kind == "relations" or far(kind, student, teacher, batch).min() > 0.1
+    sites = find_sites(student)
+    masks = inject_(student, sites)
+    keep = {name: tuple(range(site.n_units)) for name, site in sites.items()} | {"hidden": tuple(range(0, 24, 2))}
+    masks.set_keep(keep)
+    masked = far(kind, student, teacher, batch, axes=axes)
+    plan = replace(full_plan(student, sites), keep=keep)
+    student = compact_(student, plan)
+    objective = on_kept_features(Objective("causal_lm", layers=kind, axes=axes), plan)
+    assert objective.dims == keep["hidden"] and objective.axes is axes
+    found = far(kind, student, teacher, batch, dims=objective.dims, axes=axes)
+    assert found.min() > 0 and torch.allclose(found, masked, rtol=1e-4, atol=1e-6)
+
+
 def test_relations_of_long_sequences_are_compared_at_some_tokens():
     """As many as fit: three in four of these patches change nothing."""
     teacher = build("vit", "ViTModel")
@@ -274,6 +299,7 @@ def test_a_student_comes_nearer_and_the_teacher_runs_once_a_batch(kind):
         ),
         ("BertModel", "stories", "relations", dict(schedule="uba")),
         ("LlamaForCausalLM", "stories", "hidden", dict(divergence="reverse", schedule="cosine")),
+        ("LlamaForCausalLM", "stories", "hidden", dict(rotate=True, shares="probe", probe_steps=1)),
         ("BartForConditionalGeneration", "stories", "relations", {}),
     ],
 )
@@ -284,6 +310,7 @@ def test_a_run_learns_from_blocks_while_masks_learn_and_while_it_recovers(
 
     def noted(objective, *rest):
         met.append((objective.layers, objective.divergence))
+        assert (objective.axes is not None) == more.get("rotate", False)
         return layers_apart(objective, *rest)
 
     monkeypatch.setattr(cutting, "layers_apart", noted)

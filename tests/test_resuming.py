@@ -162,6 +162,10 @@ def test_a_state_is_never_overwritten_unasked_nor_taken_up_by_another_recipe(cla
     with pytest.raises(BadRecipe, match="whose budget is 0.4, found 0.3"):
         ibprune.prune(**classifier | dict(budget=0.3), output=out, resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == state
+    older = json.dumps({"format": "ibprune.state/1", "recipe": {}})  # of what model and data, it did not say
+    (tmp_path / "out.partial" / "recipe.json").write_text(older)
+    with pytest.raises(BadRecipe, match="its format is not ibprune.state/2. Delete the folder"):
+        ibprune.prune(**classifier, output=out, resume=True)
     (tmp_path / "out.partial" / "recipe.json").write_text("{")
     with pytest.raises(BadRecipe, match="recipe.json.*Delete the folder"):
         ibprune.prune(**classifier, output=out, resume=True)

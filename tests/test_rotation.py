@@ -22,7 +22,7 @@ from ibprune.inject import inject_
 from ibprune.plans import PruningPlan, full_plan, is_rotated
 from ibprune.rotation import check_rotation, principal_axes, rotate_
 from ibprune.sites import find_sites
-from ibprune.structure import prepare_
+from ibprune.structure import choose_kinds, prepare_
 from ibprune.surgery import compact_
 
 RMS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "phi3", "mixtral", "qwen3_moe",
@@ -144,6 +144,20 @@ def test_what_cannot_be_turned_is_refused_and_left_alone(family, head, why):
     with pytest.raises(UnsupportedModel, match=why):
         rotate_(model, random_axes())
     assert torch.equal(outputs(model), before) and not is_rotated(model)
+
+
+def test_a_model_without_a_head_keeps_its_width_and_is_told_so():
+    with pytest.raises(BadRecipe, match="and here it is not cut: a model without a head keeps its width"):
+        choose_kinds(build("llama", "LlamaModel"), (), rotate=True)
+
+
+@pytest.mark.parametrize("family,head", [("clip", "CLIPForImageClassification"), ("gpt2", "GPT2LMHeadModel")])
+def test_a_plan_refuses_what_modules_show(family, head):
+    """CLIP's config is that of two towers: no width stands in it."""
+    config = build(family, head).config
+    config.architectures = [head]
+    with pytest.raises(UnsupportedModel, match="takes a mean over the features"):
+        ibprune.plan(config, 0.8, rotate=True)
 
 
 def test_what_no_structure_tells_the_figures_do():

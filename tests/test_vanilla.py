@@ -165,7 +165,7 @@ def test_a_vocabulary_may_go_too(folders, reviews, tmp_path):
 def test_what_cannot_be_is_said_in_one_line(folders, capsys):
     bert = folders["BertForSequenceClassification"]
     for arguments, reason in (
-        (["--budget", "0.01"], "or leave out --vanilla"),
+        (["--budget", "0.01"], ", cut more kinds, or leave out --vanilla"),
         (["--budget", "0.5", "--kinds", "ffn,embedding_rank"], "a factorised embedding takes code to load"),
         (
             ["--budget", "0.9", "--kinds", "heads,ffn"],
