@@ -115,10 +115,11 @@ def check_metric(goal: Goal, subject: Subject) -> None:
 
 
 def threshold_of(goal: Goal, dense: float) -> float:
-    """What the metric must come to, by that of the dense model."""
+    """What the metric must come to, by that of the dense model: of a perplexity, 80 % and 125 % say the same."""
     if not goal.relative:
         return goal.value
-    return dense / goal.value if goal.metric in LOWER_IS_BETTER else dense * goal.value
+    inverse = goal.metric in LOWER_IS_BETTER and goal.value < 1
+    return dense / goal.value if inverse else dense * goal.value
 
 
 def keeps(goal: Goal, value: float, threshold: float) -> bool:

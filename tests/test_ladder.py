@@ -205,7 +205,8 @@ def refused_plan(capsys, model: str) -> str:
 
 
 @pytest.mark.parametrize("text,dense,good,bad", [
-    ("perplexity=20", 10.0, 20.0, 20.1), ("perplexity=80%", 10.0, 12.5, 12.6), ("accuracy=80%", 0.5, 0.4, 0.39),
+    ("perplexity=20", 10.0, 20.0, 20.1), ("perplexity=80%", 10.0, 12.5, 12.6),
+    ("perplexity=125%", 10.0, 12.5, 12.6), ("accuracy=80%", 0.5, 0.4, 0.39),
     ("accuracy=0.8", 0.5, 0.8, float("nan")),
 ])  # fmt: skip
 def test_a_lower_perplexity_is_a_better_one(text, dense, good, bad):
