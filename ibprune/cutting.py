@@ -147,7 +147,7 @@ def prepare_cut(
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, replace(feed.objective, axes=structure.axes), batches, feed.train,
         judge=dense, teacher=dense if recipe.distill != "none" else None,
-        settings=phases(recipe)[0], accelerator=accelerator, console=console,
+        settings=phases(recipe, feed.objective)[0], accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
         frozen=recipe.mode == "faster", journal=journal,
     )  # fmt: skip
@@ -414,21 +414,21 @@ def train_settings(recipe: Recipe, steps: int) -> TrainSettings:
     )  # fmt: skip
 
 
-def phases(recipe: Recipe) -> tuple[TrainSettings, TrainSettings]:
-    """How a recipe's masks and its recovery train."""
-    settings, frozen = train_settings(recipe, 0), recipe.mode == "faster"
-    return mask_and_recovery(settings, recipe.score, recipe.mask_steps, recipe.recover_steps, frozen=frozen)
+def phases(recipe: Recipe, objective: Objective) -> tuple[TrainSettings, TrainSettings]:
+    """How a recipe's masks and its recovery train: for an encoder without a head each by itself, which did better."""
+    settings, apart = train_settings(recipe, 0), recipe.mode == "faster" or objective.name == "encoder"
+    return mask_and_recovery(settings, recipe.score, recipe.mask_steps, recipe.recover_steps, apart=apart)
 
 
 def mask_and_recovery(
-    settings: TrainSettings, score: str, mask_steps: int, recover_steps: int, *, frozen: bool = False
+    settings: TrainSettings, score: str, mask_steps: int, recover_steps: int, *, apart: bool = False
 ) -> tuple[TrainSettings, TrainSettings]:
     """How the masks and the recovery train: on one schedule and on different batches, where the weights learn in both.
 
     Args:
-        frozen: Whether the weights stay as they are while masks are learned.
+        apart: Whether each has a schedule of its own all the same, as where the weights stay while masks are learned.
     """
-    together = score in LEARNED and not frozen
+    together = score in LEARNED and not apart
     first = replace(settings, steps=mask_steps, after=recover_steps if together else 0)
     if not (together and mask_steps):
         return first, replace(settings, steps=recover_steps)

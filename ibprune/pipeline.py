@@ -150,7 +150,7 @@ def recover(
     objective = on_kept_features(replace(job.subject.feed.objective, axes=structure.axes), plan)
     with job.timer("recover"):
         teacher = job.dense if recipe.distill != "none" else None
-        _, steps = phases(recipe)
+        _, steps = phases(recipe, objective)
         train(student, loss_with(objective, teacher, job.accelerator), feed.train, steps,
               accelerator=job.accelerator, phase=phase, console=console, journal=job.journal)  # fmt: skip
     check_finite(student, "the recovered model")

@@ -44,8 +44,8 @@ def remote_code(model: nn.Module, spec: dict, imports: Iterable[str], classes: I
     ) if needed]  # fmt: skip
     tables = {
         "STUBS": "{" + ", ".join(f'"{stub}": {_named(rebuild.STUBS[stub])}' for stub in stubs) + "}",
-        "NOTES": f"({', '.join(notes)},)",
-        "STEPS": f"({', '.join(steps)},)",
+        "NOTES": _tuple(notes),
+        "STEPS": _tuple(steps),
     }
     text, wanted = {}, {"Pruned"}
     while wanted:  # and all that they name
@@ -58,6 +58,10 @@ def remote_code(model: nn.Module, spec: dict, imports: Iterable[str], classes: I
     head += ["import torch", "from torch import nn", f"from transformers import {', '.join(imports)}"]
     head += ["from transformers.pytorch_utils import Conv1D"] if "Conv1D" in needs else []
     return "\n\n\n".join([HEAD + "\n" + "\n".join(head), *parts, *classes]) + "\n"
+
+
+def _tuple(names: list[str]) -> str:
+    return f"({names[0]},)" if len(names) == 1 else f"({', '.join(names)})"
 
 
 def _named(cls: type[nn.Module]) -> str:

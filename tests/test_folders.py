@@ -3,7 +3,9 @@
 import ast
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import fresh
 import pytest
@@ -292,6 +294,10 @@ def test_the_generated_file_holds_what_its_model_takes_and_nothing_else(family, 
     assert write_model(model, None, plan, tmp_path) == "remote_code"
     code = (tmp_path / "modeling_ibprune.py").read_text()
     assert len(code.splitlines()) <= most
+    for how in (["check"], ["format", "--check"]):  # the README's command for the tests reads the folder of its first
+        config = ["--config", str(Path(__file__).parents[1] / "pyproject.toml")]
+        found = subprocess.run([sys.executable, "-m", "ruff", *how, *config, tmp_path], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
     tree = ast.parse(code)
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -5,8 +5,10 @@ import torch
 from datasets import Dataset
 
 import ibprune
-from ibprune.cutting import mask_and_recovery
+from ibprune.cutting import mask_and_recovery, phases
 from ibprune.errors import BadRecipe
+from ibprune.losses import Objective
+from ibprune.recipe import make_recipe
 from ibprune.thinning import LEAST, SHARE, thin
 from ibprune.trainer import TrainSettings
 
@@ -59,7 +61,10 @@ def test_masks_and_recovery_share_a_schedule_only_where_the_weights_learn_in_bot
     masks, recovery = mask_and_recovery(common, "vib", 40, 60)
     assert (masks.steps, masks.before, masks.after) == (40, 0, 60)
     assert (recovery.steps, recovery.before, recovery.after) == (60, 40, 0) and recovery.seed != masks.seed
-    for score, mask_steps, frozen in (("fisher", 40, False), ("vib", 40, True), ("vib", 0, False)):
-        masks, recovery = mask_and_recovery(common, score, mask_steps, 60, frozen=frozen)
+    for score, mask_steps, apart in (("fisher", 40, False), ("vib", 40, True), ("vib", 0, False)):
+        masks, recovery = mask_and_recovery(common, score, mask_steps, 60, apart=apart)
         assert recovery == TrainSettings(steps=60, lr=1.0, seed=3)
-        assert masks.after == (60 if score == "vib" and not frozen else 0)
+        assert masks.after == (60 if score == "vib" and not apart else 0)
+    recipe = make_recipe({"model": "m", "budget": 0.5, "mask_steps": 40, "recover_steps": 60, "lr": 1.0})
+    assert phases(recipe, Objective("classification"))[1].before == 40
+    assert phases(recipe, Objective("encoder"))[1].before == 0
