@@ -89,7 +89,7 @@ def test_a_recipe_says_what_is_distilled_in_words_or_as_before():
     assert distill() == distill(distill=True) == "logits" and distill(distill=False) == "none"
     with pytest.raises(BadRecipe, match="--distill: found 'logit': did you mean 'logits'"):
         distill(distill="logit")
-    with pytest.raises(BadRecipe, match="--divergence says how outputs are distilled"):
+    with pytest.raises(BadRecipe, match="divergence says how outputs are distilled"):
         distill(distill=False, divergence="balanced")
     given = prune_parser().parse_args(["--model", "m", "--no-distill"])
     assert given.distill == "none" and prune_parser().parse_args([]).distill is None
