@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from ibprune.inject import MASKS
-from ibprune.losses import Batch, Objective, relations, relations_apart
+from ibprune.losses import Batch, Objective, real_tokens, relations, relations_apart
 from ibprune.rebuild import full_path
 from ibprune.sites import block_paths, find_family
-from ibprune.task_heads import WRITES
 
 TAUGHT = 4  # blocks of a teacher that are matched, in each stack
 RELATED = 256  # tokens of a sequence whose relations are compared, evenly spaced where it has more
@@ -71,7 +70,7 @@ def layers_apart(objective: Objective, student: nn.Module, ours: States, theirs:
         taught = [teachers[(i + 1) * len(teachers) // n - 1] for i in range(n)]
         if not taught:
             continue
-        real = (batch["labels"] != -100) if written and objective.name == WRITES else batch.get("attention_mask")
+        real = real_tokens(batch, written=bool(written))
         students = [_on_kept(state, student, None) for state in students]
         if objective.axes is not None:
             taught = [state.float() @ objective.axes.to(state.device, torch.float32) for state in taught]

@@ -46,6 +46,18 @@ class Objective:
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
+def real_tokens(batch: Batch, *, written: bool = False) -> torch.Tensor | None:
+    """1 at tokens and 0 at padding, (batch, length); None where the batch does not say.
+
+    Args:
+        written: Of the text that an encoder-decoder's decoder is given, not of the one that is read. They differ where
+            it writes: for a label it is given what the encoder reads.
+    """
+    if written and {"decoder_input_ids", "labels"} <= batch.keys():  # the one is the other, shifted by one
+        return (batch["labels"] != -100).long()
+    return batch.get("attention_mask")
+
+
 class Logits(NamedTuple):
     """The output of a plain module, under the name that transformers gives it."""
 

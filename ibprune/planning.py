@@ -15,12 +15,11 @@ from ibprune.folders import tier_of
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class
 from ibprune.recipe import make_recipe
-from ibprune.rotation import any_axes
 from ibprune.shares import equal_pressure
 from ibprune.sites import is_traced
-from ibprune.structure import check_cnn, check_vocab, choose_kinds, prepare_, prepare_traced_
+from ibprune.skeletons import prepare_skeleton_
+from ibprune.structure import check_cnn, check_vocab, prepare_traced_
 from ibprune.surgery import compact_traced_
-from ibprune.vanilla import plain_structure
 
 
 def plan(
@@ -77,13 +76,7 @@ def plan(
         shape = image_shape(skeleton)
         if recipe.image_size:
             raise BadRecipe(f"--image-size: '{config.model_type}' reads what its config says: leave it out.")
-        chosen = choose_kinds(skeleton, kinds, vanilla=vanilla, rotate=rotate)
-        axes = any_axes(skeleton) if rotate else None
-        structure = prepare_(skeleton, chosen, None, axes=axes)
-        if vanilla:
-            structure, whole = plain_structure(
-                skeleton, structure, structure.costs.of(cost), round_to=round_to, kinds=chosen if kinds else ()
-            )
+        structure, whole = prepare_skeleton_(skeleton, recipe)
     everything, sites, costs = structure.everything, structure.sites, structure.costs
     fixed = sorted(named_rows(skeleton)) if "vocab" in sites else []  # what else a tokenizer needs, no config says
     sites = {name: site.at_least(len(fixed)) if name == "vocab" else site for name, site in sites.items()}

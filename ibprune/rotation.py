@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ibprune.errors import UnsupportedModel
 from ibprune.examples import example_inputs
 from ibprune.groups import Cut, Site, axis_dims, get_tensor, is_norm
-from ibprune.losses import Batch, forward
+from ibprune.losses import Batch, forward, real_tokens
 from ibprune.plans import ROTATED
 from ibprune.rebuild import full_path, set_parameter
 from ibprune.sites import find_family, find_sites
@@ -41,10 +41,8 @@ def principal_axes(model: PreTrainedModel, batches: list[Batch]) -> torch.Tensor
             with torch.no_grad():
                 forward(model, batch)
             for path, rows in found.items():
-                real = batch["attention_mask"].bool()
-                if decoder and path.startswith(decoder.rpartition(".")[0]) and "decoder_input_ids" in batch:
-                    real = batch["labels"] != -100
-                rows = rows[real].double()
+                written = bool(decoder) and path.startswith(decoder.rpartition(".")[0])
+                rows = rows[real_tokens(batch, written=written).bool()].double()
                 unit = rows / rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
                 totals[path] = totals.get(path, 0.0) + (unit.T @ unit).cpu()
     finally:

@@ -1,33 +1,26 @@
 """A dense model bound to its data: found, loaded, its labels matched, its batches made."""
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
-from ibprune.activations import check_read_linearly
-from ibprune.budget import make_budget
 from ibprune.channels import Found, find_channels
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.data import TextData
-from ibprune.errors import BadData, BadRecipe
+from ibprune.errors import BadData
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
-from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense
+from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
 from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
-from ibprune.rotation import any_axes, check_rotation
+from ibprune.rotation import check_rotation
 from ibprune.sites import is_traced, reads_pictures
-from ibprune.structure import check_cnn, check_vocab, choose_kinds, prepare_, prepare_traced_
-from ibprune.surgery import compact_traced_
-from ibprune.taps import readers
+from ibprune.skeletons import check_cut
+from ibprune.structure import check_cnn, choose_kinds
 from ibprune.task_heads import WRITES, writes
-from ibprune.vanilla import plain_structure
 
 SAMPLED = 64  # values of a tensor and rows of a data set, about, that make a fingerprint
 
@@ -111,40 +104,6 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     if found is not None:
         console.say(f"{len(found.sites)} places where channels can be cut, {len(found.refused)} refused.")
     return Subject(recipe, source, data, loaded, feed, found, overlap)
-
-
-def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found | None) -> None:
-    """Raises `BadRecipe` where a recipe's budget or score cannot be had of a model, before anything is trained.
-
-    What a latency can be, and what a vocabulary needs of the texts, is known only when they were measured.
-
-    Args:
-        found: The channels of a CNN.
-    """
-    if found is not None:
-        skeleton = copy.deepcopy(model)
-        structure = prepare_traced_(skeleton, found.sites, feed.example()["pixel_values"], compact_traced_)
-    else:
-        skeleton = build_model(model.config, type(model), device="meta")
-        kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate)
-        axes = any_axes(skeleton) if recipe.rotate else None
-        structure = prepare_(skeleton, kinds, None, axes=axes)
-        if recipe.vanilla and recipe.cost != "latency":
-            structure, _ = plain_structure(skeleton, structure, structure.costs.of(recipe.cost),
-                                           round_to=recipe.round_to, kinds=kinds if recipe.kinds else ())  # fmt: skip
-    if recipe.score == "flap":
-        check_read_linearly(skeleton, structure.sites)
-    if recipe.reconstruct and not any(readers(skeleton, site) for site in structure.sites.values()):
-        cut = ", ".join(dict.fromkeys(site.kind for site in structure.sites.values()))
-        raise BadRecipe(
-            f"--reconstruct refits what reads heads, FFN units or channels: of {cut}, nothing can be refitted."
-        )
-    if "vocab" in structure.sites:
-        check_vocab(structure.costs.of(recipe.cost), recipe)
-    if recipe.cost != "latency" and recipe.budget is not None:
-        least = min(recipe.budget) if isinstance(recipe.budget, tuple) else recipe.budget
-        make_budget(structure.costs.of(recipe.cost), structure.sites, keep=least, scope=recipe.scope,
-                    round_to=recipe.round_to, ties=structure.ties)  # fmt: skip
 
 
 def fingerprints(subject: Subject) -> dict[str, str]:

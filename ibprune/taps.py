@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ibprune.budget import Keep
 from ibprune.groups import Cut, Site, axis_width
 from ibprune.inject import norm_paths
-from ibprune.losses import Batch, forward
+from ibprune.losses import Batch, forward, real_tokens
 from ibprune.rebuild import SelectedLinear
 
 
@@ -153,7 +153,10 @@ def watch(model: nn.Module, batches: Iterable[Batch], taps: list[Tap], see: See,
         if isinstance(x, tuple):
             _, weights, chosen = x
             x = weights.new_zeros(len(weights), tap.site.n_units).scatter(1, chosen, weights)
-        see(tap, x.movedim(tap.dim, -1), _written(current[0]) if tap in written else current[0])
+        batch = current[0]
+        if tap in written:
+            batch = batch | {"attention_mask": real_tokens(batch, written=True)}
+        see(tap, x.movedim(tap.dim, -1), batch)
         seen.append(1)
         if calls and len(seen) == calls:
             raise _Enough
@@ -178,12 +181,6 @@ def watch(model: nn.Module, batches: Iterable[Batch], taps: list[Tap], see: See,
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _written(batch: Batch) -> Batch:
-    """A batch as an encoder-decoder's decoder has it: which of its tokens are padding, the text to write says."""
-    labels = batch.get("labels")
-    return batch if labels is None or labels.ndim < 2 else batch | {"attention_mask": (labels != -100).long()}
 
 
 class _Enough(Exception):

@@ -65,7 +65,7 @@ def test_activation_is_the_root_sum_over_sequences_of_squared_mean_sizes():
 def test_a_decoders_padding_is_that_of_the_text_it_writes(family, head):
     """Both texts are equally long here, so that nothing but the values tells the masks apart."""
     model, batch = build(family, head), padded_batch()
-    batch["labels"] = batch["input_ids"].clone()
+    batch |= {"labels": batch["input_ids"].clone(), "decoder_input_ids": batch["input_ids"].roll(1, 1)}
     batch["labels"][0, 3:] = -100
     sites = {n: s for n, s in find_sites(model).items() if s.kind == "ffn"}
     scores = activation_scores(model, sites, [batch], **ONE)

@@ -258,6 +258,7 @@ def test_padding_does_not_matter(kind, family, head):
         x = torch.nn.functional.pad(ids, (0, extra), value=0)
         mask = (torch.arange(6 + extra) < 6).long().expand_as(x)
         batch = {"input_ids": x, "attention_mask": mask, "labels": x.masked_fill(mask == 0, -100)}
+        batch |= {"decoder_input_ids": torch.nn.functional.pad(x, (1, -1), value=2)} if family == "bart" else {}
         found.append(far(kind, student, teacher, batch, name=name))
     assert found[0].min() > 0 and torch.allclose(*found, rtol=1e-4)
 

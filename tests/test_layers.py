@@ -35,7 +35,7 @@ LAYERS = (
     ("onnx_files", "gguf_files", "walls"),
     ("vib", "choosing", "verify", "vanilla", "checks", "measures", "attention", "module_files", "openvino_files"),
     ("auditing", "audit_output", "head_patterns"),
-    ("cutting", "model_card"),
+    ("cutting", "model_card", "skeletons"),
     ("subject", "hub_folders"),
     ("training",),
     ("planning", "pipeline", "module_pipeline", "comparing", "benchmarking", "legacy", "exporting"),
