@@ -1,9 +1,13 @@
 """The command line: parses flags, calls the verb, prints tables; errors are one line and exit code 2."""
 
 import argparse
+import os
+import signal
 import sys
+import time
 
-from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
+from ibprune.console import Quiet, Terminal
+from ibprune.errors import BadRecipe, IBPruneError, Stopped, did_you_mean
 from ibprune.flags import (
     VERBS,
     audit_parser,
@@ -29,6 +33,8 @@ from ibprune.tables import (
     print_training,
 )
 
+PATIENCE = 3.0  # seconds
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code (2 for anything the user can mend)."""
@@ -50,12 +56,55 @@ def main(argv: list[str] | None = None) -> int:
     except IBPruneError as error:
         if "--debug" in argv:
             raise
-        sys.stderr.write(f"ibprune: error: {' '.join(str(error).split())}\n")
+        where = ""
+        if _number():
+            time.sleep(PATIENCE)  # what the main process says too, it says first, and then this one is ended
+            where = f"process {_number()}: "
+        sys.stderr.write(f"ibprune: error: {where}{' '.join(str(error).split())}\n")
         return 2
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        sys.stderr.write(f"ibprune: error: process {_number()}: lost a process that trains with it.\n")
+        return 1
+    except Stopped as stopped:
+        if not _number():
+            sys.stderr.write(f"ibprune: {stopped}\n")
+        return 130
     except KeyboardInterrupt:
+        if _number():
+            return 130
         more = " --resume goes on from the last state saved." if verb in ("prune", "train") else ""
         sys.stderr.write(f"ibprune: stopped; nothing half-written was left.{more}\n")
         return 130
+
+
+def _number() -> int:
+    """Of this process, where several train together: `ibprune.processes` knows too, but takes torch to import."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether another process went away in the middle of a step; gloo, on CPUs, has no class for that."""
+    return "WORLD_SIZE" in os.environ and (type(error).__name__.startswith("Dist") or "gloo" in str(error))
+
+
+def _listen(console: Quiet) -> None:
+    """Lets SIGINT (Ctrl-C) or SIGTERM stop a run after its step while it trains, and at once else or the second time."""
+
+    def stop(number: int, frame: object) -> None:
+        if console.stopping or not console.stepping:
+            raise KeyboardInterrupt
+        console.stopping = True
+        console.say("stopping after this step; the same signal again stops at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _several(arguments: argparse.Namespace) -> bool:
+    """Whether the command is to be started in several processes, and is not one of them."""
+    return arguments.num_processes not in (None, 1) and "RANK" not in os.environ
 
 
 def _given(arguments: argparse.Namespace, *, without: tuple[str, ...]) -> dict:
@@ -70,18 +119,25 @@ def _prune(argv: list[str]) -> int:
         return 2
     from ibprune.recipe import make_recipe
 
-    recipe = make_recipe(_given(arguments, without=("recipe", "debug", "quiet", "json")), file=arguments.recipe)
+    without = ("recipe", "num_processes", "debug", "quiet", "json")
+    recipe = make_recipe(_given(arguments, without=without), file=arguments.recipe)
     _hush()
-    from ibprune.console import Quiet, Terminal
     from ibprune.folders import check_output
 
     check_output(recipe.output, model=recipe.model)
-    console = Quiet() if arguments.quiet else Terminal()
+    if _several(arguments):
+        from ibprune.launching import launch
+
+        return launch(argv, arguments.num_processes)
+    console = Quiet() if arguments.quiet or _number() else Terminal()
+    _listen(console)
     console.say("starting")
     from ibprune.ladder import pareto
     from ibprune.smallest import carry_out
 
     result = carry_out(recipe, console)
+    if _number():
+        return 0
     several = isinstance(result, tuple)
     found = pareto([each.report for each in result]) if several else result.report
     if arguments.json:
@@ -118,10 +174,17 @@ def _train(argv: list[str]) -> int:
     arguments = train_parser().parse_args(argv)
     _hush()
     from ibprune.api import train
-    from ibprune.console import Quiet, Terminal
 
-    values = _given(arguments, without=("debug", "quiet", "json"))
-    report = train(**values, console=Quiet() if arguments.quiet else Terminal())
+    if _several(arguments):
+        from ibprune.launching import launch
+
+        return launch(["train", *argv], arguments.num_processes)
+    values = _given(arguments, without=("num_processes", "debug", "quiet", "json"))
+    console = Quiet() if arguments.quiet or _number() else Terminal()
+    _listen(console)
+    report = train(**values, console=console)
+    if _number():
+        return 0
     if arguments.json:
         import json
 
@@ -142,7 +205,6 @@ def _push(argv: list[str]) -> int:
 def _export(argv: list[str]) -> int:
     arguments = export_parser().parse_args(argv)
     _hush()
-    from ibprune.console import Quiet, Terminal
     from ibprune.exporting import export
 
     found = export(**_given(arguments, without=("debug", "json")), console=Quiet() if arguments.json else Terminal())
@@ -162,7 +224,6 @@ def _audit(argv: list[str]) -> int:
             values[key] = tuple(part for part in values[key].split(",") if part)
     _hush()
     from ibprune.comparing import audit
-    from ibprune.console import Quiet, Terminal
 
     found = audit(**values, console=Quiet() if "--quiet" in argv else Terminal())
     if "--json" in argv:
@@ -178,7 +239,6 @@ def _bench(argv: list[str]) -> int:
     values = _given(bench_parser().parse_args(argv), without=("debug", "quiet", "json"))
     _hush()
     from ibprune.benchmarking import bench
-    from ibprune.console import Quiet, Terminal
 
     found = bench(**values, console=Quiet() if "--quiet" in argv else Terminal())
     if "--json" in argv:
@@ -193,7 +253,6 @@ def _bench(argv: list[str]) -> int:
 def _convert_legacy(argv: list[str]) -> int:
     values = _given(legacy_parser().parse_args(argv), without=("debug", "quiet", "json"))
     _hush()
-    from ibprune.console import Quiet, Terminal
     from ibprune.legacy import convert_legacy
 
     report = convert_legacy(**values, console=Quiet() if "--quiet" in argv else Terminal())
@@ -245,7 +304,6 @@ def _mi_results(arguments: argparse.Namespace) -> list[dict]:
         raise BadRecipe(f"--seeds: expected a comma list of whole numbers, found '{arguments.seeds}'.") from None
     if arguments.n < 10:
         raise BadRecipe(f"--n: expected at least 10 samples, found {arguments.n}.")
-    from ibprune.console import Terminal
 
     total = len(tasks) * len(seeds) * len(estimators)
     results = list(Terminal().track(run_benchmark(tasks, estimators, n=arguments.n, seeds=seeds), "estimating", total))

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: stage lines and progress bars, or nothing."""
+"""What the user sees while a run goes on, stage lines and progress bars or nothing, and whether it is to stop."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -7,7 +7,15 @@ T = TypeVar("T")
 
 
 class Quiet:
-    """Says nothing; the default for Python callers."""
+    """Says nothing; the default for Python callers.
+
+    Attributes:
+        stepping: Whether steps of training are being made, so that a run that is to stop does so after one.
+        stopping: Whether the user asked for that (`errors.Stopped`).
+    """
+
+    stepping: bool = False
+    stopping: bool = False
 
     def say(self, line: str) -> None:
         """Shows one line."""

@@ -23,6 +23,7 @@ from ibprune.inject import inject_
 from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
 from ibprune.plans import PruningPlan
+from ibprune.processes import shared
 from ibprune.recipe import Recipe
 from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.rotation import principal_axes
@@ -81,7 +82,7 @@ def cut(
     if len(rows) < n_units["vocab"]:
         cut_vocab_(student, rows)
         feed = feed.retokenised(keep_rows(feed.collate.tokenizer, rows))
-        counts = token_counts(feed.unshuffled(), len(rows), batches=100)
+        counts = shared(token_counts(feed.unshuffled(), len(rows), batches=100))
         batches = feed.calibration(CALIBRATION, accelerator.device)
         choice = replace(choice, batches=batches, make_batches=feed.train)
     kinds = tuple(kind for kind in kinds if kind != "vocab")
@@ -115,7 +116,7 @@ def prepare_cut(
         if find_family(dense.config.model_type).embedding:
             most = USAGE if "vocab" in kinds else 100
             masked = feed.objective.name == "masked_lm"
-            counts = token_counts(feed.unshuffled(), dense.config.vocab_size, batches=most, masked=masked)
+            counts = shared(token_counts(feed.unshuffled(), dense.config.vocab_size, batches=most, masked=masked))
         axes = None
         if recipe.rotate:
             axes = journal.once("axes", lambda: {"axes": principal_axes(student, batches)})["axes"]
@@ -197,6 +198,7 @@ def as_before(journal: Journal, name: str, keep: Keep) -> Keep:
     entry = journal.read(name)
     if entry is not None:
         return {site: tuple(units.tolist()) for site, units in entry.tensors.items()}
+    keep = shared(keep)
     journal.write(name, {site: torch.tensor(units, dtype=torch.int64) for site, units in keep.items()})
     return keep
 
@@ -234,7 +236,7 @@ def learn_keep(
     """
 
     def rescored() -> dict[str, torch.Tensor]:
-        return per_cost(score_units(student, structure.sites, masks, choice), structure, budget)
+        return per_cost(shared(score_units(student, structure.sites, masks, choice)), structure, budget)
 
     settings = choice.settings
     if steps is not None:
@@ -339,7 +341,7 @@ def probe_loss(
                 training_loss(objective, forward(student, batch), target, batch)
                 for batch, target in zip(batches if read is None else read(keep), teacher)
             ]
-        return float(torch.stack(losses).mean())
+        return shared(float(torch.stack(losses).mean()))
 
     return loss_of
 

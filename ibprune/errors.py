@@ -24,6 +24,10 @@ class BadData(IBPruneError):
     """A data set, a column or a metric cannot be used."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop, and did so after a step of training; what was saved of it is said."""
+
+
 def did_you_mean(name: str, valid: Iterable[str], *, listed: Iterable[str] | None = None) -> str:
     """Returns the end of an error message: the nearest valid name, then all of them, or those `listed` where given.
 

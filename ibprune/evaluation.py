@@ -9,13 +9,13 @@ from ibprune.console import Quiet
 from ibprune.feeding import Feed
 from ibprune.losses import Objective, dense_batch, forward, pooled, span_logits
 from ibprune.metrics import load_metric
+from ibprune.processes import on_main
 from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 LONGEST_ANSWER = 30  # tokens
 LOWER_IS_BETTER = ("perplexity",)
 
 
-@torch.no_grad()
 def evaluate_model(
     model: nn.Module,
     feed: Feed,
@@ -31,12 +31,19 @@ def evaluate_model(
     Questions: exact match and F1 of the best span over all windows of the context. Language models: perplexity, exp
     of the mean negative log-likelihood a token. Encoders: mean cosine of the pooled embedding to the dense model's
     (1 for the dense model itself), and recall@1 of each text's second half among all second halves, looked up by
-    its first half.
+    its first half. Of several processes the main one measures.
 
     Args:
         dense: The dense model, for encoders; None when `model` is it.
     """
     model.eval()
+    return on_main(lambda: _measured(model, feed, objective, dense, console, what))
+
+
+@torch.no_grad()
+def _measured(
+    model: nn.Module, feed: Feed, objective: Objective, dense: nn.Module | None, console: Quiet, what: str
+) -> dict[str, float]:
     loader = feed.held_out()
     batches = console.track(loader, what, len(loader))
     device = next(model.parameters()).device

@@ -52,7 +52,8 @@ def _training(parser: Parser) -> None:
     add = parser.add_argument
     add("--augment", help="comma list of what is done to training pictures: flip,crop (default) or none")
     add("--seed", type=int, help="default 0")
-    add("--batch-size", type=int, help="texts or pictures per step and process (default 32)")
+    add("--batch-size", type=int, help="texts or pictures per batch, divided among the processes (default 32)")
+    add("--num-processes", type=int, help="processes of this machine that train together (default 1)")
     add("--grad-accum", type=int, help="batches per step (default 1)")
     add("--lr", type=float, help="peak learning rate (default: by objective)")
     add("--schedule", help="how it falls to 0: linear (default), cosine or uba (budget-aware)")

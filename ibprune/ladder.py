@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from ibprune.loading import load
 from ibprune.pipeline import Job, PruneResult, begin, recover, write
 from ibprune.plans import PruningPlan
 from ibprune.plots import draw_pareto
+from ibprune.processes import on_main, shared
 from ibprune.recipe import Recipe
 from ibprune.resuming import open_journal, rng_state, set_rng_state
 from ibprune.scores import LEARNED
@@ -45,21 +47,26 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
     for small, plan, budget, structure in rungs(job, lambda least: recipe.budget):
         pruned = recover(job, small, plan, budget, structure, job.subject.feed, phase=f"recovering {budget.keep:g}")
         place, rng = done / f"{budget.keep:g}", rng_state(journal.data)
-        if place.is_dir():
+        if shared(place.is_dir()):
             report = json.loads((place / "report.json").read_text())
             results.append(PruneResult(load(place), plan, report))
         else:
             results.append(write(job, pruned, place, budgets=list(recipe.budget)))
         set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
-    with staged(folder) as temporary:
-        found = pareto([result.report for result in results])
-        (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
-        draw_pareto(found, temporary)
-        for result in results:  # last: what fails before leaves them in the state
-            name = f"{result.report['budget']['keep']:g}"
-            (done / name).rename(temporary / name)
+    on_main(lambda: _collect([result.report for result in results], done, folder))
     journal.remove()
     return tuple(results)
+
+
+def _collect(reports: list[dict], done: Path, folder: Path) -> None:
+    """Moves the folders of all budgets into one, beside the trade between them."""
+    with staged(folder) as temporary:
+        found = pareto(reports)
+        (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
+        draw_pareto(found, temporary)
+        for report in reports:  # last: what fails before leaves them in the state
+            name = f"{report['budget']['keep']:g}"
+            (done / name).rename(temporary / name)
 
 
 def pareto(reports: list[dict]) -> dict:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ibprune.errors import BadData
+from ibprune.processes import undistributed
 from ibprune.task_heads import ANSWERS, TAGS, WRITES, complete
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", WRITES, TAGS, ANSWERS, "encoder", "custom")
@@ -83,7 +84,9 @@ def forward(model: nn.Module, batch: Batch):
             )
         return outputs
     own = {key: value for key, value in batch.items() if not key.startswith(DENSE)}
-    return model(**complete(model, {key: value for key, value in own.items() if key not in ("labels", WORDS)}))
+    return model(
+        **complete(undistributed(model), {key: value for key, value in own.items() if key not in ("labels", WORDS)})
+    )
 
 
 def dense_batch(batch: Batch) -> Batch:

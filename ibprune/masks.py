@@ -1,9 +1,21 @@
 """VIB masks: a Gaussian multiplier per prunable unit and what it costs to keep it."""
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+
+def mixed(*numbers: int) -> int:
+    """A seed that each of the numbers changes, below 2^63.
+
+    Example:
+        >>> mixed(0, 1) == mixed(0, 1), mixed(0, 1) == mixed(1, 0)
+        (True, False)
+    """
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 class VIBMask(nn.Module):
@@ -21,6 +33,8 @@ class VIBMask(nn.Module):
         tables: Whether some consumer sees a table that all sequences share (relative positions): it takes part in
             no probe.
         mixed: Whether some consumer sees rows in an order of their own: a probe must be of one sequence.
+        draw: The seed of the noise, which share of the rows is here, and of how many: with it, what a row draws does
+            not depend on how many processes divide the rows, nor on how often the forward runs. None: of torch's own.
         probe: When set, (batch, n_units) multipliers in the place of the noisy mean: gate gradients are read from it.
 
     Example:
@@ -45,6 +59,7 @@ class VIBMask(nn.Module):
         self.register_buffer("hard", torch.ones(n_units), persistent=True)
         self.n_kept = n_units  # sum of `hard`, without a read from the device
         self.noise = 1.0
+        self.draw: tuple[int, int, int] | None = None
         self.probe: torch.Tensor | None = None
 
     def forward(self, batch: int) -> torch.Tensor:
@@ -56,8 +71,15 @@ class VIBMask(nn.Module):
                 return self.hard * self.probe
         if self.probe is not None or not self.training or self.noise == 0.0:
             return (self.hard * self.mu).unsqueeze(0)
-        eps = torch.randn(batch, len(self.mu), device=self.mu.device)
-        return self.hard * (self.mu + self.noise * torch.exp(0.5 * self.log_var) * eps)
+        return self.hard * (self.mu + self.noise * torch.exp(0.5 * self.log_var) * self._eps(batch))
+
+    def _eps(self, rows: int) -> torch.Tensor:
+        if self.draw is None:
+            return torch.randn(rows, len(self.mu), device=self.mu.device)
+        seed, index, of = self.draw
+        generator = torch.Generator(self.mu.device).manual_seed(seed)
+        eps = torch.randn(rows * of, len(self.mu), generator=generator, device=self.mu.device)
+        return eps[index * rows : (index + 1) * rows]
 
     def log_alpha(self) -> torch.Tensor:
         """log(sigma^2 / mu^2), (n_units,): large means prune, keep while below 0."""
@@ -103,6 +125,15 @@ class MaskSet(nn.Module):
     def set_noise(self, scale: float, *, sites: list[str]) -> None:
         for name in sites:
             self[name].noise = scale
+
+    def set_draw(self, *key: int, share: tuple[int, int]) -> None:
+        """Keys the noise: the same numbers draw the same, and each mask its own.
+
+        Args:
+            share: Which part of a batch's rows is here, and of how many.
+        """
+        for number, mask in enumerate(self.by_key.values()):
+            mask.draw = (mixed(*key, number), *share)
 
     def kept(self) -> dict[str, tuple[int, ...]]:
         """The units of each site that are not cut."""

@@ -22,6 +22,7 @@ from ibprune.models import check_finite
 from ibprune.module_files import save_module
 from ibprune.pairs import Pairs
 from ibprune.plans import PruningPlan, model_type
+from ibprune.processes import on_main
 from ibprune.recipe import UNFIT, UNTAUGHT
 from ibprune.report import Timer, versions
 from ibprune.scores import LEARNED, SCORES
@@ -202,7 +203,7 @@ def prune_module(
     with timer("evaluate"):
         metrics = _judge(student, eval_fn)
     with timer("bench"):
-        latencies = time_forward(dense, student, {"inputs": example}, console=console)
+        latencies = on_main(lambda: time_forward(dense, student, {"inputs": example}, console=console))
     sides = [
         {"params": costs.params(kept), "macs": costs.macs(kept), "metrics": found_metrics, "latency_ms": latency}
         for kept, found_metrics, latency in zip((plan.n_units, plan.kept()), (dense_metrics, metrics), latencies)
@@ -236,7 +237,8 @@ def _phases(settings: ModuleSettings) -> tuple[TrainSettings, TrainSettings]:
 def _judge(model: nn.Module, eval_fn: Callable[[nn.Module], Metrics] | None) -> dict[str, float]:
     if eval_fn is None:
         return {}
-    found = eval_fn(model.eval())
+    model.eval()
+    found = on_main(lambda: eval_fn(model))
     try:
         return {str(k): float(v) for k, v in found.items()} if isinstance(found, dict) else {"metric": float(found)}
     except (TypeError, ValueError) as error:

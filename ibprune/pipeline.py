@@ -32,6 +32,7 @@ from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
 from ibprune.models import check_finite
 from ibprune.plans import PruningPlan
+from ibprune.processes import check_batch_size, on_main
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
 from ibprune.resuming import FolderJournal, open_journal
@@ -116,6 +117,7 @@ def begin(
     timer = Timer()
     with timer("load"):
         accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
+        check_batch_size(recipe.batch_size)
         subject = load_subject(recipe, console)
     if check is not None:
         check(subject)
@@ -171,14 +173,19 @@ def finish(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResul
     job.journal.remove()
     if recipe.push_to_hub:
         console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
-        url = push(folder, recipe.push_to_hub, private=recipe.private, revision=recipe.revision,
-                   commit_message=recipe.commit_message)  # fmt: skip
+        how = {"private": recipe.private, "revision": recipe.revision, "commit_message": recipe.commit_message}
+        url = on_main(lambda: push(folder, recipe.push_to_hub, **how))
         console.say(f"pushed: {url}")
     return result
 
 
 def write(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResult:
-    """Audits, times, writes and checks a pruned model."""
+    """Audits, times, writes and checks a pruned model: the main process does."""
+    report = on_main(lambda: _write(job, pruned, folder, **more))
+    return PruneResult(pruned.model.eval(), pruned.plan, report)
+
+
+def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
     subject, dense, console, timer, accelerator = job.subject, job.dense, job.console, job.timer, job.accelerator
     student, plan, budget, own_feed = pruned.model, pruned.plan, pruned.budget, pruned.feed
     recipe, source, data, feed = subject.recipe, subject.source, subject.data, subject.feed
@@ -228,7 +235,7 @@ def write(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResult
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
         _export(student, dense, subject, own_feed, plan, report, audited, texts, costs.latency, temporary, folder)
-    return PruneResult(student.eval(), plan, report.to_dict())
+    return report.to_dict()
 
 
 def _export(

@@ -91,7 +91,7 @@ class Recipe(BaseModel):
     probe_steps: int | None = Field(
         None, ge=0, description="steps of recovery before candidate cuts are compared (shares probe)"
     )
-    batch_size: int = Field(32, ge=1, description="sequences per step and process")
+    batch_size: int = Field(32, ge=1, description="sequences per batch, divided among the processes")
     grad_accum: int = Field(1, ge=1, description="batches per step")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
     schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")

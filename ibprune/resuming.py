@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, first_line
+from ibprune.processes import n_processes, process_index, shared
 from ibprune.recipe import WHERE, Recipe
 
-FORMAT = "ibprune.state/2"  # in 1, nothing told the model and the data
+FORMAT = "ibprune.state/3"  # in 1, nothing told the model and the data; in 2, not the number of processes
 RECIPE = "recipe.json"
 Tensors = dict[str, torch.Tensor]
 
@@ -69,13 +70,17 @@ class Journal:
         """Whether it is time that a phase of training writes where it stands."""
         return False
 
+    def kept(self) -> str:
+        """What can be said of the state when a run stops."""
+        return "nothing was saved of this phase; --resume starts it anew."
+
     def once(self, name: str, make: Callable[[], Tensors]) -> Tensors:
         """What `make` gives, or gave when the run was here before; the generators go on from there alike."""
         entry = self.read(name)
         if entry is not None:
             self.restore(entry)
             return entry.tensors
-        made = make()
+        made = shared(make())
         self.write(name, made)
         return made
 
@@ -85,6 +90,8 @@ NO_JOURNAL = Journal()
 
 class FolderJournal(Journal):
     """Keeps a file of safetensors per entry, in a folder that appears with the first.
+
+    The main process writes and says what is there; each of them reads.
 
     Args:
         folder: Where.
@@ -108,6 +115,7 @@ class FolderJournal(Journal):
         Raises:
             BadRecipe: The interrupted run worked on others.
         """
+        subject = subject | {"the number of processes": str(n_processes())}
         for what, digest in subject.items():
             if self.before is not None and self.before.get(what) != digest:
                 raise BadRecipe(
@@ -118,7 +126,7 @@ class FolderJournal(Journal):
 
     def read(self, name: str) -> Entry | None:
         path = self._path(name)
-        if not path.exists():
+        if not shared(path.exists()):
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -140,6 +148,8 @@ class FolderJournal(Journal):
         set_rng_state(*entry.rng, self.data)
 
     def write(self, name: str, tensors: Tensors, facts: dict | None = None) -> None:
+        if process_index():
+            return
         states, rng = rng_state(self.data)
         text = json.dumps({"order": list(tensors), "facts": facts or {}, "rng": rng})
         tensors = {key: _plain(value) for key, value in (tensors | states).items()}
@@ -164,8 +174,13 @@ class FolderJournal(Journal):
     def due(self) -> bool:
         return time.monotonic() - self.written >= self.seconds
 
+    def kept(self) -> str:
+        return f"its state is in '{self.folder}', and the same command with --resume goes on from there."
+
     def remove(self) -> None:
         """Deletes the state: the run is done."""
+        if process_index():
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
@@ -212,7 +227,8 @@ def open_journal(recipe: Recipe, output: Path, console: Quiet) -> FolderJournal:
 def rng_state(data: torch.Generator | None) -> tuple[Tensors, dict]:
     """Where all random generators stand, as tensors and JSON."""
     tensors = {"rng/torch": torch.get_rng_state()}
-    tensors |= {f"rng/cuda/{i}": state for i, state in enumerate(_cuda_states())}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
     if data is not None:
         tensors["rng/data"] = data.get_state()
     name, keys, *rest = np.random.get_state()
@@ -223,19 +239,14 @@ def rng_state(data: torch.Generator | None) -> tuple[Tensors, dict]:
 def set_rng_state(tensors: Tensors, facts: dict, data: torch.Generator | None) -> None:
     """Puts the generators back to where `rng_state` found them."""
     torch.set_rng_state(tensors["rng/torch"])
-    for i in range(len(_cuda_states())):
-        if f"rng/cuda/{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng/cuda/{i}"], i)
+    if torch.cuda.is_available() and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
     if data is not None and "rng/data" in tensors:
         data.set_state(tensors["rng/data"])
     name, keys, *rest = facts["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, numbers, gauss = facts["python"]
     random.setstate((version, tuple(numbers), gauss))
-
-
-def _cuda_states() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def _comparable(recipe: Recipe) -> dict:

@@ -18,6 +18,7 @@ from ibprune.groups import ATTENTION_KINDS, Site
 from ibprune.latency import LatencyTable, load_latency, measure_latency
 from ibprune.losses import Batch
 from ibprune.plans import PruningPlan, is_rotated, model_type
+from ibprune.processes import on_main
 from ibprune.recipe import CNN_KINDS, Recipe
 from ibprune.rotation import rotate_
 from ibprune.sites import find_family, find_sites
@@ -114,9 +115,9 @@ def with_latency(
     elif table is not None:
         found = load_latency(table, everything, next(dense.parameters()).device, inputs)
     else:
-        found = measure_latency(
-            dense, everything, structure.sites, compacted, inputs, round_to=round_to, seed=seed, console=console
-        )
+        sites, seen = structure.sites, {"round_to": round_to, "seed": seed, "console": console}
+        measured = on_main(lambda: measure_latency(dense, everything, sites, compacted, inputs, **seen).to_dict())
+        found = LatencyTable.from_dict(measured)
         console.say(
             f"latency of the dense model {found.dense_ms:.2f} ms; a formula fitted to {len(found.plans)} widths is "
             f"{found.error:.1%} off on others"

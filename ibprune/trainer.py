@@ -2,26 +2,35 @@
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ibprune.console import Quiet
-from ibprune.errors import BadRecipe, IBPruneError, did_you_mean
+from ibprune.errors import BadData, BadRecipe, IBPruneError, Stopped, did_you_mean
 from ibprune.losses import Batch
-from ibprune.masks import MaskSet
+from ibprune.masks import MaskSet, mixed
+from ibprune.processes import divided, n_processes, process_index, shared
 from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("linear", "cosine", "uba")
+PATIENCE = timedelta(hours=12)  # that processes wait while the main one measures and writes
 PHI = 5.0  # of "uba": below cosine's 2 the rate stays high for longer, above it falls sooner
 
 
@@ -90,7 +99,19 @@ def make_accelerator(precision: str, *, grad_accum: int = 1, seed: int = 0) -> A
     mixed = "bf16" if precision == "bf16" else "no"
     # A step is always grad_accum batches, also across the end of an epoch.
     accumulation = GradientAccumulationPlugin(num_steps=grad_accum, sync_with_dataloader=False)
-    accelerator = Accelerator(mixed_precision=mixed, gradient_accumulation_plugin=accumulation)
+    wrapping = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads that no loss reads, experts
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless it is told, it takes one of several processes for all
+        mixed_precision=mixed,
+        gradient_accumulation_plugin=accumulation,
+        kwargs_handlers=[wrapping, InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise IBPruneError(
+            f"expected {started} processes to train together, as WORLD_SIZE says, found {accelerator.num_processes}: "
+            "start them with --num-processes, torchrun or accelerate launch."
+        )
     if accelerator.device.type == "cpu" and sys.platform == "linux":
         _reuse_freed_memory()
     return accelerator
@@ -166,6 +187,7 @@ def train(
 
     Raises:
         IBPruneError: The loss, or a weight that is to be saved, is NaN or infinite. The last state stays.
+        Stopped: The console says that the run is to stop; the state was written.
     """
     if settings.steps == 0:
         return TrainState(phase)
@@ -196,18 +218,21 @@ def train(
     if entry is not None:
         _load_moments_(optimizer, entry.part("optimizer/"))
     model.train()
+    console.stepping = True
     batches = _Batches(make_batches, settings.seed, accelerator, state, journal, entry)
     for step in console.track(range(state.step, settings.steps), phase, settings.steps - state.step):
         if before_step is not None:
             before_step(step)
-        total = 0.0
+        if process_index():  # dropout of its own; the main process goes on as if it were alone
+            torch.manual_seed(mixed(settings.seed, step, process_index()))
+        total, save, stop = 0.0, False, False
         for _ in range(settings.grad_accum):
             batch = next(batches)
             with accelerator.accumulate(prepared):
                 loss = loss_of(prepared, batch)
-                value = loss.detach().item()
+                value, save, stop = _over_processes(loss.detach(), journal.due(), console.stopping)
                 if not math.isfinite(value):  # before it reaches a weight
-                    where = _first_not_finite(model, partial(loss_of, prepared, batch))
+                    where = shared(_first_not_finite(model, partial(loss_of, prepared, batch)))
                     raise IBPruneError(
                         f"the loss became {value} at step {step} of '{phase}', first in {where}: lower --lr, or use "
                         "--precision fp32."
@@ -221,11 +246,15 @@ def train(
         schedule.step()
         state.step = step + 1
         state.losses.append(total)
-        if journal.due() and state.step < settings.steps:
+        if stop or (save and state.step < settings.steps):
             _check_weights(model, phase, step)
             states, rng = batches.before_epoch
             tensors = _named_tensors(model) | _moments(optimizer) | {f"epoch/{key}": x for key, x in states.items()}
             journal.write(phase, tensors, {"state": state.to_dict(), "epoch": rng})
+            if stop:
+                console.stepping = False
+                raise Stopped(f"stopped after step {state.step} of {settings.steps} of '{phase}'; {journal.kept()}")
+    console.stepping = False
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
     for parameter in held:
@@ -234,6 +263,16 @@ def train(
     journal.write(phase, _named_tensors(model), {"state": state.to_dict()})
     model.eval()
     return state
+
+
+def _over_processes(loss: torch.Tensor, due: bool, stopping: bool) -> tuple[float, bool, bool]:
+    """The mean of a loss over the processes, whether the main one's clock says to save, and whether any is to stop."""
+    if n_processes() == 1:
+        return loss.item(), due, stopping
+    found = torch.tensor([loss.item() / n_processes(), due and process_index() == 0, stopping], device=loss.device)
+    torch.distributed.all_reduce(found)
+    value, save, stop = found.tolist()
+    return value, bool(save), bool(stop)
 
 
 def rate(settings: TrainSettings, step: int) -> float:
@@ -361,7 +400,7 @@ class _Batches:
             if entry is not None:
                 set_rng_state(entry.part("epoch/"), entry.facts["epoch"], data)
             self.before_epoch = rng_state(data)
-            loader = iter(self.accelerator.prepare_data_loader(self.make_batches(self.seed + state.epoch)))
+            loader = divided(self.make_batches(self.seed + state.epoch), self.accelerator.device)
             if entry is not None:  # what was read already is read again, so that all generators are where they were
                 for _ in range(state.batch):
                     next(loader)
@@ -370,4 +409,8 @@ class _Batches:
             for batch in loader:
                 state.batch += 1
                 yield batch
+            if state.batch == 0:
+                n = n_processes()
+                each = "" if n == 1 else f" with a row for each of {n} processes"
+                raise BadData(f"expected batches to train on{each}, found none.")
             state.epoch, state.batch = state.epoch + 1, 0

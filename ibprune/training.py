@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -15,10 +16,11 @@ from ibprune.evaluation import evaluate_model
 from ibprune.feeding import Feed
 from ibprune.folders import check_output, staged, verify, write_model
 from ibprune.models import check_finite
+from ibprune.processes import check_batch_size, n_processes, on_main
 from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions
 from ibprune.resuming import NO_JOURNAL, Journal, open_journal
-from ibprune.subject import fingerprints, known_tokens, load_subject
+from ibprune.subject import Subject, fingerprints, known_tokens, load_subject
 from ibprune.trainer import make_accelerator, train
 
 SCHEMA = "ibprune.train_report/1"
@@ -69,6 +71,7 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
     timer = Timer()
     with timer("load"):
         accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
+        check_batch_size(recipe.batch_size)
         subject = load_subject(recipe, console, untrained=True)
     recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
     model = loaded.model.to(accelerator.device)
@@ -81,13 +84,29 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
     model = model.to(loaded.dtype).float()  # what is measured is what is stored
     with timer("evaluate"):
         after = evaluate_model(model, feed, feed.objective, console=console, what="evaluating after")
+    report = on_main(lambda: _write(model, subject, (before, after), steps, folder, journal, timer, console))
+    journal.remove()
+    return report
+
+
+def _write(
+    model: PreTrainedModel,
+    subject: Subject,
+    metrics: tuple[dict[str, float], dict[str, float]],
+    steps: int,
+    folder: Path,
+    journal: Journal,
+    timer: Timer,
+    console: Quiet,
+) -> dict:
+    recipe, feed, dtype = subject.recipe, subject.feed, subject.loaded.dtype
     report = {
         "schema": SCHEMA,
         "model": subject.source.name,
         "data": subject.data.name,
         "objective": feed.objective.name,
         "params": count_params(model),
-        "metrics": {"before": before, "after": after},
+        "metrics": dict(zip(("before", "after"), metrics)),
         "steps": steps,
         "batch_size": recipe.batch_size,
         "lr": recipe.lr,
@@ -95,16 +114,16 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         "resumed": journal.resumed,
         "overlap": subject.overlap,
         "pictures": feed.pictures(),
-        "device": str(accelerator.device),
+        "world_size": n_processes(),
+        "device": str(model.device),
         "timings_s": timer.seconds,
         "versions": versions(),
     }
     console.say("writing and checking the folder in a fresh process")
     with staged(folder) as temporary:
-        model.to(loaded.dtype)
+        model.to(dtype)
         tier = write_model(model, feed.preprocessor, None, temporary)
         report["verify"] = verify(model, temporary, tier, feed.probe())
         report["sha256"] = checksums(temporary)
         (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    journal.remove()
     return report

@@ -17,6 +17,7 @@ from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet
+from ibprune.processes import n_processes, process_index
 from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.trainer import TrainSettings, TrainState, train
 
@@ -115,9 +116,11 @@ def learn_masks(
     again = max(1, int(settings.ramp * steps) // settings.rescored)
     settled: Keep = {}  # what stays, from `settled_at` on
     started = False
+    share, now, passes = (process_index(), n_processes()), 0, 0  # the step, and the batches of it that were read
 
     def before_step(step: int) -> None:
-        nonlocal started
+        nonlocal started, now, passes
+        now, passes = step, 0
         if not started:  # where the run was resumed, the units in the model come from a file
             masks.set_keep(masks.kept())
             started = True
@@ -146,6 +149,9 @@ def learn_masks(
             return target
 
     def loss_with_kl(prepared: nn.Module, batch: Batch) -> torch.Tensor:
+        nonlocal passes
+        masks.set_draw(train_settings.seed, now, passes, share=share)
+        passes += 1
         loss = loss_of(prepared, batch)
         if settled or rescore is not None:
             return loss

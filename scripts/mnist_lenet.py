@@ -109,7 +109,7 @@ def prune(dense: nn.Module, net: str, score: str, arguments: argparse.Namespace,
     if net == "lenet300":
         kinds = ("channels", "inputs")
         return ibprune.prune(dense, arguments.budget, kinds=kinds, mask_steps=masks, recover_steps=rest, **common).model
-    first = min(1.0, 2 * arguments.budget)
+    first = min(1.0, 1.1 * arguments.budget)  # the second cut takes of one layer's inputs only
     steps = {"mask_steps": masks // 2, "recover_steps": rest // 2}
     halfway = ibprune.prune(dense, first, **steps, **common).model
     left = arguments.budget * count_params(dense) / count_params(halfway)

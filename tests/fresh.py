@@ -4,6 +4,7 @@ A child has seen nothing of the test: no module of ibprune, no class of a model,
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
@@ -23,6 +24,16 @@ def run(command: list[str], *, env: dict[str, str] | None = None, **_: object) -
         process.start()
         process.join()
         return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
+
+
+def start() -> None:
+    """Starts the server, so that processes forked from here can use it (`inherit`)."""
+    multiprocessing.forkserver.ensure_running()
+
+
+def inherit() -> None:
+    """In a process forked from one that called `start`: the server, which is no child of this process, does run."""
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
 
 
 def _child(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ibprune
 from ibprune import cli, pipeline, resuming, training
 from ibprune.console import Quiet
-from ibprune.errors import BadRecipe
+from ibprune.errors import BadRecipe, Stopped
 
 STEPS = dict(mask_steps=9, recover_steps=8, probe_steps=0, batch_size=16, max_length=16, seed=3, audit=False)
 STEPS |= dict(save_every=1e-9)  # after every step
@@ -102,6 +102,23 @@ def test_a_run_goes_on_where_it_was_cut_short(what, n, left, classifier, whole, 
     assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (whole / "recipe.yaml").read_bytes()
 
 
+@pytest.mark.parametrize("what,n,left", [("learning masks", 3, ("learning masks", 5)), ("recovering", 7, None)])
+def test_a_run_that_is_asked_to_stop_does_so_after_its_step(what, n, left, classifier, whole, tmp_path):
+    class Asked(Stopping):
+        def track(self, items, stage, total):
+            for i, item in enumerate(items):
+                self.stopping = self.stopping or (stage, i) == (what, n)
+                yield item
+
+    with pytest.raises(
+        Stopped, match=rf"stopped after step {n + 1} of .* of '{what}'; its state is in '.*out.partial'"
+    ):
+        ibprune.prune(**classifier, output=tmp_path / "out", console=Asked())
+    console = resume(tmp_path / "out", **classifier)
+    same(whole, tmp_path / "out")
+    assert next((stage for stage in console.ran if stage[0] in ("learning masks", "recovering")), None) == left
+
+
 def test_a_candidate_cut_that_was_compared_is_not_tried_again(folders, stories, tmp_path):
     values = dict(model=folders["LlamaForCausalLM"], budget=0.6, data=stories, kinds="ffn,hidden") | STEPS
     values |= dict(probe_steps=2, mask_steps=0, recover_steps=0)
@@ -164,7 +181,7 @@ def test_a_state_is_never_overwritten_unasked_nor_taken_up_by_another_recipe(cla
     assert {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == state
     older = json.dumps({"format": "ibprune.state/1", "recipe": {}})  # of what model and data, it did not say
     (tmp_path / "out.partial" / "recipe.json").write_text(older)
-    with pytest.raises(BadRecipe, match="its format is not ibprune.state/2. Delete the folder"):
+    with pytest.raises(BadRecipe, match="its format is not ibprune.state/3. Delete the folder"):
         ibprune.prune(**classifier, output=out, resume=True)
     (tmp_path / "out.partial" / "recipe.json").write_text("{")
     with pytest.raises(BadRecipe, match="recipe.json.*Delete the folder"):

@@ -1,0 +1,295 @@
+"""Several processes train as one: the same rows, noise, losses and plan, one folder, and what goes wrong is said."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import fresh
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import ibprune
+from ibprune import cutting, pipeline, training, vib
+from ibprune.errors import BadData, BadRecipe, IBPruneError
+from ibprune.masks import VIBMask
+from ibprune.processes import check_batch_size, divided, n_processes, on_main, process_index, shared
+from ibprune.recipe import make_recipe
+from ibprune.resuming import open_journal
+from ibprune.trainer import make_accelerator, train
+
+SMALL = dict(
+    budget=0.4, mask_steps=24, recover_steps=20, finetune_steps=60, lr=3e-3, batch_size=16, max_length=16, seed=3,
+    audit=False, precision="fp32",
+)  # fmt: skip
+
+
+def together(n: int, do, *args) -> list:
+    """What `do(*args)` gives in each of n forked processes that know of each other; an exception is its text."""
+    context, queue, processes = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").Queue(), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    fresh.start()
+
+    def one(rank: int) -> None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        fresh.inherit()
+        try:
+            queue.put((rank, do(*args)))
+        except Exception as error:  # noqa: BLE001
+            queue.put((rank, f"{type(error).__name__}: {error}"))
+        time.sleep(0.3)  # not before the others have heard the last word
+
+    for rank in range(n):
+        processes.append(context.Process(target=one, args=(rank,)))
+        processes[-1].start()
+    found = dict(queue.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    return [found[rank] for rank in range(n)]
+
+
+@pytest.fixture
+def steady(folders, tmp_path):
+    """A function: a dense model without dropout, which each process draws for itself, by its head."""
+
+    def folder(head: str) -> str:
+        path = tmp_path / head
+        shutil.copytree(folders[head], path)
+        config = json.loads((path / "config.json").read_text())
+        config |= {key: 0.0 for key in config if key.endswith("dropout_prob")}
+        (path / "config.json").write_text(json.dumps(config))
+        return str(path)
+
+    return folder
+
+
+def pruned(model: str, data: str, output: Path, values: dict) -> dict:
+    """The report of a run, with the losses of its phases."""
+    losses = []
+
+    def watched(*args, **more):
+        state = train(*args, **more)
+        losses.append((state.phase, state.losses))
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cutting, pipeline, training, vib):
+            patch.setattr(module, "train", watched)
+        report = ibprune.prune(model, data=data, output=str(output), **values).report
+    return {"report": report, "losses": losses, "count": n_processes()}
+
+
+@pytest.mark.parametrize(
+    "n,head,data,more",
+    [
+        (2, "BertForSequenceClassification", "reviews", {}),
+        (4, "BertForSequenceClassification", "reviews", {"grad_accum": 2, "mask_steps": 20, "finetune_steps": 30}),
+        (2, "BertForMaskedLM", "stories", {"score": "gradual"}),
+        (2, "LlamaForCausalLM", "stories", {"cost": "latency", "budget": 0.8, "probe_steps": 0}),
+    ],
+)
+def test_several_processes_find_the_plan_of_one(n, head, data, more, steady, request, tmp_path):
+    model, source = steady(head), request.getfixturevalue(data)
+    values = SMALL | more
+    alone = pruned(model, source, tmp_path / "alone", values)
+    if values.get("cost") == "latency":  # is measured, by the main process
+        values["latency_table"] = str(tmp_path / "alone" / "latency.json")
+        shutil.rmtree(tmp_path / "alone.partial", ignore_errors=True)
+        alone = pruned(model, source, tmp_path / "again", values)
+    several = together(n, pruned, model, source, tmp_path / "several", values)
+    assert all(isinstance(found, dict) for found in several), several
+    assert [found["count"] for found in several] == [n] * n and alone["count"] == 1
+    first = several[0]
+    assert all(found["report"] == first["report"] for found in several)
+    assert first["report"]["world_size"] == n and alone["report"]["world_size"] == 1
+    assert [phase for phase, _ in first["losses"]] == [phase for phase, _ in alone["losses"]]
+    for (_, ours), (_, theirs) in zip(first["losses"], alone["losses"]):
+        assert torch.allclose(torch.tensor(ours[:20]), torch.tensor(theirs[:20]), rtol=0, atol=1e-5)
+    one = tmp_path / ("again" if "latency_table" in values else "alone")
+    assert (tmp_path / "several" / "plan.json").read_text() == (one / "plan.json").read_text()
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "several", one))
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-2) for name in theirs)
+    assert not (tmp_path / "several.partial").exists()
+
+
+def test_a_latency_is_measured_by_the_main_process(steady, stories, tmp_path):
+    values = SMALL | {"cost": "latency", "budget": 0.8, "score": "magnitude", "recover_steps": 2}
+    several = together(2, pruned, steady("LlamaForCausalLM"), stories, tmp_path / "several", values)
+    assert several[0]["report"] == several[1]["report"]
+    assert several[0]["report"]["budget"]["achieved"] <= several[0]["report"]["budget"]["limit"]
+
+
+def test_several_budgets_and_a_trained_head_in_two_processes(folders, reviews, tmp_path):
+    def ladder(output: Path) -> list[dict]:
+        values = SMALL | {"budget": (0.6, 0.4), "mask_steps": 8, "recover_steps": 4, "finetune_steps": 4}
+        results = ibprune.prune(folders["BertForSequenceClassification"], data=reviews, output=str(output), **values)
+        return [{name: p.abs().sum().item() for name, p in r.model.named_parameters()} for r in results]
+
+    first, second = together(2, ladder, tmp_path / "out")
+    assert first == second and len(first) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"0.6", "0.4", "pareto.json"}
+
+
+def test_a_module_in_two_processes(tmp_path):
+    def prune() -> tuple[list[float], dict]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        x = torch.randn(64, 8)
+        loader = [(x[i : i + 16], x[i : i + 16, :3].argmax(1)) for i in range(0, 64, 16)]
+        judged = []
+        result = ibprune.prune(
+            net, 0.5, train_loader=loader, mask_steps=8, recover_steps=4, eval_fn=lambda m: judged.append(1) or 1.0
+        )
+        weights = [p.sum().item() for p in result.model.parameters()]
+        return weights, result.report["kept"], len(judged)
+
+    (first, kept, judged), (second, also, never) = together(2, prune)
+    assert first == second and kept == also and (judged, never) == (2, 0)
+
+
+def test_each_row_draws_its_noise_however_many_processes_there_are():
+    mask = VIBMask(5, log_alpha=0.0).train()
+    mask.draw = (7, 0, 1)
+    whole = mask(6)
+    halves = []
+    for index in range(2):
+        mask.draw = (7, index, 2)
+        halves.append(mask(3))
+    assert torch.equal(torch.cat(halves), whole) and torch.equal(mask(3), halves[1])
+    mask.draw = (8, 0, 1)
+    assert not torch.equal(mask(6), whole)
+
+
+def test_batches_are_divided_and_what_is_left_over_is_left_out():
+    def rows() -> list[list[int]]:
+        device = make_accelerator("fp32").device
+        batches = [{"x": torch.arange(start, start + n)} for start, n in ((0, 4), (4, 3), (7, 1), (8, 2))]
+        read = iter(batches) if process_index() == 0 else None  # nobody else reads
+        return [batch["x"].tolist() for batch in divided(read, device)]
+
+    assert together(2, rows) == [[[0, 1], [4], [8]], [[2, 3], [5], [9]]]
+
+
+def test_what_the_main_process_finds_or_raises_all_have():
+    def found():
+        make_accelerator("fp32")
+        value = shared({"x": torch.full((2,), float(process_index())), "n": process_index()})
+        made = on_main(lambda: os.getpid())
+        try:
+            on_main(lambda: (_ for _ in ()).throw(BadData("no such rows")))
+        except IBPruneError as error:
+            return value["x"].tolist(), value["n"], made, str(error)
+
+    first, second = together(2, found)
+    assert first == second and first[:2] == ([0.0, 0.0], 0) and first[3] == "no such rows"
+    assert shared(3) == 3 and on_main(lambda: 4) == 4  # alone
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, tmp_path):
+    monkeypatch.setattr("ibprune.processes.n_processes", lambda: 3)
+    with pytest.raises(BadRecipe, match="multiple of the 3 processes.*found 16"):
+        check_batch_size(16)
+    monkeypatch.undo()
+    assert together(2, lambda: check_batch_size(5)) == [None, None]  # nothing has started
+
+    def tiny_batches():
+        make_accelerator("fp32")
+        net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        rows = [(torch.ones(1, 2), torch.zeros(1, dtype=torch.long))]
+        ibprune.prune(net, 0.5, train_loader=rows, mask_steps=2, recover_steps=2)
+
+    for said in together(2, tiny_batches):
+        assert said == "BadData: expected batches to train on with a row for each of 2 processes, found none."
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each of them would take itself for the main one
+    monkeypatch.setattr("ibprune.trainer.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(IBPruneError, match="expected 2 processes to train together, as WORLD_SIZE says, found 1"):
+        make_accelerator("fp32")
+
+
+def test_a_state_of_another_number_of_processes_is_refused(monkeypatch, folders, tmp_path):
+    recipe = make_recipe({"model": folders["BertModel"], "budget": 0.5, "output": str(tmp_path / "out")})
+    journal = open_journal(recipe, tmp_path / "out", ibprune.console.Quiet())
+    journal.bind({"the weights": "a"}, None)
+    journal.write("scores", {"x": torch.ones(1)})
+    again = open_journal(recipe.model_copy(update={"resume": True}), tmp_path / "out", ibprune.console.Quiet())
+    again.bind({"the weights": "a"}, None)
+    monkeypatch.setattr("ibprune.resuming.n_processes", lambda: 2)
+    with pytest.raises(BadRecipe, match="the number of processes changed"):
+        again.bind({"the weights": "a"}, None)
+
+
+def command(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ibprune", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_the_command_line_starts_the_processes(folders, reviews, tmp_path):
+    arguments = ("--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16")
+    out, wrong = tmp_path / "out", tmp_path / "wrong"
+    common = ("train", *arguments, "--finetune-steps", "3", "--num-processes", "2", "--json", "--output")
+    run = command(*common, str(out), "--batch-size", "16")
+    stdout, stderr = run.communicate(timeout=300)
+    assert run.returncode == 0, stderr
+    assert json.loads(stdout)["world_size"] == 2 and (out / "model.safetensors").exists()
+    assert stderr.count("writing and checking") == 1
+    run = command(*common, str(wrong), "--batch-size", "15", "--quiet")
+    stdout, stderr = run.communicate(timeout=300)
+    assert run.returncode == 2 and stdout == "" and not wrong.exists()
+    assert stderr == (
+        "ibprune: error: --batch-size: expected a multiple of the 2 processes, among which each batch is divided, "
+        "found 15.\n"
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_signal_stops_a_run_after_its_step(n, folders, reviews, tmp_path):
+    run = command(
+        "train", "--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16",
+        "--finetune-steps", "100000", "--num-processes", str(n), "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    seen = []
+    while "Training the dense model" not in "".join(seen[-1:]) and run.poll() is None:
+        seen.append(run.stderr.readline())
+    time.sleep(1)
+    run.send_signal(signal.SIGTERM)
+    stdout, stderr = run.communicate(timeout=120)
+    assert run.returncode == 130 and stdout == "", (seen, stderr)
+    *_, last = stderr.strip().splitlines()
+    assert last.startswith("ibprune: stopped after step ") and last.endswith("--resume goes on from there.")
+    assert stderr.count("stopping after this step") == 1 and "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert (tmp_path / "out.partial" / "training-dense.safetensors").exists()
+
+
+def test_a_lost_process_ends_the_run_and_leaves_its_state(folders, reviews, tmp_path):
+    out = tmp_path / "out"
+    run = command(
+        "--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16", "--budget", "0.5",
+        "--finetune-steps", "100000", "--save-every", "0.001", "--num-processes", "2", "--output", str(out), "--quiet",
+    )  # fmt: skip
+    state = tmp_path / "out.partial" / "training-dense.safetensors"
+    for _ in range(2400):
+        if state.exists() or run.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert run.poll() is None, run.communicate()[1]
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 1 and state.exists() and not out.exists()
+    assert "of 2 was lost (SIGKILL)" in stderr and "--resume" in stderr and "Traceback" not in stderr
