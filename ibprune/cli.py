@@ -90,7 +90,7 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def _listen(console: Quiet) -> None:
-    """Lets SIGINT (Ctrl-C) or SIGTERM stop a run after its step while it trains, and at once else or the second time."""
+    """Lets SIGINT (Ctrl-C) or SIGTERM stop a run: while it trains after its step, else or the second time at once."""
 
     def stop(number: int, frame: object) -> None:
         if console.stopping or not console.stepping:
