@@ -55,6 +55,8 @@ def _training(parser: Parser) -> None:
     add("--batch-size", type=int, help="texts or pictures per batch, divided among the processes (default 32)")
     add("--num-processes", type=int, help="processes of this machine that train together (default 1)")
     add("--grad-accum", type=int, help="batches per step (default 1)")
+    text = "run blocks again in the backward pass, for less memory"
+    add("--gradient-checkpointing", action="store_true", default=None, help=text)
     add("--lr", type=float, help="peak learning rate (default: by objective)")
     add("--schedule", help="how it falls to 0: linear (default), cosine or uba (budget-aware)")
     add("--max-length", type=int, help="tokens per sequence (default: by objective)")

@@ -9,7 +9,7 @@ from ibprune.channels import Found, find_channels
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.data import TextData
-from ibprune.errors import BadData
+from ibprune.errors import BadData, BadRecipe
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
@@ -83,6 +83,8 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     if loaded.new_head and data.labels:
         loaded.model.config.id2label = dict(enumerate(data.labels))
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
+    if recipe.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
+        raise BadRecipe(f"--gradient-checkpointing: transformers has none for '{config.model_type}': leave it out.")
     found = None
     if not traced:
         choose_kinds(

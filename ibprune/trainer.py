@@ -46,6 +46,7 @@ class TrainSettings:
         schedule: How it falls, one of `SCHEDULES` (`decay`).
         grad_accum: Batches per optimiser step.
         max_grad_norm: Gradients of the weights are clipped to this norm.
+        checkpointing: Whether a transformer's blocks run again in the backward pass, and keep nothing until then.
     """
 
     steps: int
@@ -58,6 +59,7 @@ class TrainSettings:
     grad_accum: int = 1
     max_grad_norm: float = 1.0
     seed: int = 0
+    checkpointing: bool = False
 
 
 @dataclass
@@ -214,6 +216,8 @@ def train(
     factors = [partial(rate, settings)] * (len(groups) - len(flat)) + flat
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors, last_epoch=state.step - 1)
     weights = [p for group in groups[: len(groups) - len(flat)] for p in group["params"]]
+    if settings.checkpointing:
+        _checkpoint_blocks_(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if entry is not None:
         _load_moments_(optimizer, entry.part("optimizer/"))
@@ -257,12 +261,25 @@ def train(
     console.stepping = False
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
+    if settings.checkpointing:
+        _keep_blocks_(model)
     for parameter in held:
         parameter.requires_grad_(True)
     _check_weights(model, phase, settings.steps - 1)
     journal.write(phase, _named_tensors(model), {"state": state.to_dict()})
     model.eval()
     return state
+
+
+def _checkpoint_blocks_(model: nn.Module) -> None:
+    """Lets a transformer's blocks run again in the backward pass, under the name that its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # which only re-entrant checkpoints need
+
+
+def _keep_blocks_(model: nn.Module) -> None:
+    (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
 
 
 def _over_processes(loss: torch.Tensor, due: bool, stopping: bool) -> tuple[float, bool, bool]:

@@ -98,7 +98,7 @@ def pruned(model: str, data: str, output: Path, values: dict) -> dict:
     [
         (2, "BertForSequenceClassification", "reviews", {}),
         (4, "BertForSequenceClassification", "reviews", {"grad_accum": 2, "mask_steps": 20, "finetune_steps": 30}),
-        (2, "BertForMaskedLM", "stories", {"score": "gradual"}),
+        (2, "BertForMaskedLM", "stories", {"score": "gradual", "gradient_checkpointing": True}),
         (2, "LlamaForCausalLM", "stories", {"cost": "latency", "budget": 0.8, "probe_steps": 0}),
     ],
 )
