@@ -30,6 +30,12 @@ from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_stat
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("linear", "cosine", "uba")
+SHARDED = (
+    "FSDP",
+    "DEEPSPEED",
+    "MEGATRON_LM",
+    "TP",
+)  # ways of Accelerate to divide a model: masks and cuts need it whole
 PATIENCE = timedelta(hours=12)  # that processes wait while the main one measures and writes
 PHI = 5.0  # of "uba": below cosine's 2 the rate stays high for longer, above it falls sooner
 
@@ -108,6 +114,11 @@ def make_accelerator(precision: str, *, grad_accum: int = 1, seed: int = 0) -> A
         gradient_accumulation_plugin=accumulation,
         kwargs_handlers=[wrapping, InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if accelerator.distributed_type.name in SHARDED:
+        raise IBPruneError(
+            f"expected processes that each hold the model, found {accelerator.distributed_type.name}, which divides "
+            "it: launch without its configuration."
+        )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise IBPruneError(

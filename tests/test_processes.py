@@ -16,6 +16,7 @@ import fresh
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import ibprune
@@ -215,8 +216,12 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, t
     for said in together(2, tiny_batches):
         assert said == "BadData: expected batches to train on with a row for each of 2 processes, found none."
     monkeypatch.setenv("WORLD_SIZE", "2")  # each of them would take itself for the main one
-    monkeypatch.setattr("ibprune.trainer.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    fake = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO)
+    monkeypatch.setattr("ibprune.trainer.Accelerator", lambda **_: fake)
     with pytest.raises(IBPruneError, match="expected 2 processes to train together, as WORLD_SIZE says, found 1"):
+        make_accelerator("fp32")
+    fake.distributed_type = DistributedType.FSDP
+    with pytest.raises(IBPruneError, match="found FSDP, which divides it"):
         make_accelerator("fp32")
 
 
