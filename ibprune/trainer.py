@@ -238,11 +238,11 @@ def train(
     for step in console.track(range(state.step, settings.steps), phase, settings.steps - state.step):
         if before_step is not None:
             before_step(step)
-        if process_index():  # dropout of its own; the main process goes on as if it were alone
-            torch.manual_seed(mixed(settings.seed, step, process_index()))
         total, save, stop = 0.0, False, False
-        for _ in range(settings.grad_accum):
+        for part in range(settings.grad_accum):
             batch = next(batches)
+            if process_index():  # dropout of its own; the main process goes on as if it were alone
+                torch.manual_seed(mixed(settings.seed, step, part, process_index()))
             with accelerator.accumulate(prepared):
                 loss = loss_of(prepared, batch)
                 value, save, stop = _over_processes(loss.detach(), journal.due(), console.stopping)

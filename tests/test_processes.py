@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import ibprune
 from ibprune import cutting, pipeline, training, vib
+from ibprune.console import Quiet
 from ibprune.errors import BadData, BadRecipe, IBPruneError
 from ibprune.masks import VIBMask
 from ibprune.processes import check_batch_size, divided, n_processes, on_main, process_index, shared
@@ -145,6 +146,26 @@ def test_several_budgets_and_a_trained_head_in_two_processes(folders, reviews, t
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"0.6", "0.4", "pareto.json"}
 
 
+@pytest.mark.parametrize("what,n", [("training dense", 20), ("learning masks", 7), ("recovering", 3)])
+def test_processes_that_stop_go_on_to_the_same_bits(what, n, folders, reviews, tmp_path):
+    class Asked(Quiet):
+        def track(self, items, stage, total):
+            for i, item in enumerate(items):  # one of them is asked, at a step of its own
+                self.stopping = self.stopping or (process_index() == 1 and (stage, i) == (what, n))
+                yield item
+
+    def go(output: Path, **more) -> bool:
+        values = SMALL | {"mask_steps": 16, "recover_steps": 8, "finetune_steps": 24, "data": reviews} | more
+        return ibprune.prune(folders["BertForSequenceClassification"], output=str(output), **values).report["resumed"]
+
+    assert together(2, go, tmp_path / "whole") == [False, False]
+    for said in together(2, lambda: go(tmp_path / "out", console=Asked())):
+        assert said.startswith(f"Stopped: stopped after step {n + 1} of ") and f"'{what}'" in said
+    assert together(2, lambda: go(tmp_path / "out", resume=True)) == [True, True]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_module_in_two_processes(tmp_path):
     def prune() -> tuple[list[float], dict]:
         torch.manual_seed(0)
@@ -227,10 +248,10 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, t
 
 def test_a_state_of_another_number_of_processes_is_refused(monkeypatch, folders, tmp_path):
     recipe = make_recipe({"model": folders["BertModel"], "budget": 0.5, "output": str(tmp_path / "out")})
-    journal = open_journal(recipe, tmp_path / "out", ibprune.console.Quiet())
+    journal = open_journal(recipe, tmp_path / "out", Quiet())
     journal.bind({"the weights": "a"}, None)
     journal.write("scores", {"x": torch.ones(1)})
-    again = open_journal(recipe.model_copy(update={"resume": True}), tmp_path / "out", ibprune.console.Quiet())
+    again = open_journal(recipe.model_copy(update={"resume": True}), tmp_path / "out", Quiet())
     again.bind({"the weights": "a"}, None)
     monkeypatch.setattr("ibprune.resuming.n_processes", lambda: 2)
     with pytest.raises(BadRecipe, match="the number of processes changed"):
