@@ -61,6 +61,7 @@ def _training(parser: Parser) -> None:
     add("--schedule", help="how it falls to 0: linear (default), cosine or uba (budget-aware)")
     add("--max-length", type=int, help="tokens per sequence (default: by objective)")
     add("--precision", help="auto (default), fp32 or bf16")
+    add("--log-with", metavar="TRACKER", help="draw the run as it goes: tensorboard (in OUTPUT.logs), wandb, mlflow, …")
 
 
 def _data(parser: Parser) -> None:

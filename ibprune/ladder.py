@@ -12,6 +12,7 @@ from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, mak
 from ibprune.choosing import refit_
 from ibprune.console import Quiet
 from ibprune.cutting import as_before, learn_keep, one_shot, per_cost, prepare_cut
+from ibprune.engine import finish_trackers
 from ibprune.errors import BadRecipe
 from ibprune.folders import check_output, staged
 from ibprune.inject import MASKS
@@ -55,6 +56,7 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
         set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
     on_main(lambda: _collect([result.report for result in results], done, folder))
     journal.remove()
+    finish_trackers(job.accelerator, job.metrics, results[-1].report["pruned"]["metrics"])
     return tuple(results)
 
 

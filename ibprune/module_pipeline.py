@@ -15,6 +15,7 @@ from ibprune.choosing import Choice
 from ibprune.console import Quiet
 from ibprune.costs import COSTS
 from ibprune.cutting import CALIBRATION, choose_and_compact_, loss_with, mask_and_recovery, probe_steps
+from ibprune.engine import make_accelerator
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.latency import LatencyTable
 from ibprune.losses import DIVERGENCES, Objective
@@ -30,7 +31,7 @@ from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_, with_latency
 from ibprune.surgery import compact_module_
 from ibprune.timing import time_forward
-from ibprune.trainer import SCHEDULES, TrainSettings, make_accelerator, train
+from ibprune.trainer import SCHEDULES, TrainSettings, train
 
 SCHEMA = "ibprune.module_report/1"
 Metrics = float | dict[str, float]

@@ -16,6 +16,7 @@ from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
 from ibprune.cutting import cut, loss_with, on_kept_features, phases, timed_inputs
 from ibprune.data import TextData, hub_data
+from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadData
 from ibprune.evaluation import evaluate_model
 from ibprune.features import default_pooling
@@ -39,7 +40,7 @@ from ibprune.resuming import FolderJournal, open_journal
 from ibprune.structure import Costs, Structure
 from ibprune.subject import Subject, fingerprints, known_tokens, load_subject
 from ibprune.timing import time_forward
-from ibprune.trainer import make_accelerator, train
+from ibprune.trainer import train
 from ibprune.training import finetune_
 from ibprune.vocabulary import compare_tokenizers
 
@@ -116,7 +117,10 @@ def begin(
     """
     timer = Timer()
     with timer("load"):
-        accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
+        accelerator = make_accelerator(
+            recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed, log_with=recipe.log_with,
+            logs=f"{recipe.output}.logs",
+        )  # fmt: skip
         check_batch_size(recipe.batch_size)
         subject = load_subject(recipe, console)
     if check is not None:
@@ -171,6 +175,7 @@ def finish(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResul
     recipe, console = job.recipe, job.console
     result = write(job, pruned, folder, **more)
     job.journal.remove()
+    finish_trackers(job.accelerator, job.metrics, pruned.metrics)
     if recipe.push_to_hub:
         console.say(f"{folder} is written; pushing it to {recipe.push_to_hub}")
         how = {"private": recipe.private, "revision": recipe.revision, "commit_message": recipe.commit_message}

@@ -16,7 +16,7 @@ from ibprune.losses import LAYERED
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
 # Where a result goes and how it is got there, not what it is.
-WHERE = {"output", "push_to_hub", "private", "revision", "commit_message", "resume", "save_every"}
+WHERE = {"output", "log_with", "push_to_hub", "private", "revision", "commit_message", "resume", "save_every"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
 UNTAUGHT = "divergence says how outputs are distilled, and distill none that they are not"
@@ -109,6 +109,7 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="branch of that repo; default: main")
     commit_message: str | None = Field(None, description="of the commit there")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto")
+    log_with: str | None = Field(None, description="tracker of Accelerate that draws the run, such as tensorboard")
     audit: bool = Field(True, description="audit the retained information")
     resume: bool = Field(False, description="go on with a run that was cut short")
     save_every: float = Field(10, gt=0, description="minutes between two saves of a run's state")

@@ -1,42 +1,24 @@
 """The one training loop, on Accelerate: it learns masks, recovers accuracy and trains dense models alike."""
 
-import ctypes
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    set_seed,
-)
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ibprune.console import Quiet
+from ibprune.engine import draw
 from ibprune.errors import BadData, BadRecipe, IBPruneError, Stopped, did_you_mean
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet, mixed
 from ibprune.processes import divided, n_processes, process_index, shared
 from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
 
-PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("linear", "cosine", "uba")
-SHARDED = (
-    "FSDP",
-    "DEEPSPEED",
-    "MEGATRON_LM",
-    "TP",
-)  # ways of Accelerate to divide a model: masks and cuts need it whole
-PATIENCE = timedelta(hours=12)  # that processes wait while the main one measures and writes
 PHI = 5.0  # of "uba": below cosine's 2 the rate stays high for longer, above it falls sooner
 
 
@@ -90,63 +72,6 @@ class TrainState:
     @classmethod
     def from_dict(cls, data: dict) -> "TrainState":
         return cls(**data)
-
-
-def make_accelerator(precision: str, *, grad_accum: int = 1, seed: int = 0) -> Accelerator:
-    """The engine: device, mixed precision and processes are Accelerate's.
-
-    "auto" takes bfloat16 autocast where the hardware multiplies it natively.
-    """
-    if precision not in PRECISIONS:
-        raise BadRecipe(f"expected a precision of {', '.join(PRECISIONS)}, found '{precision}'.")
-    if precision == "auto":
-        precision = "bf16" if _native_bf16() else "fp32"
-    set_seed(seed)
-    AcceleratorState._reset_state()  # a second run in one process may ask for other settings
-    GradientState._reset_state()
-    mixed = "bf16" if precision == "bf16" else "no"
-    # A step is always grad_accum batches, also across the end of an epoch.
-    accumulation = GradientAccumulationPlugin(num_steps=grad_accum, sync_with_dataloader=False)
-    wrapping = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads that no loss reads, experts
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless it is told, it takes one of several processes for all
-        mixed_precision=mixed,
-        gradient_accumulation_plugin=accumulation,
-        kwargs_handlers=[wrapping, InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    if accelerator.distributed_type.name in SHARDED:
-        raise IBPruneError(
-            f"expected processes that each hold the model, found {accelerator.distributed_type.name}, which divides "
-            "it: launch without its configuration."
-        )
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != started:
-        raise IBPruneError(
-            f"expected {started} processes to train together, as WORLD_SIZE says, found {accelerator.num_processes}: "
-            "start them with --num-processes, torchrun or accelerate launch."
-        )
-    if accelerator.device.type == "cpu" and sys.platform == "linux":
-        _reuse_freed_memory()
-    return accelerator
-
-
-def _reuse_freed_memory() -> None:
-    """Lets glibc keep freed blocks for reuse.
-
-    By default it hands the large activations of every step back to the kernel, and each step then
-    waits for its pages to be mapped and zeroed anew: scripts/mask_overhead.py gives 1.17 without this.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such switch
-    if mallopt is not None:
-        mmap_threshold, trim_threshold = -3, -1  # names of malloc.h
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
-
-
-def _native_bf16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def decay(left: float, schedule: str) -> float:
@@ -261,6 +186,7 @@ def train(
         schedule.step()
         state.step = step + 1
         state.losses.append(total)
+        draw(accelerator, {f"{phase}/loss": total, f"{phase}/lr": schedule.get_last_lr()[0]}, steps=1)
         if stop or (save and state.step < settings.steps):
             _check_weights(model, phase, step)
             states, rng = batches.before_epoch

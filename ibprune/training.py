@@ -11,6 +11,7 @@ from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.cutting import loss_with, train_settings
+from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadRecipe
 from ibprune.evaluation import evaluate_model
 from ibprune.feeding import Feed
@@ -21,7 +22,7 @@ from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions
 from ibprune.resuming import NO_JOURNAL, Journal, open_journal
 from ibprune.subject import Subject, fingerprints, known_tokens, load_subject
-from ibprune.trainer import make_accelerator, train
+from ibprune.trainer import train
 
 SCHEMA = "ibprune.train_report/1"
 
@@ -70,7 +71,10 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
     journal = open_journal(recipe, folder, console)
     timer = Timer()
     with timer("load"):
-        accelerator = make_accelerator(recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed)
+        accelerator = make_accelerator(
+            recipe.precision, grad_accum=recipe.grad_accum, seed=recipe.seed, log_with=recipe.log_with,
+            logs=f"{recipe.output}.logs",
+        )  # fmt: skip
         check_batch_size(recipe.batch_size)
         subject = load_subject(recipe, console, untrained=True)
     recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
@@ -86,6 +90,7 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         after = evaluate_model(model, feed, feed.objective, console=console, what="evaluating after")
     report = on_main(lambda: _write(model, subject, (before, after), steps, folder, journal, timer, console))
     journal.remove()
+    finish_trackers(accelerator, before, after)
     return report
 
 

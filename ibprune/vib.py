@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ibprune.budget import Budget, Keep, fractions_kept, keep_within, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
+from ibprune.engine import draw
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 from ibprune.losses import Batch
@@ -141,6 +142,19 @@ def learn_masks(
             ramped = replace(budget, limit=int(top - progress * (top - budget.limit)), round_to=1)
             # t = 1 is the target: no need to look far, or closely
             masks.set_keep(keep_within(scores(), sites, cost_model, ramped, pressure, most=4.0, halvings=12))
+            if accelerator.trackers:
+                draw(accelerator, facts(ramped.limit))
+
+    def facts(limit: int) -> dict[str, float]:
+        """Of the masks as they are: shares of the dense cost, units by site, and KL by kind in nats."""
+        kept = {name: mask.n_kept for name, mask in masks.items()}
+        cost = cost_model(cost_model.n_units | kept, scope=budget.scope)
+        found = {"masks/cost": cost / dense, "masks/limit": limit / dense}
+        found |= {f"masks/kept/{name}": float(n) for name, n in kept.items()}
+        for kind in dict.fromkeys(site.kind for site in sites.values()):
+            of_kind = [mask.kl().detach() for name, mask in masks.items() if sites[name].kind == kind]
+            found[f"masks/kl/{kind}"] = torch.cat(of_kind).sum().item()
+        return found
 
     def final_keep() -> Keep:
         try:

@@ -17,6 +17,7 @@ from ibprune.attention import ENTROPY, PATTERNS, kept_units, read_heads
 from ibprune.console import Quiet, Terminal
 from ibprune.cutting import cut
 from ibprune.data import TextData
+from ibprune.engine import make_accelerator
 from ibprune.feeding import find_data, make_feed
 from ibprune.head_patterns import HeadContrast, choose_keywords, head_contrasts
 from ibprune.inputs import encode_inputs, special_ids
@@ -24,7 +25,6 @@ from ibprune.labels import match_labels
 from ibprune.models import Loaded, find_source, load_config, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
-from ibprune.trainer import make_accelerator
 
 
 def make_plan(arguments: argparse.Namespace, name: str, loaded: Loaded, data: TextData, console: Quiet) -> PruningPlan:

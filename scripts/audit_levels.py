@@ -19,13 +19,14 @@ from ibprune.auditing import Side, audit
 from ibprune.console import Quiet, Terminal
 from ibprune.cutting import cut, loss_with, train_settings
 from ibprune.data import load_data
+from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.feeding import make_feed
 from ibprune.inputs import encode_inputs
 from ibprune.measures import AuditSettings
 from ibprune.models import find_source, load_dense
 from ibprune.recipe import make_recipe
-from ibprune.trainer import make_accelerator, train
+from ibprune.trainer import train
 
 
 def print_table(audits: dict[str, dict], title: str, cell) -> None:

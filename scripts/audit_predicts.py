@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ibprune.console import Quiet
 from ibprune.cutting import cut, loss_with, train_settings
 from ibprune.data import load_data, read_file
+from ibprune.engine import make_accelerator
 from ibprune.features import collect, find_layers
 from ibprune.feeding import make_feed
 from ibprune.inputs import Inputs, encode_inputs
@@ -30,7 +31,7 @@ from ibprune.mi.channel import calibrate_sigma, draw_noise, readout_bracket
 from ibprune.mi.probes import v_information
 from ibprune.models import find_source, load_dense
 from ibprune.recipe import make_recipe
-from ibprune.trainer import make_accelerator, train
+from ibprune.trainer import train
 
 PREDICTORS = (
     "v_last", "v_mean", "i_last", "i_mean", "i_own_scale_last", "held_out_accuracy", "held_out_minus_ce", "budget",

@@ -29,10 +29,11 @@ import ibprune
 from ibprune.console import Terminal
 from ibprune.costs import count_params, module_macs_model
 from ibprune.cutting import loss_with
+from ibprune.engine import make_accelerator
 from ibprune.losses import Objective
 from ibprune.scores import LEARNED
 from ibprune.timing import time_forward
-from ibprune.trainer import TrainSettings, make_accelerator, train
+from ibprune.trainer import TrainSettings, train
 
 WITNESSES = {  # Torch-Pruning: the importance, and whether all layers are ranked together or each loses the same share
     "torch-pruning l1": (torch_pruning.importance.GroupMagnitudeImportance(p=1), True),

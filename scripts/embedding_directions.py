@@ -21,13 +21,13 @@ from ibprune.collating import token_counts
 from ibprune.console import Quiet
 from ibprune.cutting import CALIBRATION, loss_with
 from ibprune.embeddings import TokenUse, factorize_, gradient_moment
+from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.losses import forward, sensitivity
 from ibprune.recipe import make_recipe
 from ibprune.sites import find_sites
 from ibprune.structure import prepare_
 from ibprune.subject import load_subject
-from ibprune.trainer import make_accelerator
 
 
 def projected_moment(model: torch.nn.Module, batches: list[dict], objective) -> torch.Tensor:

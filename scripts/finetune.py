@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 from ibprune.console import Terminal
+from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.feeding import find_data, make_feed
 from ibprune.folders import check_output, staged
 from ibprune.models import find_source, load_dense
 from ibprune.recipe import make_recipe
-from ibprune.trainer import make_accelerator
 from ibprune.training import finetune_
 
 

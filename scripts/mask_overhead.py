@@ -16,12 +16,13 @@ from ibprune.collating import Collate, make_loader
 from ibprune.console import Quiet
 from ibprune.cutting import loss_with
 from ibprune.data import TextData
+from ibprune.engine import make_accelerator
 from ibprune.inject import inject_
 from ibprune.losses import Objective
 from ibprune.models import find_source, load_dense
 from ibprune.shares import equal_pressure
 from ibprune.structure import choose_kinds, prepare_
-from ibprune.trainer import TrainSettings, make_accelerator, train
+from ibprune.trainer import TrainSettings, train
 from ibprune.vib import learn_masks
 
 

@@ -24,9 +24,10 @@ import ibprune
 from ibprune.console import Quiet, Terminal
 from ibprune.costs import count_params
 from ibprune.cutting import loss_with
+from ibprune.engine import make_accelerator
 from ibprune.losses import Objective
 from ibprune.scores import LEARNED
-from ibprune.trainer import TrainSettings, make_accelerator, train
+from ibprune.trainer import TrainSettings, train
 
 LR = 1e-3
 SCORES = ("vib", "fisher", "magnitude", "random")

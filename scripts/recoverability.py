@@ -18,13 +18,14 @@ from ibprune.budget import fractions_kept, make_budget, solve_by_shares
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
 from ibprune.cutting import CALIBRATION, loss_with, on_kept_features, token_use, train_settings
+from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.inject import inject_
 from ibprune.recipe import make_recipe
 from ibprune.scores import fisher_scores
 from ibprune.structure import choose_kinds, prepare_
 from ibprune.subject import load_subject
-from ibprune.trainer import make_accelerator, train
+from ibprune.trainer import train
 
 
 def main() -> None:

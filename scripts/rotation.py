@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ibprune.console import Quiet
 from ibprune.cutting import CALIBRATION, loss_with
+from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.inject import inject_, remove_
 from ibprune.recipe import make_recipe
@@ -26,7 +27,7 @@ from ibprune.rotation import principal_axes
 from ibprune.scores import fisher_scores
 from ibprune.structure import Structure, prepare_
 from ibprune.subject import load_subject
-from ibprune.trainer import TrainSettings, make_accelerator, train
+from ibprune.trainer import TrainSettings, train
 
 
 def fisher_order(model: PreTrainedModel, structure: Structure, batches: list[dict], objective) -> list[int]:

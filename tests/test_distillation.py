@@ -16,6 +16,7 @@ import ibprune
 from ibprune import cli, cutting
 from ibprune.cutting import loss_with, on_kept_features
 from ibprune.distillation import RELATED, TAUGHT, layers_apart, match, watched
+from ibprune.engine import make_accelerator
 from ibprune.errors import BadRecipe
 from ibprune.flags import prune_parser
 from ibprune.inject import inject_
@@ -25,7 +26,6 @@ from ibprune.recipe import make_recipe
 from ibprune.rotation import rotate_
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
-from ibprune.trainer import make_accelerator
 
 HARD = torch.log(torch.tensor([0.75, 0.25]))
 SOFT = torch.log(torch.tensor([0.5, 0.5]))

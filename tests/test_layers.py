@@ -13,7 +13,7 @@ LAYERS = (
     ("mi.benchmark",),
     ("mi",),
     ("errors", "rebuild", "hub", "console", "task_heads", "verdict"),
-    ("groups", "metrics", "examples", "vocabulary", "annotations", "checksums", "thinning", "processes"),
+    ("groups", "metrics", "examples", "vocabulary", "annotations", "checksums", "thinning", "processes", "engine"),
     ("families.parts",),
     ("families.encoders", "families.distilbert", "families.modernbert", "families.mpnet"),
     ("families.albert", "families.deberta", "families.bart", "families.t5"),

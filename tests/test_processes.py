@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 import ibprune
 from ibprune import cutting, pipeline, training, vib
 from ibprune.console import Quiet
+from ibprune.engine import make_accelerator
 from ibprune.errors import BadData, BadRecipe, IBPruneError
 from ibprune.masks import VIBMask
 from ibprune.processes import check_batch_size, divided, n_processes, on_main, process_index, shared
 from ibprune.recipe import make_recipe
 from ibprune.resuming import open_journal
-from ibprune.trainer import make_accelerator, train
+from ibprune.trainer import train
 
 SMALL = dict(
     budget=0.4, mask_steps=24, recover_steps=20, finetune_steps=60, lr=3e-3, batch_size=16, max_length=16, seed=3,
@@ -238,7 +239,7 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, t
         assert said == "BadData: expected batches to train on with a row for each of 2 processes, found none."
     monkeypatch.setenv("WORLD_SIZE", "2")  # each of them would take itself for the main one
     fake = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO)
-    monkeypatch.setattr("ibprune.trainer.Accelerator", lambda **_: fake)
+    monkeypatch.setattr("ibprune.engine.Accelerator", lambda **_: fake)
     with pytest.raises(IBPruneError, match="expected 2 processes to train together, as WORLD_SIZE says, found 1"):
         make_accelerator("fp32")
     fake.distributed_type = DistributedType.FSDP

@@ -9,11 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ibprune.console import Quiet
+from ibprune.engine import make_accelerator
 from ibprune.errors import BadRecipe, IBPruneError
 from ibprune.masks import MaskSet, VIBMask
 from ibprune.recipe import make_recipe
 from ibprune.resuming import FolderJournal
-from ibprune.trainer import SCHEDULES, TrainSettings, TrainState, decay, make_accelerator, rate, train
+from ibprune.trainer import SCHEDULES, TrainSettings, TrainState, decay, rate, train
 
 
 def rows(n: int = 48) -> list[dict]:

@@ -8,12 +8,13 @@ from ibprune.budget import make_budget, solve_by_shares
 from ibprune.channels import find_channels
 from ibprune.console import Quiet
 from ibprune.cutting import loss_with
+from ibprune.engine import make_accelerator
 from ibprune.inject import inject_
 from ibprune.losses import Objective
 from ibprune.shares import equal_pressure
 from ibprune.structure import prepare_traced_
 from ibprune.surgery import compact_module_
-from ibprune.trainer import TrainSettings, make_accelerator
+from ibprune.trainer import TrainSettings
 from ibprune.vib import learn_masks
 
 STEPS, KEEP = 40, 0.3
