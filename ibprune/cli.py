@@ -33,7 +33,7 @@ from ibprune.tables import (
     print_training,
 )
 
-PATIENCE = 3.0  # seconds
+PATIENCE = 30.0  # seconds in which the main process says what it has to say too
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = ""
         if _number():
-            time.sleep(PATIENCE)  # what the main process says too, it says first, and then this one is ended
+            time.sleep(PATIENCE)  # then this one is ended
             where = f"process {_number()}: "
         sys.stderr.write(f"ibprune: error: {where}{' '.join(str(error).split())}\n")
         return 2
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _number() -> int:
     """Of this process, where several train together: `ibprune.processes` knows too, but takes torch to import."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
@@ -104,7 +104,7 @@ def _listen(console: Quiet) -> None:
 
 def _several(arguments: argparse.Namespace) -> bool:
     """Whether the command is to be started in several processes, and is not one of them."""
-    return arguments.num_processes not in (None, 1) and "RANK" not in os.environ
+    return arguments.num_processes not in (None, 1) and int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def _given(arguments: argparse.Namespace, *, without: tuple[str, ...]) -> dict:
@@ -133,9 +133,11 @@ def _prune(argv: list[str]) -> int:
     _listen(console)
     console.say("starting")
     from ibprune.ladder import pareto
+    from ibprune.processes import leave
     from ibprune.smallest import carry_out
 
     result = carry_out(recipe, console)
+    leave()
     if _number():
         return 0
     several = isinstance(result, tuple)
@@ -174,6 +176,7 @@ def _train(argv: list[str]) -> int:
     arguments = train_parser().parse_args(argv)
     _hush()
     from ibprune.api import train
+    from ibprune.processes import leave
 
     if _several(arguments):
         from ibprune.launching import launch
@@ -183,6 +186,7 @@ def _train(argv: list[str]) -> int:
     console = Quiet() if arguments.quiet or _number() else Terminal()
     _listen(console)
     report = train(**values, console=console)
+    leave()
     if _number():
         return 0
     if arguments.json:

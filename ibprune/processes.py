@@ -22,7 +22,9 @@ def n_processes() -> int:
 
 def process_index() -> int:
     """The number of this process; 0 is the main one. It is known from the environment before the others are."""
-    return dist.get_rank() if n_processes() > 1 else int(os.environ.get("RANK", 0))
+    if n_processes() > 1:
+        return dist.get_rank()
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def shared(value: T) -> T:
@@ -94,6 +96,12 @@ def divided(batches: Iterable[dict[str, torch.Tensor]], device: torch.device) ->
         rows = min(len(tensor) for tensor in batch.values()) // n
         if rows:
             yield {name: tensor[index * rows : (index + 1) * rows] for name, tensor in batch.items()}
+
+
+def leave() -> None:
+    """Parts from the other processes, at the end of a command."""
+    if n_processes() > 1:
+        dist.destroy_process_group()
 
 
 def undistributed(model: torch.nn.Module) -> torch.nn.Module:

@@ -227,6 +227,9 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, t
     with pytest.raises(BadRecipe, match="multiple of the 3 processes.*found 16"):
         check_batch_size(16)
     monkeypatch.undo()
+    monkeypatch.setenv("RANK", "3")  # for something else: there is no WORLD_SIZE
+    assert process_index() == 0
+    monkeypatch.undo()
     assert together(2, lambda: check_batch_size(5)) == [None, None]  # nothing has started
 
     def tiny_batches():
