@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = ""
         if _number():
-            time.sleep(PATIENCE)  # then this one is ended
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which this one is ended
+            time.sleep(PATIENCE)
             where = f"process {_number()}: "
         sys.stderr.write(f"ibprune: error: {where}{' '.join(str(error).split())}\n")
         return 2

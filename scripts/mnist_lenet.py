@@ -117,8 +117,8 @@ def prune(dense: nn.Module, net: str, score: str, arguments: argparse.Namespace,
     return ibprune.prune(halfway, left, kinds=("inputs",), **steps, **common).model
 
 
-def torch_prune(dense: nn.Module, limit: int, example: torch.Tensor, *, everywhere: bool) -> nn.Module:
-    """Group L1 in one shot, its ratio bisected to at most `limit` parameters."""
+def torch_prune(dense: nn.Module, limit: int, example: torch.Tensor, *, everywhere: bool) -> nn.Module | None:
+    """Group L1 in one shot, its ratio bisected to at most `limit` parameters; None where no ratio tried gets there."""
 
     def at(ratio: float) -> nn.Module:
         model = copy.deepcopy(dense)
@@ -129,11 +129,13 @@ def torch_prune(dense: nn.Module, limit: int, example: torch.Tensor, *, everywhe
         pruner.step()
         return model
 
-    low, high = 0.0, 0.999
+    low, high, found = 0.0, 0.999, None
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (low, middle) if count_params(at(middle)) <= limit else (middle, high)
-    return at(high)
+        small = at(middle)
+        fits = count_params(small) <= limit  # from some ratio on it leaves layers whole that would lose everything
+        low, high, found = (low, middle, small) if fits else (middle, high, found)
+    return found
 
 
 def widths(model: nn.Module) -> list[int]:
@@ -170,7 +172,8 @@ def main() -> None:
         limit = count_params(models["vib" if "vib" in models else list(models)[-1]])
         for name, everywhere in (("torch-pruning global", True), ("torch-pruning uniform", False)):
             small = torch_prune(dense, limit, x[:2], everywhere=everywhere)
-            models[name] = fit(small, copy.deepcopy(dense), batches, arguments.total_steps, seed).cpu()
+            if small is not None:
+                models[name] = fit(small, copy.deepcopy(dense), batches, arguments.total_steps, seed).cpu()
         for name, model in models.items():
             rows.append({
                 "method": name, "seed": seed, "error": error(model, x_test, y_test), "params": count_params(model),
