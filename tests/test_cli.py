@@ -173,7 +173,8 @@ def test_a_model_without_a_tokenizer_is_refused(folders, stories, tmp_path, caps
     shutil.copytree(folders["BertModel"], tmp_path / "model")
     for file in (tmp_path / "model").glob("*token*"):
         file.unlink()
-    message = refused(capsys, "--model", tmp_path / "model", "--budget", "0.5", "--data", stories, "--quiet")
+    message = refused(capsys, "--model", tmp_path / "model", "--budget", "0.5", "--data", stories, "--quiet",
+                      "--output", tmp_path / "out")  # fmt: skip
     assert "expected a tokenizer" in message
 
 
