@@ -4,7 +4,10 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ibprune.console import Quiet, Terminal
 from ibprune.errors import BadRecipe, IBPruneError, Stopped, did_you_mean
@@ -58,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = ""
         if _number():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which this one is ended
-            time.sleep(PATIENCE)
+            time.sleep(PATIENCE)  # then this one is ended
             where = f"process {_number()}: "
         sys.stderr.write(f"ibprune: error: {where}{' '.join(str(error).split())}\n")
         return 2
@@ -90,7 +92,8 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return "WORLD_SIZE" in os.environ and (type(error).__name__.startswith("Dist") or "gloo" in str(error))
 
 
-def _listen(console: Quiet) -> None:
+@contextmanager
+def _listening(console: Quiet) -> Iterator[None]:
     """Lets SIGINT (Ctrl-C) or SIGTERM stop a run: while it trains after its step, else or the second time at once."""
 
     def stop(number: int, frame: object) -> None:
@@ -99,8 +102,15 @@ def _listen(console: Quiet) -> None:
         console.stopping = True
         console.say("stopping after this step; the same signal again stops at once")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    if threading.current_thread() is not threading.main_thread():  # only there Python takes signals
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _several(arguments: argparse.Namespace) -> bool:
@@ -131,13 +141,13 @@ def _prune(argv: list[str]) -> int:
 
         return launch(argv, arguments.num_processes)
     console = Quiet() if arguments.quiet or _number() else Terminal()
-    _listen(console)
     console.say("starting")
     from ibprune.ladder import pareto
     from ibprune.processes import leave
     from ibprune.smallest import carry_out
 
-    result = carry_out(recipe, console)
+    with _listening(console):
+        result = carry_out(recipe, console)
     leave()
     if _number():
         return 0
@@ -185,8 +195,8 @@ def _train(argv: list[str]) -> int:
         return launch(["train", *argv], arguments.num_processes)
     values = _given(arguments, without=("num_processes", "debug", "quiet", "json"))
     console = Quiet() if arguments.quiet or _number() else Terminal()
-    _listen(console)
-    report = train(**values, console=console)
+    with _listening(console):
+        report = train(**values, console=console)
     leave()
     if _number():
         return 0

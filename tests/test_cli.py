@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import ibprune
 from ibprune import cli, flags, hub
+from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
 from ibprune.recipe import Recipe, make_recipe
 
@@ -235,3 +237,21 @@ def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():
     code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_command_leaves_the_signals_as_they_were(folders, stories, tmp_path, capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    seen = []
+
+    class Looking(Quiet):
+        def track(self, items, what, total):
+            seen.append(signal.getsignal(signal.SIGTERM))
+            yield from items
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "Quiet", Looking)
+        flags = ["--data", stories, "--max-length", "16", "--score", "magnitude", "--recover-steps", "1", "--no-audit"]
+        flags += ["--quiet", "--output", str(tmp_path / "out")]
+        assert cli.main(["--model", folders["BertModel"], "--budget", "0.5", *flags]) == 0
+    assert seen and seen[0] not in before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
