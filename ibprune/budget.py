@@ -21,7 +21,7 @@ class Budget:
     """What the pruned model may cost.
 
     Attributes:
-        cost: "params", "macs" or "latency".
+        cost: "params", "macs", "memory" or "latency".
         keep: Share of the dense cost that may stay, in (0, 1].
         scope: "model" counts everything, "blocks" leaves embeddings and heads out, as papers do.
         limit: The same in the unit of the cost.

@@ -173,7 +173,8 @@ def _plan(argv: list[str]) -> int:
 
     found = plan(recipe.model, recipe.budget, cost=recipe.cost, scope=recipe.scope, kinds=recipe.kinds,
                  round_to=recipe.round_to, vanilla=recipe.vanilla, rotate=recipe.rotate,
-                 image_size=recipe.image_size)  # fmt: skip
+                 image_size=recipe.image_size, batch_size=values.get("batch_size"),
+                 max_length=recipe.max_length)  # fmt: skip
     if arguments.json:
         import json
 

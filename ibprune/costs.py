@@ -15,7 +15,7 @@ from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_pat
 from ibprune.sites import block_paths, find_family
 from ibprune.task_heads import reads_end
 
-COSTS = ("params", "macs", "latency")
+COSTS = ("params", "macs", "memory", "latency")
 FEMTOSECONDS_PER_MS = 10**12
 SCOPES = ("model", "blocks")
 
@@ -41,7 +41,7 @@ class CostModel:
 
     Attributes:
         cost: "params", or "macs" of one sequence of `length` tokens, of one image where the model reads images; or
-            "latency" in femtoseconds (`ibprune.latency`).
+            "memory" in bytes (`ibprune.memory`), or "latency" in femtoseconds (`ibprune.latency`).
         dense: Cost of the dense model by scope, where this is of a model that costs more with all its units.
     """
 
@@ -91,10 +91,12 @@ def amount(value: int, cost: str) -> str:
     """A cost with its unit, for people.
 
     Example:
-        >>> amount(1200, "params"), amount(2_500_000_000_000, "latency")
-        ('1,200 params', '2.500 ms of latency')
+        >>> amount(1200, "params"), amount(1200, "memory"), amount(2_500_000_000_000, "latency")
+        ('1,200 params', '1,200 bytes of memory', '2.500 ms of latency')
     """
-    return f"{value / FEMTOSECONDS_PER_MS:,.3f} ms of latency" if cost == "latency" else f"{value:,} {cost}"
+    if cost == "latency":
+        return f"{value / FEMTOSECONDS_PER_MS:,.3f} ms of latency"
+    return f"{value:,} bytes of memory" if cost == "memory" else f"{value:,} {cost}"
 
 
 Product = tuple[int, tuple[str, ...]]  # coefficient, the sites whose kept units multiply it
@@ -211,7 +213,7 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
             width, hidden = _hidden(merged[0], module.projection.weight.shape[0], n_units, dims)
             ((tokens, vocab),) = parameter_products(merged[1], weight.shape[:1], n_units, dims)
             terms.append(Term(rows * tokens * width, (*vocab, *hidden), False, rank, dense=True))
-    for attention, path in _attentions(model, family):
+    for attention, path in attentions(model, family):
         made = products.get(attention, 0)
         if made:  # not where the attention was removed
             # what an attention multiplies is shared equally by the features that it hands on
@@ -292,7 +294,7 @@ class _Products(TorchDispatchMode):
         module.register_forward_hook(leave)
 
 
-def _attentions(model: nn.Module, family: Family) -> list[tuple[str, str]]:
+def attentions(model: nn.Module, family: Family) -> list[tuple[str, str]]:
     """Paths of every attention and of the layer that reads its result, where both are there."""
     modules = dict(model.named_modules())
     inside = [(family.attention, family.context), (family.cross_attention, family.cross_context)]
@@ -312,12 +314,8 @@ def _routed(model: nn.Module, path: str) -> list[str]:
 def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, int]]:
     """What one sequence of `length` tokens, or one image, takes: rows by path of the layer, products by that of the
     attention.
-
-    It runs on the meta device, but for heads that look for a token in the ids, whose values meta tensors lack: then on
-    the CPU, with weights that all are one zero.
     """
-    device = "cpu" if reads_end(model) else "meta"
-    skeleton = _skeleton(model, device)
+    skeleton, inputs = dry_model(model, length)
     family = find_family(model.config.model_type)
     rows: dict[str, int] = {}
     products = _Products()
@@ -344,16 +342,27 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
             module.register_forward_hook(count(path))
         if layer:
             products.watch(module, "")
-    for path, _ in _attentions(model, family):
+    for path, _ in attentions(model, family):
         products.watch(skeleton.get_submodule(path), path)
-    skeleton.set_attn_implementation("eager")  # whose products are seen
-    if experts:
-        skeleton.config._experts_implementation = "batched_mm"  # whose steps depend on no values
-    inputs = {key: value.to(device) for key, value in example_inputs(skeleton, batch=1, length=length).items()}
-    skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
     with torch.no_grad(), products:
         skeleton(**inputs)  # no attention mask: its values would be read
     return rows, products.counts
+
+
+def dry_model(model: nn.Module, length: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A copy of a transformers model without weights, and one sequence of `length` tokens, or an image, that it reads.
+
+    They are on the meta device, but for heads that look for a token in the ids, whose values meta tensors lack: then on
+    the CPU, with weights that all are one zero.
+    """
+    device = "cpu" if reads_end(model) else "meta"
+    skeleton = _skeleton(model, device)
+    skeleton.set_attn_implementation("eager")  # whose products are seen
+    if find_family(model.config.model_type).experts:
+        skeleton.config._experts_implementation = "batched_mm"  # whose steps depend on no values
+    inputs = {key: value.to(device) for key, value in example_inputs(skeleton, batch=1, length=length).items()}
+    skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
+    return skeleton, inputs
 
 
 def count_params(model: nn.Module) -> int:

@@ -30,7 +30,7 @@ from ibprune.rotation import principal_axes
 from ibprune.scores import LEARNED
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
-from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
+from ibprune.structure import Structure, budgeted, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
 from ibprune.surgery import compact_traced_
 from ibprune.timing import timed_text
 from ibprune.trainer import TrainSettings, train
@@ -51,6 +51,7 @@ def cut(
     console: Quiet,
     *,
     found: Found | None = None,
+    dtype: torch.dtype = torch.float32,
     journal: Journal = NO_JOURNAL,
 ) -> tuple[PreTrainedModel, PruningPlan, Budget, Structure, Feed]:
     """The pruned model before recovery, its plan, the budget, what could be cut, and the feed of what it reads.
@@ -60,9 +61,10 @@ def cut(
 
     Args:
         found: The channels of a CNN.
+        dtype: Of the checkpoint.
     """
     student, structure, choice, kinds, counts = prepare_cut(
-        dense, recipe, feed, accelerator, console, found=found, journal=journal
+        dense, recipe, feed, accelerator, console, found=found, dtype=dtype, journal=journal
     )
     cost_model = structure.costs.of(recipe.cost)
     if "vocab" not in structure.sites:
@@ -87,7 +89,7 @@ def cut(
         choice = replace(choice, batches=batches, make_batches=feed.train)
     kinds = tuple(kind for kind in kinds if kind != "vocab")
     use = token_use(student, kinds, counts, choice.batches, feed.objective)
-    rest = prepare_(student, kinds, use, axes=structure.axes)
+    rest = budgeted(prepare_(student, kinds, use, axes=structure.axes), student, recipe, dtype)
     if recipe.vanilla and kinds:
         rest, _ = plain_structure(student, rest, rest.costs.of(recipe.cost), round_to=recipe.round_to)
     student, plan = choose_and_compact_(student, rest, budget, choice)
@@ -103,6 +105,7 @@ def prepare_cut(
     console: Quiet,
     *,
     found: Found | None = None,
+    dtype: torch.dtype = torch.float32,
     journal: Journal = NO_JOURNAL,
 ) -> tuple[PreTrainedModel, Structure, Choice, tuple[str, ...], torch.Tensor | None]:
     """A copy of the dense model, what can be cut of it and how that is chosen, the kinds, and the counts of tokens."""
@@ -126,6 +129,7 @@ def prepare_cut(
         more = params(params.n_units) - params.of_dense()
         if more:
             console.say(f"--rotate parts the output from the embedding: {more:,} parameters more, before any cut.")
+    structure = budgeted(structure, student, recipe, dtype)
     if recipe.cost == "latency":
         entry = journal.read("latency")
         structure = with_latency(

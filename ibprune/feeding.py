@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune.collating import (
@@ -234,6 +234,18 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
     raise BadData(f"{name} has a task head that ibprune cannot train yet: use a base, classification or LM model.")
 
 
+def tokens_read(asked: int | None, config: PreTrainedConfig, objective: str) -> int:
+    """Tokens of a sequence, where none are asked for by the objective.
+
+    Raises:
+        BadRecipe: More than the model can read.
+    """
+    default, limit = DEFAULTS[objective].max_length, find_family(config.model_type).max_tokens(config)
+    if limit and (asked or 0) > limit:
+        raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {asked}.")
+    return asked or min(default, limit or default)
+
+
 def make_feed(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TextData
 ) -> tuple[Recipe, Feed]:
@@ -258,12 +270,8 @@ def make_feed(
         raise BadRecipe(
             "--divergence: a regressor, and an encoder without a head, give no distributions to compare: leave it out."
         )
-    defaults = DEFAULTS[name]
-    limit = find_family(model.config.model_type).max_tokens(model.config)
-    max_length = recipe.max_length or min(defaults.max_length, limit or defaults.max_length)
-    if limit and max_length > limit:
-        raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
-    recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), defaults)
+    max_length = tokens_read(recipe.max_length, model.config, name)
+    recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), DEFAULTS[name])
     train_set, held_out_set = data.train, data.held_out
     if name in ("causal_lm", "masked_lm"):
         column = data.text_columns[0]

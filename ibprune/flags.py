@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 def _common(parser: Parser) -> None:
     _model(parser)
     parser.add_argument("--budget", help="share of the dense cost to keep, in (0, 1]; several: 0.5,0.3,0.2")
-    parser.add_argument("--cost", help="what the budget counts: params (default), macs or latency")
+    parser.add_argument("--cost", help="what the budget counts: params (default), macs, memory or latency")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
     parser.add_argument("--kinds", help=f"comma list: {kinds}")
@@ -125,6 +125,8 @@ def prune_parser() -> Parser:
 def plan_parser() -> Parser:
     parser = Parser(prog="ibprune plan", description=VERBS["plan"].capitalize() + ".", allow_abbrev=False)
     _common(parser)
+    parser.add_argument("--batch-size", type=int, help="sequences in the key-value cache (--cost memory; default 32)")
+    parser.add_argument("--max-length", type=int, help="tokens of each of them (default: as a run trains)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 

@@ -73,7 +73,7 @@ def _collect(reports: list[dict], done: Path, folder: Path) -> None:
 
 def pareto(reports: list[dict]) -> dict:
     """What each budget costs and reaches, from the reports of one ladder."""
-    keys = ("params", "macs", "file_bytes", "metrics", "latency_ms")
+    keys = ("params", "macs", "memory_bytes", "file_bytes", "metrics", "latency_ms")
     points = [
         {"folder": f"{report['budget']['keep']:g}", "budget": report["budget"]}
         | {key: report["pruned"][key] for key in keys}
@@ -102,8 +102,9 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
     recipe, subject = job.subject.recipe, job.subject
     with job.timer("cut"):
         student, structure, choice, _, _ = prepare_cut(
-            job.dense, recipe, subject.feed, job.accelerator, job.console, found=subject.found, journal=job.journal
-        )
+            job.dense, recipe, subject.feed, job.accelerator, job.console, found=subject.found,
+            dtype=subject.loaded.dtype, journal=job.journal,
+        )  # fmt: skip
         sites, cost_model = structure.sites, structure.costs.of(recipe.cost)
         least = least_cost(cost_model, sites, scope=recipe.scope, round_to=recipe.round_to, ties=structure.ties)
         shares = choose(least / cost_model.of_dense(scope=recipe.scope))

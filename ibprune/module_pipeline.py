@@ -28,7 +28,7 @@ from ibprune.recipe import UNFIT, UNTAUGHT
 from ibprune.report import Timer, versions
 from ibprune.scores import LEARNED, SCORES
 from ibprune.shares import SHARES
-from ibprune.structure import prepare_traced_, with_latency
+from ibprune.structure import prepare_traced_, with_latency, with_memory
 from ibprune.surgery import compact_module_
 from ibprune.timing import time_forward
 from ibprune.trainer import SCHEDULES, TrainSettings, train
@@ -43,7 +43,8 @@ class ModuleSettings:
 
     Attributes:
         budget: Share of the dense cost to keep, in (0, 1].
-        cost: "params", "macs" (of one sample, its size from the example) or "latency" (of the example, as it is).
+        cost: "params", "macs" (of one sample, its size from the example), "memory" (bytes of the parameters) or
+            "latency" (of the example, as it is).
         latency_table: A latency.json measured on this device before (cost "latency").
         score: One of `ibprune.scores.SCORES`.
         reconstruct: Refit by least squares what reads the cut units (one-shot scores).
@@ -180,13 +181,14 @@ def prune_module(
     with timer("cut"):
         student = copy.deepcopy(dense)
         structure = prepare_traced_(student, found.sites, example, compact_module_)
-        costs = structure.costs
+        if settings.cost == "memory":
+            structure = with_memory(structure, student, dtype=_dtype(student), batch=0, length=0)
         if settings.cost == "latency":
             structure = with_latency(
                 structure, student, {"inputs": example}, table=settings.latency_table, round_to=settings.round_to,
                 seed=settings.seed, console=console,
             )  # fmt: skip
-            costs = structure.costs
+        costs = structure.costs
         cost_model = costs.of(settings.cost)
         budget = make_budget(cost_model, found.sites, keep=settings.budget, scope="model", round_to=settings.round_to)
         choice = Choice(
@@ -207,6 +209,7 @@ def prune_module(
         latencies = on_main(lambda: time_forward(dense, student, {"inputs": example}, console=console))
     sides = [
         {"params": costs.params(kept), "macs": costs.macs(kept), "metrics": found_metrics, "latency_ms": latency}
+        | ({"memory_bytes": costs.memory.model(kept)} if costs.memory else {})
         for kept, found_metrics, latency in zip((plan.n_units, plan.kept()), (dense_metrics, metrics), latencies)
     ]
     report = {
@@ -224,6 +227,21 @@ def prune_module(
         "versions": versions(),
     }  # fmt: skip
     return ModuleResult(student.eval(), plan, report, example.cpu(), costs.latency)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of all parameters.
+
+    Raises:
+        BadRecipe: They differ.
+    """
+    found = {parameter.dtype for parameter in model.parameters()}
+    if len(found) > 1:
+        raise BadRecipe(
+            f"cost: 'memory' counts parameters of one dtype, found {', '.join(sorted(map(str, found)))}: use 'params', "
+            "or cast the module."
+        )
+    return found.pop()
 
 
 def _phases(settings: ModuleSettings) -> tuple[TrainSettings, TrainSettings]:

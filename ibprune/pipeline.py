@@ -103,7 +103,7 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     job = begin(recipe, open_journal(recipe, folder, console), console)
     with job.timer("cut"):
         found = cut(job.dense, job.subject.recipe, job.subject.feed, job.accelerator, console,
-                    found=job.subject.found, journal=job.journal)  # fmt: skip
+                    found=job.subject.found, dtype=job.subject.loaded.dtype, journal=job.journal)  # fmt: skip
     return finish(job, recover(job, *found), folder)
 
 
@@ -333,6 +333,7 @@ def _side(costs: Costs, kept: dict[str, int] | None, metrics: dict[str, float], 
         latency_ms=latency,
         params_blocks=cost(costs.params, "blocks"),
         macs_blocks=cost(costs.macs, "blocks"),
+        memory_bytes=cost(costs.memory.model, "model") if costs.memory else None,
     )
 
 

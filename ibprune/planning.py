@@ -11,6 +11,7 @@ from ibprune.channels import find_channels
 from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
+from ibprune.feeding import tokens_read
 from ibprune.folders import tier_of
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class
@@ -18,8 +19,9 @@ from ibprune.recipe import make_recipe
 from ibprune.shares import equal_pressure
 from ibprune.sites import is_traced
 from ibprune.skeletons import prepare_skeleton_
-from ibprune.structure import check_cnn, check_vocab, prepare_traced_
+from ibprune.structure import budgeted, check_cnn, check_vocab, prepare_traced_
 from ibprune.surgery import compact_traced_
+from ibprune.task_heads import WRITES, keeps_cache
 
 
 def plan(
@@ -33,6 +35,8 @@ def plan(
     vanilla: bool = False,
     rotate: bool = False,
     image_size: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
 ) -> dict:
     """Predicts a pruned model without its weights: sizes, reach, loading way, and the groups.
 
@@ -41,6 +45,9 @@ def plan(
     a classifier that reads pictures of `image_size`, else of the size in its image processor or config, else 224.
     With `vanilla`, the result says under "whole" which kinds cannot be cut for plain transformers, and why. With
     `rotate`, a stream behind LayerNorms is refused here; what only weights show (as in Gemma 2), in a run alone.
+
+    Of the cost "memory", `batch_size` and `max_length` say how many sequences of how many tokens a key-value cache
+    holds, by default those of a run.
 
     Raises:
         IBPruneError: An unknown model or kind, or a budget that cannot be reached.
@@ -53,15 +60,18 @@ def plan(
     named = model if isinstance(model, str | os.PathLike) else None
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
                           "round_to": round_to, "vanilla": vanilla, "rotate": rotate,
-                          "image_size": image_size})  # fmt: skip
+                          "image_size": image_size, "max_length": max_length,
+                          **({} if batch_size is None else {"batch_size": batch_size})})  # fmt: skip
     if isinstance(recipe.budget, tuple):
         raise BadRecipe(f"--budget: expected one share to plan for, found {len(recipe.budget)}.")
     cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
     if cost == "latency":
         raise BadRecipe("--cost: a latency is measured in the run itself: plan with params or macs.")
+    if cost != "memory" and (batch_size or max_length):
+        raise BadRecipe("expected --cost memory beside --batch-size and --max-length, which size the key-value cache.")
     source = find_source(recipe.model) if named else None
     config = load_config(source) if source else copy.deepcopy(model)
-    cls = model_class(config, classify=False)
+    cls, dtype = model_class(config, classify=False), getattr(config, "dtype", None) or torch.float32
     shape, refused, whole = None, {}, {}
     if is_traced(config.model_type):
         check_cnn(recipe, config.model_type)
@@ -71,12 +81,16 @@ def plan(
         found = find_channels(skeleton, example)
         refused = found.refused
         structure = prepare_traced_(skeleton, found.sites, example, compact_traced_)
+        structure = budgeted(structure, skeleton, recipe, dtype)
     else:
         skeleton = build_model(config, cls, device="meta")
         shape = image_shape(skeleton)
         if recipe.image_size:
             raise BadRecipe(f"--image-size: '{config.model_type}' reads what its config says: leave it out.")
-        structure, whole = prepare_skeleton_(skeleton, recipe)
+        if keeps_cache(skeleton):
+            objective = WRITES if config.is_encoder_decoder else "causal_lm"
+            recipe = recipe.model_copy(update={"max_length": tokens_read(max_length, config, objective)})
+        structure, whole = prepare_skeleton_(skeleton, recipe, dtype)
     everything, sites, costs = structure.everything, structure.sites, structure.costs
     fixed = sorted(named_rows(skeleton)) if "vocab" in sites else []  # what else a tokenizer needs, no config says
     sites = {name: site.at_least(len(fixed)) if name == "vocab" else site for name, site in sites.items()}
@@ -92,8 +106,9 @@ def plan(
     except BadRecipe:  # equal widths alone do not reach it: whole sub-layers go too
         keep = solve_by_cost(scores, sites, cost_model, target)
     keep = {name: keep.get(name, tuple(range(site.n_units))) for name, site in everything.items()}
-    structure.compact(skeleton, structure.plan(skeleton, keep))
-    kept = {name: len(units) for name, units in keep.items()}
+    found_plan = structure.plan(skeleton, keep)
+    structure.compact(skeleton, found_plan)
+    kept = found_plan.kept()
     full = cost_model.n_units
     dense_cost = cost_model.of_dense(scope=scope)
     groups = {}
@@ -113,13 +128,7 @@ def plan(
         "whole": whole,
         "dense": {"params": costs.params.of_dense(), "macs": costs.macs.of_dense()},
         "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
-        "budget": {
-            "cost": cost,
-            "scope": scope,
-            "keep": recipe.budget,
-            "limit": target.limit,
-            "achieved": cost_model(kept, scope=scope),
-        },
+        "budget": costs.achieved(target, found_plan),
         "reachable_keep": least_cost(cost_model, sites, scope=scope, round_to=round_to, ties=structure.ties)
         / dense_cost,
         "tier": tier_of(skeleton),

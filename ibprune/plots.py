@@ -29,17 +29,19 @@ def draw_pareto(found: dict, folder: Path) -> None:
         found: The dict of pareto.json, from `ibprune.ladder.pareto`.
     """
     cost, metrics = found["points"][0]["budget"]["cost"], list(found["dense"]["metrics"])
+    label, key = {"latency": ("latency (ms)", ""), "memory": ("memory (bytes)", "memory_bytes")}.get(cost, (cost, cost))
     figure = Figure(figsize=(4.5 * len(metrics), 3.5), layout="constrained")
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(1, len(metrics), i + 1)
         sides = [found["dense"], *found["points"]]
-        spent = [s["latency_ms"]["median"] if cost == "latency" else s[cost] for s in sides]
+        spent = [s["latency_ms"]["median"] if cost == "latency" else s[key] for s in sides]
         axes.plot(spent, [s["metrics"][metric] for s in sides], color=PRUNED, zorder=1)
         for side, x, colour in zip(sides, spent, [DENSE] + [PRUNED] * len(found["points"])):
             axes.scatter(x, side["metrics"][metric], color=colour, zorder=2)
-            label = side.get("folder", "dense")
-            axes.annotate(label, (x, side["metrics"][metric]), xytext=(3, 4), textcoords="offset points")
-        axes.set(xlabel="latency (ms)" if cost == "latency" else cost, ylabel=metric)
+            axes.annotate(
+                side.get("folder", "dense"), (x, side["metrics"][metric]), xytext=(3, 4), textcoords="offset points"
+            )
+        axes.set(xlabel=label, ylabel=metric)
     _save(figure, folder, "pareto")
 
 

@@ -64,7 +64,7 @@ class Recipe(BaseModel):
         None, description="share of the dense cost to keep, in (0, 1], or several, the largest first"
     )
     at_least: str | None = Field(None, description="the smallest model that keeps a metric: accuracy=0.88 or =99%")
-    cost: Literal["params", "macs", "latency"] = Field("params", description="what the budget counts")
+    cost: Literal["params", "macs", "memory", "latency"] = Field("params", description="what the budget counts")
     scope: Literal["model", "blocks"] = Field("model", description="blocks leaves embeddings and heads out")
     latency_table: str | None = Field(None, description="a latency.json measured before (cost latency)")
     task: str | None = Field(None, description="a GLUE task by name")

@@ -24,6 +24,7 @@ class Side:
         metrics: By name, on the held-out data.
         latency_ms: {"median", "iqr", "layers"} of a forward pass, by `ibprune.timing.time_forward`.
         params_blocks, macs_blocks: The same without embeddings and heads.
+        memory_bytes: What a budget on memory counts, of the whole model; None where there is no such budget.
     """
 
     params: int
@@ -33,6 +34,7 @@ class Side:
     latency_ms: dict[str, float]
     params_blocks: int = 0
     macs_blocks: int = 0
+    memory_bytes: int | None = None
 
 
 @dataclass
@@ -154,7 +156,8 @@ def budget_line(budget: dict) -> str:
             f"{budget['achieved']:,.2f} of at most {budget['limit']:,.2f} ms, by a measured table that is "
             f"{budget['error']:.1%} off on other widths"
         )
-    return f"{budget['achieved']:,} of at most {budget['limit']:,} {budget['cost']}"
+    spent = f"{budget['achieved']:,} of at most {budget['limit']:,}"
+    return f"{spent} bytes: {budget['counts']}" if budget["cost"] == "memory" else f"{spent} {budget['cost']}"
 
 
 def rows(report: dict) -> list[tuple[str, str, str, str]]:
@@ -173,6 +176,8 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
     if blocks:
         add("  in blocks", dense["macs_blocks"] / 1e6, pruned["macs_blocks"] / 1e6, "{:,.1f} M")
     add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
+    if dense.get("memory_bytes"):  # reports of an older version have none
+        add("memory (weights and cache)", dense["memory_bytes"] / 1e6, pruned["memory_bytes"] / 1e6, "{:,.1f} MB")
     forms = {"rows": ("vocabulary", "{:,}"), "tokens_per_text": ("tokens per held-out text", "{:.2f}")}
     forms["unknown"] = ("unknown tokens", "{:.3%}")
     for key, (name, form) in forms.items() if report["vocabulary"] else ():

@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from transformers import PreTrainedModel
 
 from ibprune.activations import check_read_linearly
@@ -9,19 +10,24 @@ from ibprune.budget import make_budget
 from ibprune.channels import Found
 from ibprune.errors import BadRecipe
 from ibprune.feeding import Feed
-from ibprune.models import build_model
+from ibprune.models import Loaded, build_model
 from ibprune.recipe import Recipe
 from ibprune.rotation import any_axes
-from ibprune.structure import Structure, check_vocab, choose_kinds, prepare_, prepare_traced_
+from ibprune.structure import Structure, budgeted, check_vocab, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.taps import readers
 from ibprune.vanilla import plain_structure
 
 
-def prepare_skeleton_(skeleton: PreTrainedModel, recipe: Recipe) -> tuple[Structure, dict[str, str]]:
+def prepare_skeleton_(
+    skeleton: PreTrainedModel, recipe: Recipe, dtype: torch.dtype
+) -> tuple[Structure, dict[str, str]]:
     """What a recipe cuts of a transformer on the device "meta", and why a kind stays whole for plain transformers.
 
     For a latency, which only a run measures, nothing is tied: how plain transformers loads it is found there.
+
+    Args:
+        dtype: Of the checkpoint.
 
     Raises:
         BadRecipe: A kind that the model has not, or that must stay whole.
@@ -29,6 +35,7 @@ def prepare_skeleton_(skeleton: PreTrainedModel, recipe: Recipe) -> tuple[Struct
     """
     kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate)
     structure = prepare_(skeleton, kinds, None, axes=any_axes(skeleton) if recipe.rotate else None)
+    structure = budgeted(structure, skeleton, recipe, dtype)
     if not recipe.vanilla or recipe.cost == "latency":
         return structure, {}
     return plain_structure(
@@ -37,7 +44,7 @@ def prepare_skeleton_(skeleton: PreTrainedModel, recipe: Recipe) -> tuple[Struct
     )  # fmt: skip
 
 
-def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found | None) -> None:
+def check_cut(recipe: Recipe, loaded: Loaded, feed: Feed, found: Found | None) -> None:
     """Raises `BadRecipe` where a recipe's budget or score cannot be had of a model, before anything is trained.
 
     What a latency can be, and what a vocabulary needs of the texts, is known only when they were measured.
@@ -45,12 +52,14 @@ def check_cut(recipe: Recipe, model: PreTrainedModel, feed: Feed, found: Found |
     Args:
         found: The channels of a CNN.
     """
+    model = loaded.model
     if found is not None:
         skeleton = copy.deepcopy(model)
         structure = prepare_traced_(skeleton, found.sites, feed.example()["pixel_values"], compact_traced_)
+        structure = budgeted(structure, skeleton, recipe, loaded.dtype)
     else:
         skeleton = build_model(model.config, type(model), device="meta")
-        structure, _ = prepare_skeleton_(skeleton, recipe)
+        structure, _ = prepare_skeleton_(skeleton, recipe, loaded.dtype)
     if recipe.score == "flap":
         check_read_linearly(skeleton, structure.sites)
     if recipe.reconstruct and not any(readers(skeleton, site) for site in structure.sites.values()):

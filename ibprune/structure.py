@@ -17,6 +17,7 @@ from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.groups import ATTENTION_KINDS, Site
 from ibprune.latency import LatencyTable, load_latency, measure_latency
 from ibprune.losses import Batch
+from ibprune.memory import Memory, measure_memory
 from ibprune.plans import PruningPlan, is_rotated, model_type
 from ibprune.processes import on_main
 from ibprune.recipe import CNN_KINDS, Recipe
@@ -35,15 +36,18 @@ class Costs:
     """The cost models of one model, over all its sites.
 
     Attributes:
+        memory: None where nothing is budgeted by it.
         latency: None where it was not measured.
     """
 
     params: CostModel
     macs: CostModel
+    memory: Memory | None = None
     latency: LatencyTable | None = None
 
     def of(self, cost: str) -> CostModel:
-        return self.latency.model if cost == "latency" else {"params": self.params, "macs": self.macs}[cost]
+        measured = {"memory": self.memory, "latency": self.latency}
+        return measured[cost].model if cost in measured else {"params": self.params, "macs": self.macs}[cost]
 
     def achieved(self, budget: Budget, plan: PruningPlan) -> dict:
         """What was asked and what a plan reaches, for a report; latencies in milliseconds."""
@@ -59,7 +63,7 @@ class Costs:
                 "error": self.latency.error,
             }
         )
-        return record
+        return record | ({"counts": self.memory.counts} if budget.cost == "memory" else {})
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,23 @@ def with_latency(
             f"{found.error:.1%} off on others"
         )
     return replace(structure, costs=replace(structure.costs, latency=found))
+
+
+def with_memory(structure: Structure, model: nn.Module, *, dtype: torch.dtype, batch: int, length: int) -> Structure:
+    """The structure with a cost model of what `model` holds in memory (`ibprune.memory.measure_memory`)."""
+    found = measure_memory(model, structure.costs.params, structure.everything, dtype=dtype, batch=batch, length=length)
+    return replace(structure, costs=replace(structure.costs, memory=found))
+
+
+def budgeted(structure: Structure, model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> Structure:
+    """The structure with the cost model that a recipe's budget needs, where it follows from the model and the recipe.
+
+    Args:
+        dtype: Of the checkpoint.
+    """
+    if recipe.cost != "memory":
+        return structure
+    return with_memory(structure, model, dtype=dtype, batch=recipe.batch_size, length=recipe.max_length or 0)
 
 
 def choose_kinds(

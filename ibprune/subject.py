@@ -98,7 +98,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     else:
         recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
     if not untrained:
-        check_cut(recipe, loaded.model, feed, found)
+        check_cut(recipe, loaded, feed, found)
     console.say(
         f"{type(loaded.model).__name__} of {source.name}: {count_params(loaded.model):,} parameters; "
         f"{data.name}: {len(feed.train_set):,} training rows; {feed.objective.name}"

@@ -46,16 +46,18 @@ def print_report(report: dict, output: str) -> None:
 def print_pareto(found: dict, output: str) -> None:
     cost = found["points"][0]["budget"]["cost"]
     names = list(found["dense"]["metrics"])
+    memory = cost == "memory"
     sides = [("dense", found["dense"]), *((point["folder"], point) for point in found["points"])]
     table(
         f"{found['model']} at shares of its {cost}",
-        ("", "parameters", "MACs", "file", "latency", *names),
+        ("", "parameters", "MACs", "file", *(["memory"] if memory else []), "latency", *names),
         [
             (
                 name,
                 f"{side['params']:,}",
                 f"{side['macs'] / 1e6:,.1f} M",
                 f"{side['file_bytes'] / 1e6:,.1f} MB",
+                *([f"{side['memory_bytes'] / 1e6:,.1f} MB"] if memory else []),
                 f"{side['latency_ms']['median']:.1f} ms",
                 *(f"{side['metrics'][metric]:.4f}" for metric in names),
             )
@@ -82,9 +84,10 @@ def print_export(found: dict) -> None:
 def print_plan(found: dict) -> None:
     from ibprune.report import budget_line, macs_input
 
+    unit = {"memory": "bytes"}.get(found["budget"]["cost"], found["budget"]["cost"])
     table(
         f"what can be cut in this {found['model_type']} model",
-        ("kind", "sites", "units", "at least", f"{found['budget']['cost']} per unit", "cut"),
+        ("kind", "sites", "units", "at least", f"{unit} per unit", "cut"),
         [
             (
                 kind,

@@ -63,6 +63,11 @@ def is_headless(model: PreTrainedModel) -> bool:
     return model.base_model is model and _auto(model) in ("AutoModel", "AutoModelForTextEncoding")
 
 
+def keeps_cache(model: PreTrainedModel) -> bool:
+    """Whether a model writes text, so that it keeps keys and values of what it has read."""
+    return _auto(model) in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+
 def reads_end(model: PreTrainedModel) -> bool:
     """Whether a model decides by the state at the last end token, of which all its inputs have equally many."""
     return model.config.is_encoder_decoder and _auto(model) == "AutoModelForSequenceClassification"

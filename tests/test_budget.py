@@ -12,6 +12,7 @@ from ibprune.console import Quiet
 from ibprune.costs import macs_model, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe
+from ibprune.memory import measure_memory
 from ibprune.shares import MOST_RECOVERED, equal_pressure, probe_shares
 from ibprune.sites import find_sites
 from ibprune.structure import prepare_
@@ -26,21 +27,37 @@ def setting(config=None, length=16):
     return sites, params_model(model, sites), macs_model(model, sites, length=length)
 
 
+def remembering(config):
+    """A language model with a cache that is larger than its weights."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    factorize_(model)
+    sites = find_sites(model)
+    params = params_model(model, sites)
+    return sites, measure_memory(model, params, sites, dtype=torch.float16, batch=8, length=64).model
+
+
 def spent(model, keep, scope="model"):
     return model(model.n_units | {name: len(units) for name, units in keep.items()}, scope=scope)
 
 
 WIDE = BertConfig(vocab_size=500, hidden_size=128, num_hidden_layers=3, num_attention_heads=8, intermediate_size=512)
 
+GROUPED = LlamaConfig(vocab_size=200, hidden_size=128, num_hidden_layers=3, num_attention_heads=8,
+                      num_key_value_heads=4, intermediate_size=512)  # fmt: skip
+
 
 @pytest.mark.parametrize("round_to", [1, 8])
-@pytest.mark.parametrize("cost", ["params", "macs"])
+@pytest.mark.parametrize("cost", ["params", "macs", "memory"])
 def test_budgets_are_met_within_one_step_and_never_exceeded(cost, round_to):
-    sites, params, macs = setting(WIDE)
-    model = params if cost == "params" else macs
+    if cost == "memory":
+        sites, model = remembering(GROUPED)
+    else:
+        sites, params, macs = setting(WIDE)
+        model = params if cost == "params" else macs
     rng = random.Random(0)
     for trial in range(25):
-        kinds = rng.sample(["heads", "ffn", "layers", "hidden", "embedding_rank"], rng.randint(2, 5))
+        kinds = rng.sample(list(dict.fromkeys(s.kind for s in sites.values() if s.kind != "vocab")), rng.randint(2, 5))
         chosen = {n: s for n, s in sites.items() if s.kind in kinds}
         scope = rng.choice(["model", "blocks"])
         torch.manual_seed(trial)
@@ -50,7 +67,7 @@ def test_budgets_are_met_within_one_step_and_never_exceeded(cost, round_to):
         except BadRecipe:
             continue
         keeps = [solve_by_cost(scores, chosen, model, budget)]
-        if set(kinds) & {"heads", "ffn", "hidden"}:
+        if set(kinds) & {"heads", "kv_groups", "ffn", "hidden"}:
             try:
                 keeps.append(solve_by_shares(scores, chosen, model, budget, equal_pressure(chosen)))
             except BadRecipe:

@@ -228,9 +228,9 @@ def test_budgets_are_read_alike_from_flags_yaml_and_python(tmp_path):
             make_recipe({"model": "m", "budget": bad})
 
 
-@pytest.mark.parametrize("cost", ["params", "macs", "latency"])
+@pytest.mark.parametrize("cost", ["params", "macs", "memory", "latency"])
 def test_the_plot_is_over_what_the_budget_counts(cost, tmp_path):
-    side = {"params": 10, "macs": 20, "latency_ms": {"median": 30.0}, "metrics": {"accuracy": 0.5}}
+    side = {"params": 10, "macs": 20, "memory_bytes": 25, "latency_ms": {"median": 30.0}, "metrics": {"accuracy": 0.5}}
     point = side | {"folder": "0.5", "budget": {"cost": cost}}
     draw_pareto({"dense": side, "points": [point]}, tmp_path)
     assert (tmp_path / "pareto.png").exists() and (tmp_path / "pareto.svg").exists()

@@ -24,7 +24,7 @@ LAYERS = (
     ("plans", "inject", "costs", "losses", "numbering", "remote_code"),
     ("ties",),
     ("slicing", "budget", "stages", "timing"),
-    ("embeddings", "latency", "rotation", "taps", "distillation"),
+    ("embeddings", "latency", "memory", "rotation", "taps", "distillation"),
     ("surgery",),
     ("recipe", "data", "report", "channels"),
     ("collating", "prose", "images", "structure", "resuming"),
