@@ -12,6 +12,7 @@ from ibprune.activations import activation_scores, compensate_, flap_scores
 from ibprune.budget import Keep
 from ibprune.console import Quiet
 from ibprune.groups import Site
+from ibprune.lora import Lora
 from ibprune.losses import Batch, Objective
 from ibprune.masks import MaskSet
 from ibprune.refit import reconstruct_, rescale_
@@ -33,6 +34,7 @@ class Choice:
         teacher: What the masked model is distilled from, if anything.
         settings: Of mask learning.
         probe_steps: Steps of recovery after which the last candidate cuts are compared; 0 compares them as they are.
+        lora: Adapters that train in these; None: all weights do.
         frozen: Whether the weights stay as they are while masks are learned.
         reconstruct: Whether what reads the cut units is refitted by least squares.
         journal: Keeps scores, shares, what candidate cuts gave, and where mask learning stands.
@@ -51,6 +53,7 @@ class Choice:
     accelerator: Accelerator
     console: Quiet
     reconstruct: bool = False
+    lora: Lora | None = None
     frozen: bool = False
     journal: Journal = NO_JOURNAL
 

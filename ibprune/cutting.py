@@ -20,6 +20,7 @@ from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
 from ibprune.groups import MODULE_KINDS
 from ibprune.inject import inject_
+from ibprune.lora import RANK, Lora, adapted
 from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
 from ibprune.plans import PruningPlan
@@ -154,7 +155,7 @@ def prepare_cut(
         judge=dense, teacher=dense if recipe.distill != "none" else None,
         settings=phases(recipe, feed.objective)[0], accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
-        frozen=recipe.mode == "faster", journal=journal,
+        lora=lora_of(recipe), frozen=recipe.mode == "faster", journal=journal,
     )  # fmt: skip
     return student, structure, choice, kinds, counts
 
@@ -367,10 +368,11 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
         plan = structure.plan(student, keep)
         small = structure.compact(copy.deepcopy(student), plan)
         objective = on_kept_features(choice.objective, plan)
-        train(
-            small, loss_with(objective, choice.teacher, choice.accelerator), choice.make_batches, settings,
-            accelerator=choice.accelerator, phase="trying a cut", console=choice.console,
-        )  # fmt: skip
+        with adapted(small, choice.lora):
+            train(
+                small, loss_with(objective, choice.teacher, choice.accelerator), choice.make_batches, settings,
+                accelerator=choice.accelerator, phase="trying a cut", console=choice.console,
+            )  # fmt: skip
         judged = loss_with(replace(objective, layers=""), choice.judge, choice.accelerator)
         with torch.no_grad(), choice.accelerator.autocast():
             return torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean()
@@ -412,6 +414,14 @@ def loss_with(
         return training_loss(objective, outputs, target, batch) + apart
 
     return loss_with_layers if objective.layers and teacher is not None else loss_of
+
+
+def lora_of(recipe: Recipe) -> Lora | None:
+    """The adapters that a recipe's recovery trains; None where it trains all weights."""
+    if recipe.recovery == "full":
+        return None
+    rank = recipe.lora_rank or RANK
+    return Lora(rank, recipe.lora_alpha or 2.0 * rank)
 
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:

@@ -31,7 +31,7 @@ from ibprune.prose import load_prose
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
 from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_class, is_headless
-from ibprune.thinning import thin
+from ibprune.thinning import hold_back, thin
 from ibprune.vocabulary import check_tokenizer
 
 
@@ -83,6 +83,7 @@ class Feed:
         preprocessor: The tokenizer or image processor, which goes with the model.
         normalised_by: For pictures, where their mean and deviation come from.
         few: The rows of `train_set` that are trained on, where these are not all.
+        held_back: Training rows that are no longer in `train_set`: they judge a model as it trains.
     """
 
     objective: Objective
@@ -95,6 +96,7 @@ class Feed:
     preprocessor: PreTrainedTokenizerBase | BaseImageProcessor
     normalised_by: str = ""
     few: Dataset | None = None
+    held_back: Dataset | None = None
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -113,8 +115,17 @@ class Feed:
             labels = self.train_set[data.label_column]
         return replace(self, few=thin(self.train_set, labels, seed=self.seed))
 
+    def holding_back(self) -> "Feed":
+        """The same with some of the training rows held back (`ibprune.thinning.hold_back`)."""
+        train_set, held_back = hold_back(self.train_set, seed=self.seed)
+        return replace(self, train_set=train_set, held_back=held_back)
+
     def held_out(self) -> DataLoader:
-        """Held-out batches in order; hidden tokens of a masked LM are the same at every call, pictures as they are."""
+        """Held-out batches in order, as `judging` makes them."""
+        return self.judging(self.held_out_set)
+
+    def judging(self, rows: Dataset) -> DataLoader:
+        """Batches in order; hidden tokens of a masked LM are the same at every call, pictures as they are."""
         collate = self.collate
         if isinstance(collate, CollateMasked):
             collate = CollateMasked(collate.tokenizer, self.seed)
@@ -122,7 +133,7 @@ class Feed:
             collate = CollateSpans(collate.tokenizer, collate.config, self.seed)
         elif isinstance(collate, CollatePictures):
             collate = collate.judging()
-        return make_loader(self.held_out_set, collate, batch_size=self.batch_size, seed=None)
+        return make_loader(rows, collate, batch_size=self.batch_size, seed=None)
 
     def calibration(self, sequences: int, device: torch.device) -> list[Batch]:
         """Training batches for scores and probes, moved to the device."""

@@ -107,6 +107,12 @@ def prune_parser() -> Parser:
     add("--finetune-steps", type=int, help="steps to train the dense model first (default: if its head is new)")
     add("--mask-steps", type=int, help="steps of scores vib and gradual (default: by objective)")
     add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
+    add("--recovery", help="what trains in the recovery: full (default), or lora: adapters that the weights take up")
+    add("--lora-rank", type=int, help="rank of the adapters (default 16)")
+    add("--lora-alpha", type=float, help="over the rank, their scale (default: twice the rank)")
+    text = "judge the recovery so often on training rows held back, and keep the best weights (default: the last ones)"
+    add("--eval-every", type=int, metavar="STEPS", help=text)
+    add("--patience", type=int, metavar="N", help="end the recovery after N such looks without a lower loss")
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
     add("--distill", help="what is learned from the dense model: logits (default), hidden or relations (these and its "
         "blocks' states, or how they relate tokens), or none")  # fmt: skip

@@ -14,7 +14,7 @@ from ibprune.budget import Budget
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
-from ibprune.cutting import cut, loss_with, on_kept_features, phases, timed_inputs
+from ibprune.cutting import cut, lora_of, loss_with, on_kept_features, phases, timed_inputs
 from ibprune.data import TextData, hub_data
 from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadData
@@ -27,6 +27,7 @@ from ibprune.hub_folders import check_target, push
 from ibprune.images import ImageData
 from ibprune.inputs import MOST_INPUTS, encode_inputs, encode_pictures
 from ibprune.latency import LATENCY, LatencyTable
+from ibprune.lora import adapted
 from ibprune.losses import Objective
 from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
@@ -40,7 +41,7 @@ from ibprune.resuming import FolderJournal, open_journal
 from ibprune.structure import Costs, Structure
 from ibprune.subject import Subject, fingerprints, known_tokens, load_subject
 from ibprune.timing import time_forward
-from ibprune.trainer import train
+from ibprune.trainer import TrainState, Validation, train
 from ibprune.training import finetune_
 from ibprune.vocabulary import compare_tokenizers
 
@@ -84,6 +85,7 @@ class Pruned:
         feed: Of what it reads.
         objective: As it was trained and judged.
         metrics: Of the model as it is stored.
+        recovery: What the report says of how it recovered.
     """
 
     model: PreTrainedModel
@@ -93,6 +95,7 @@ class Pruned:
     feed: Feed
     objective: Objective
     metrics: dict[str, float]
+    recovery: dict
 
 
 def run(recipe: Recipe, console: Quiet) -> PruneResult:
@@ -125,6 +128,9 @@ def begin(
         subject = load_subject(recipe, console)
     if check is not None:
         check(subject)
+    if recipe.eval_every:
+        subject = replace(subject, feed=subject.feed.holding_back())
+        console.say(f"{len(subject.feed.held_back):,} training rows are held back: they judge the recovery as it goes")
     feed, loaded = subject.feed, subject.loaded
     dense = loaded.model.to(accelerator.device)
     journal.bind(fingerprints(subject), feed.generator)
@@ -157,13 +163,37 @@ def recover(
     with job.timer("recover"):
         teacher = job.dense if recipe.distill != "none" else None
         _, steps = phases(recipe, objective)
-        train(student, loss_with(objective, teacher, job.accelerator), feed.train, steps,
-              accelerator=job.accelerator, phase=phase, console=console, journal=job.journal)  # fmt: skip
+        validation = None
+        if recipe.eval_every:
+            validation = Validation(lambda: feed.judging(feed.held_back), recipe.eval_every, recipe.patience)
+        with adapted(student, lora_of(recipe)) as trained:
+            state = train(
+                student, loss_with(objective, teacher, job.accelerator), feed.train, steps, accelerator=job.accelerator,
+                phase=phase, console=console, validation=validation, journal=job.journal,
+            )  # fmt: skip
     check_finite(student, "the recovered model")
     student = student.to(job.subject.loaded.dtype).float()  # what is measured is what is stored
     with job.timer("evaluate"):
         metrics = evaluate_model(student, feed, objective, dense=job.dense, console=console, what="evaluating pruned")
-    return Pruned(student, plan, budget, structure, feed, objective, metrics)
+    return Pruned(student, plan, budget, structure, feed, objective, metrics,
+                  recovery_record(recipe, state, trained, feed))  # fmt: skip
+
+
+def recovery_record(recipe: Recipe, state: TrainState, trained: int, feed: Feed) -> dict:
+    """What a report says of a recovery.
+
+    Args:
+        trained: Parameters that it trained.
+    """
+    record = {"recovery": recipe.recovery, "trained_params": trained, "steps": state.step}
+    if recipe.recovery == "lora":
+        lora = lora_of(recipe)
+        record |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
+    if state.validation:
+        step, loss = state.validation[state.best]
+        record |= {"held_back": len(feed.held_back), "best_step": step, "best_loss": loss}
+        record["validation"] = state.validation
+    return record
 
 
 def finish(job: Job, pruned: Pruned, folder: Path, **more: object) -> PruneResult:
@@ -211,6 +241,7 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
         score=recipe.score,
         shares=recipe.shares,
         seed=recipe.seed,
+        recovery=pruned.recovery,
         resumed=job.journal.resumed,
         overlap=subject.overlap,
         model=source.name,

@@ -91,6 +91,15 @@ class Recipe(BaseModel):
     probe_steps: int | None = Field(
         None, ge=0, description="steps of recovery before candidate cuts are compared (shares probe)"
     )
+    recovery: Literal["full", "lora"] = Field(
+        "full", description="what trains in the recovery: all weights, or adapters that they take up"
+    )
+    lora_rank: int | None = Field(None, ge=1, description="of the adapters; default: 16")
+    lora_alpha: float | None = Field(None, gt=0, description="over the rank, their scale; default: twice the rank")
+    eval_every: int | None = Field(
+        None, ge=1, description="steps of recovery between two looks at training rows held back; the best weights stay"
+    )
+    patience: int | None = Field(None, ge=1, description="looks without a lower loss after which the recovery ends")
     batch_size: int = Field(32, ge=1, description="sequences per batch, divided among the processes")
     grad_accum: int = Field(1, ge=1, description="batches per step")
     gradient_checkpointing: bool = Field(False, description="blocks run again in the backward pass, for less memory")
@@ -208,6 +217,14 @@ class Recipe(BaseModel):
             raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")
         if self.divergence != "forward" and self.distill == "none":
             raise ValueError(UNTAUGHT)
+        if self.patience and not self.eval_every:
+            raise ValueError("expected --eval-every STEPS beside --patience")
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(self, name) and self.recovery != "lora":
+                raise ValueError(f"expected --recovery lora beside --{name.replace('_', '-')}, found {self.recovery}")
+        for name in ("recovery", "eval_every"):
+            if self.recover_steps == 0 and getattr(self, name) not in ("full", None):
+                raise ValueError(f"--{name.replace('_', '-')} is of the recovery, which has no steps: leave it out")
         return self
 
     def save(self, path: Path) -> None:

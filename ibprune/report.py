@@ -53,6 +53,8 @@ class Report:
         command: The command line that made it.
         hub: What the run took from the Hub: the id of the "model", and of the "data" as "repo" or "repo:config"; None
             where it was local.
+        recovery: What trained in the recovery, how many parameters and steps; where rows were held back, how many, the
+            loss on them after which steps, and which of these was best: its weights stayed.
         resumed: Whether the run was cut short and taken up again: its timings are then of its last part.
         budgets: Of the mask run that this model is one stop of; empty where it had one budget.
         chosen: Where `at_least` chose the budget, the metric, its "threshold", what was "tried", and a "note".
@@ -84,6 +86,7 @@ class Report:
     refused: dict[str, str] = field(default_factory=dict)
     audit: str | None = None
     audit_note: str = ""
+    recovery: dict = field(default_factory=dict)
     resumed: bool = False
     budgets: list[float] = field(default_factory=list)
     chosen: dict | None = None
@@ -158,6 +161,20 @@ def budget_line(budget: dict) -> str:
         )
     spent = f"{budget['achieved']:,} of at most {budget['limit']:,}"
     return f"{spent} bytes: {budget['counts']}" if budget["cost"] == "memory" else f"{spent} {budget['cost']}"
+
+
+def recovery_line(recovery: dict) -> str:
+    """How a model recovered, where it was otherwise than by all weights to the last step; "" else."""
+    parts = []
+    if recovery.get("recovery") == "lora":
+        adapters = f"adapters of rank {recovery['lora_rank']} ({recovery['trained_params']:,} parameters)"
+        parts.append(f"{adapters} trained and were merged")
+    if "best_step" in recovery:
+        parts.append(
+            f"the best of {recovery['steps']} steps was {recovery['best_step']}, by the loss on "
+            f"{recovery['held_back']:,} training rows held back ({recovery['best_loss']:.4f})"
+        )
+    return f"recovery: {'; '.join(parts)}" if parts else ""
 
 
 def rows(report: dict) -> list[tuple[str, str, str, str]]:

@@ -196,6 +196,8 @@ def check_cnn(recipe: Recipe, model_type: str) -> None:
     for kind in recipe.kinds:
         if kind not in CNN_KINDS:
             raise BadRecipe(f"'{model_type}' has no units '{kind}': {did_you_mean(kind, CNN_KINDS)}.")
+    if recipe.recovery == "lora":
+        raise BadRecipe(f"--recovery lora adapts the blocks of a transformer; '{model_type}' has none: use full.")
     if recipe.rotate:
         raise BadRecipe(f"--rotate turns the residual stream of a transformer; '{model_type}' has none.")
     if recipe.scope != "model":

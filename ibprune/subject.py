@@ -13,6 +13,7 @@ from ibprune.errors import BadData, BadRecipe
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
+from ibprune.lora import need_peft
 from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
 from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
@@ -55,6 +56,8 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     Raises:
         IBPruneError: A model, data or a pair of both that cannot be used.
     """
+    if recipe.recovery == "lora":
+        need_peft()
     source = find_source(recipe.model)
     if source.note:
         console.say(source.note)

@@ -21,7 +21,7 @@ def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> N
 
 
 def print_report(report: dict, output: str) -> None:
-    from ibprune.report import budget_line, kept_names, rows
+    from ibprune.report import budget_line, kept_names, recovery_line, rows
 
     budget = report["budget"]
     table(
@@ -37,6 +37,8 @@ def print_report(report: dict, output: str) -> None:
         f"written to {output} in {sum(report['timings_s'].values()):.0f} s; loads with {loads} "
         f"(checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
     )
+    if recovery_line(report["recovery"]):
+        sys.stdout.write(f"{recovery_line(report['recovery'])}\n")
     if report["chosen"]:
         sys.stdout.write(f"{report['chosen']['note']}\n")
     if report["pruned"]["latency_ms"]["median"] > 0.95 * report["dense"]["latency_ms"]["median"]:

@@ -15,7 +15,7 @@ from ibprune.engine import draw
 from ibprune.errors import BadData, BadRecipe, IBPruneError, Stopped, did_you_mean
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet, mixed
-from ibprune.processes import divided, n_processes, process_index, shared
+from ibprune.processes import divided, n_processes, on_main, process_index, shared
 from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
 
 SCHEDULES = ("linear", "cosine", "uba")
@@ -50,6 +50,21 @@ class TrainSettings:
     checkpointing: bool = False
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Judges a model while it trains, by its loss on rows that it does not learn from; its best weights are what stays.
+
+    Attributes:
+        batches: Makes a loader of these rows, the same at every call.
+        every: Steps between two looks; the last step has one too.
+        patience: Looks in a row without a lower loss after which the phase ends; None: it goes on to its last step.
+    """
+
+    batches: Callable[[], DataLoader]
+    every: int
+    patience: int | None = None
+
+
 @dataclass
 class TrainState:
     """Everything that changes while a phase runs, apart from tensors and random generators; JSON as it stands.
@@ -58,6 +73,8 @@ class TrainState:
         step: Steps done.
         epoch, batch: Epochs done, and batches taken of the present one: its order is a function of (seed, epoch).
         losses: Of each step.
+        validation: Each look at the rows held back: after which step, and the loss.
+        ended: Whether the phase ran out of patience before its last step.
     """
 
     phase: str
@@ -65,6 +82,13 @@ class TrainState:
     epoch: int = 0
     batch: int = 0
     losses: list[float] = field(default_factory=list)
+    validation: list[list[float]] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def best(self) -> int:
+        """The look with the lowest loss, the first of equals."""
+        return min(range(len(self.validation)), key=lambda look: self.validation[look][1])
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -111,6 +135,7 @@ def train(
     extra_groups: list[dict] | None = None,
     before_step: Callable[[int], None] | None = None,
     frozen: bool = False,
+    validation: Validation | None = None,
     journal: Journal = NO_JOURNAL,
 ) -> TrainState:
     """Trains the model's weights in place, and `extra_groups` of parameters at learning rates of their own.
@@ -121,19 +146,22 @@ def train(
         extra_groups: Optimiser groups with "params" and "lr" (masks); weight decay 0, not clipped.
         before_step: Called with the step's number, to move schedules on.
         frozen: Whether the weights stay as they are and only the `extra_groups` are trained.
+        validation: Which step's weights stay; None: the last one's.
         journal: Keeps where the phase stands, under its name; from there it goes on, or ends at once.
 
     Raises:
-        IBPruneError: The loss, or a weight that is to be saved, is NaN or infinite. The last state stays.
+        IBPruneError: A loss, or a weight that is to be saved, is NaN or infinite. The last state stays.
         Stopped: The console says that the run is to stop; the state was written.
     """
     if settings.steps == 0:
         return TrainState(phase)
     entry = journal.read(phase)
     state = TrainState(phase) if entry is None else TrainState.from_dict(entry.facts["state"])
+    best = {} if entry is None else entry.part("best/")
     if entry is not None:
         _load_tensors_(model, entry.part("model/"))
-        if state.step == settings.steps:
+        if state.step == settings.steps or state.ended:
+            _take_back_(model, best)
             journal.restore(entry)
             model.eval()
             return state
@@ -187,14 +215,25 @@ def train(
         state.step = step + 1
         state.losses.append(total)
         draw(accelerator, {f"{phase}/loss": total, f"{phase}/lr": schedule.get_last_lr()[0]}, steps=1)
+        if validation is not None and (state.step % validation.every == 0 or state.step == settings.steps):
+            value = _validated(model, loss_of, validation, accelerator, phase, state.step)
+            state.validation.append([state.step, value])
+            looks = len(state.validation) - 1 - state.best  # since the best one
+            best = best if looks else {name: x.detach().to("cpu", copy=True) for name, x in _changing(model).items()}
+            state.ended = validation.patience is not None and looks >= validation.patience
+            draw(accelerator, {f"{phase}/validation loss": value})
+            model.train()
         if stop or (save and state.step < settings.steps):
             _check_weights(model, phase, step)
             states, rng = batches.before_epoch
             tensors = _named_tensors(model) | _moments(optimizer) | {f"epoch/{key}": x for key, x in states.items()}
+            tensors |= {f"best/{name}": x for name, x in best.items()}
             journal.write(phase, tensors, {"state": state.to_dict(), "epoch": rng})
             if stop:
                 console.stepping = False
                 raise Stopped(f"stopped after step {state.step} of {settings.steps} of '{phase}'; {journal.kept()}")
+        if state.ended:
+            break
     console.stepping = False
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
@@ -202,10 +241,60 @@ def train(
         _keep_blocks_(model)
     for parameter in held:
         parameter.requires_grad_(True)
+    _take_back_(model, best)
     _check_weights(model, phase, settings.steps - 1)
     journal.write(phase, _named_tensors(model), {"state": state.to_dict()})
     model.eval()
     return state
+
+
+def _validated(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Batch], torch.Tensor],
+    validation: Validation,
+    accelerator: Accelerator,
+    phase: str,
+    step: int,
+) -> float:
+    """The mean loss over the rows held back, in eval mode: the main process's in all of them.
+
+    Raises:
+        IBPruneError: It is no number.
+    """
+
+    @torch.no_grad()
+    def measure() -> float:
+        device = next(model.parameters()).device
+        total, rows = 0.0, 0
+        for batch in validation.batches():
+            n = len(next(iter(batch.values())))
+            total += n * loss_of(model, {name: tensor.to(device) for name, tensor in batch.items()}).item()
+            rows += n
+        return total / rows
+
+    model.eval()
+    with accelerator.autocast():
+        value = on_main(measure)
+    if not math.isfinite(value):
+        raise IBPruneError(
+            f"the loss on the rows held back became {value} after step {step} of '{phase}': lower --lr, or use "
+            "--precision fp32."
+        )
+    return value
+
+
+def _changing(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes of a model, by name: trained parameters, and buffers."""
+    named = _named_tensors(model)
+    return {name: x for name, x in named.items() if x.requires_grad or not isinstance(x, nn.Parameter)}
+
+
+@torch.no_grad()
+def _take_back_(model: nn.Module, best: dict[str, torch.Tensor]) -> None:
+    """Puts back what `_changing` gave at the best step."""
+    own = _named_tensors(model)
+    for name, tensor in best.items():
+        own[name].copy_(tensor)
 
 
 def _checkpoint_blocks_(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ LAYERS = (
     ("sites", "masks", "tracing"),
     ("plans", "inject", "costs", "losses", "numbering", "remote_code"),
     ("ties",),
-    ("slicing", "budget", "stages", "timing"),
+    ("slicing", "budget", "stages", "timing", "lora"),
     ("embeddings", "latency", "memory", "rotation", "taps", "distillation"),
     ("surgery",),
     ("recipe", "data", "report", "channels"),

@@ -103,7 +103,7 @@ def pruned(model: str, data: str, output: Path, values: dict) -> dict:
         (2, "BertForSequenceClassification", "reviews", {}),
         (4, "BertForSequenceClassification", "reviews", {"grad_accum": 2, "finetune_steps": 30, "probe_steps": 0}),
         (2, "BertForMaskedLM", "stories", {"score": "gradual", "gradient_checkpointing": True}),
-        (2, "LlamaForCausalLM", "stories", {"budget": 0.6, "probe_steps": 0}),
+        (2, "LlamaForCausalLM", "stories", {"budget": 0.6, "probe_steps": 0, "recovery": "lora", "eval_every": 5}),
     ],
 )
 def test_several_processes_find_the_plan_of_one(n, head, data, more, steady, request, tmp_path):
