@@ -39,6 +39,7 @@ from ibprune.vanilla import plain_structure
 from ibprune.vib import learn_masks
 from ibprune.vocabulary import RankedRows, keep_rows, rank_rows
 
+ADAPTER_RATE = 10  # times the rate of weights: what suits LoRA (docs/results.md, recovery by adapters)
 CALIBRATION = 512  # samples that score the units
 PROBE = 256  # samples on which candidate cuts are compared
 USAGE = 400  # batches of 256 texts in which the tokens are counted that a vocabulary is cut by
@@ -358,7 +359,7 @@ def probe_steps(asked: int | None, recover_steps: int) -> int:
 
 def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> Callable[[Keep], float]:
     """A function that cuts a copy of the student, recovers it for a few steps and returns its loss."""
-    settings = replace(choice.settings, steps=choice.probe_steps, after=0)
+    settings = for_adapters(replace(choice.settings, steps=choice.probe_steps, after=0), choice.lora)
     tries = itertools.count(1)
 
     def loss_of(keep: Keep) -> float:
@@ -422,6 +423,11 @@ def lora_of(recipe: Recipe) -> Lora | None:
         return None
     rank = recipe.lora_rank or RANK
     return Lora(rank, recipe.lora_alpha or 2.0 * rank)
+
+
+def for_adapters(settings: TrainSettings, lora: Lora | None) -> TrainSettings:
+    """The same at the rate that adapters take, where they are what trains."""
+    return settings if lora is None else replace(settings, lr=ADAPTER_RATE * settings.lr)
 
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:

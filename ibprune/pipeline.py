@@ -14,7 +14,7 @@ from ibprune.budget import Budget
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, count_params
-from ibprune.cutting import cut, lora_of, loss_with, on_kept_features, phases, timed_inputs
+from ibprune.cutting import cut, for_adapters, lora_of, loss_with, on_kept_features, phases, timed_inputs
 from ibprune.data import TextData, hub_data
 from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadData
@@ -166,10 +166,11 @@ def recover(
         validation = None
         if recipe.eval_every:
             validation = Validation(lambda: feed.judging(feed.held_back), recipe.eval_every, recipe.patience)
-        with adapted(student, lora_of(recipe)) as trained:
+        lora = lora_of(recipe)
+        with adapted(student, lora) as trained:
             state = train(
-                student, loss_with(objective, teacher, job.accelerator), feed.train, steps, accelerator=job.accelerator,
-                phase=phase, console=console, validation=validation, journal=job.journal,
+                student, loss_with(objective, teacher, job.accelerator), feed.train, for_adapters(steps, lora),
+                accelerator=job.accelerator, phase=phase, console=console, validation=validation, journal=job.journal,
             )  # fmt: skip
     check_finite(student, "the recovered model")
     student = student.to(job.subject.loaded.dtype).float()  # what is measured is what is stored

@@ -103,7 +103,7 @@ class Recipe(BaseModel):
     batch_size: int = Field(32, ge=1, description="sequences per batch, divided among the processes")
     grad_accum: int = Field(1, ge=1, description="batches per step")
     gradient_checkpointing: bool = Field(False, description="blocks run again in the backward pass, for less memory")
-    lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
+    lr: float | None = Field(None, gt=0, description="peak learning rate of the weights; adapters take ten times that")
     schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
     distill: Literal["logits", "hidden", "relations", "none"] = Field(

@@ -82,7 +82,7 @@ def classifier(folders, reviews):
 
 @pytest.fixture(scope="module")
 def recovered(classifier, tmp_path_factory):
-    values = classifier | dict(recovery="lora", lora_rank=2, lr=1e-2, recover_steps=9, eval_every=2, patience=2)
+    values = classifier | dict(recovery="lora", lora_rank=2, lr=1e-3, recover_steps=9, eval_every=2, patience=2)
     folder = tmp_path_factory.mktemp("lora") / "out"
     return values, folder, ibprune.prune(**values, output=folder)
 
