@@ -79,6 +79,7 @@ def _saving(parser: Parser) -> None:
     add = parser.add_argument
     add("--resume", action="store_true", default=None, help="go on with a run that was cut short, from OUTPUT.partial")
     add("--save-every", type=float, help="minutes between two saves of the run's state (default 10)")
+    add("--keep-last", type=int, help="saves of a phase of training that are kept in case one is damaged (default 2)")
 
 
 def _pushing(parser: Parser) -> None:

@@ -100,11 +100,12 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     folder = check_output(recipe.output, model=recipe.model)
     if recipe.push_to_hub:
         check_target(recipe.push_to_hub, private=recipe.private, revision=recipe.revision, empty=True)
-    job = begin(recipe, open_journal(recipe, folder, console), console)
-    with job.timer("cut"):
-        found = cut(job.dense, job.subject.recipe, job.subject.feed, job.accelerator, console,
-                    found=job.subject.found, journal=job.journal)  # fmt: skip
-    return finish(job, recover(job, *found), folder)
+    with open_journal(recipe, folder, console) as journal:
+        job = begin(recipe, journal, console)
+        with job.timer("cut"):
+            found = cut(job.dense, job.subject.recipe, job.subject.feed, job.accelerator, console,
+                        found=job.subject.found, journal=journal)  # fmt: skip
+        return finish(job, recover(job, *found), folder)
 
 
 def begin(
@@ -238,7 +239,7 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
         **more,
     )
     console.say("writing and checking the folder in a fresh process")
-    with staged(folder) as temporary:
+    with staged(folder, kept=job.journal.kept()) as temporary:
         _export(student, dense, subject, own_feed, plan, report, audited, texts, costs.latency, temporary, folder)
     return report.to_dict()
 

@@ -16,7 +16,8 @@ from ibprune.losses import LAYERED
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
 # Where a result goes and how it is got there, not what it is.
-WHERE = {"output", "log_with", "push_to_hub", "private", "revision", "commit_message", "resume", "save_every"}
+HUB = {"push_to_hub", "private", "revision", "commit_message"}
+WHERE = HUB | {"output", "log_with", "resume", "save_every", "keep_last"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
 UNTAUGHT = "divergence says how outputs are distilled, and distill none that they are not"
@@ -113,6 +114,7 @@ class Recipe(BaseModel):
     audit: bool = Field(True, description="audit the retained information")
     resume: bool = Field(False, description="go on with a run that was cut short")
     save_every: float = Field(10, gt=0, description="minutes between two saves of a run's state")
+    keep_last: int = Field(2, ge=1, description="saves of a phase of training that are kept")
 
     @field_validator("*", mode="before")
     @classmethod

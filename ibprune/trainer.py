@@ -16,7 +16,8 @@ from ibprune.errors import BadData, BadRecipe, IBPruneError, Stopped, did_you_me
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet, mixed
 from ibprune.processes import divided, n_processes, process_index, shared
-from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
+from ibprune.resuming import NO_JOURNAL, Journal
+from ibprune.saves import Entry, rng_state, set_rng_state
 
 SCHEDULES = ("linear", "cosine", "uba")
 PHI = 5.0  # of "uba": below cosine's 2 the rate stays high for longer, above it falls sooner
@@ -124,12 +125,13 @@ def train(
         journal: Keeps where the phase stands, under its name; from there it goes on, or ends at once.
 
     Raises:
+        BadRecipe: All that the journal has of the phase is damaged.
         IBPruneError: The loss, or a weight that is to be saved, is NaN or infinite. The last state stays.
         Stopped: The console says that the run is to stop; the state was written.
     """
     if settings.steps == 0:
         return TrainState(phase)
-    entry = journal.read(phase)
+    entry = journal.read(phase, again=False)  # of what may be hours, the user decides
     state = TrainState(phase) if entry is None else TrainState.from_dict(entry.facts["state"])
     if entry is not None:
         _load_tensors_(model, entry.part("model/"))

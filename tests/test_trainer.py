@@ -99,10 +99,10 @@ def test_the_weights_follow_the_schedule():
         assert torch.allclose(0.1 - model.weight, torch.tensor(1e-3 * sum(rates)), rtol=1e-4)
 
 
-def journalled(folder: Path, loss_of, **settings):
+def journalled(folder: Path, loss_of, width: int = 4, **settings):
     """Trains for twelve steps of grad_accum 2, three epochs and a half, saving each one."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    model = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
     journal = FolderJournal(folder, make_recipe({"model": "m", "budget": 1}), 0.0, Quiet())
     settings = TrainSettings(**(dict(steps=12, lr=0.1, grad_accum=2) | settings))
     state = train(
@@ -133,6 +133,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_state_which_goes_on_to_the_sam
         assert all(torch.equal(*pair) for pair in zip(weights, again)) and resumed == state
         done, known = journalled(folder, Failing(1))  # nothing is left to do
         assert all(torch.equal(*pair) for pair in zip(weights, done)) and known == state
+    with pytest.raises(BadRecipe, match="does not fit the model, such as '0.weight'"):
+        journalled(folder, squared, width=5)
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
