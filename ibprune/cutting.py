@@ -412,8 +412,8 @@ def loss_with(
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:
     return TrainSettings(
-        steps=steps, lr=recipe.lr, schedule=recipe.schedule, grad_accum=recipe.grad_accum, seed=recipe.seed,
-        checkpointing=recipe.gradient_checkpointing,
+        steps=steps, lr=recipe.lr, schedule=recipe.schedule, optimizer=recipe.optimizer,
+        grad_accum=recipe.grad_accum, seed=recipe.seed, checkpointing=recipe.gradient_checkpointing,
     )  # fmt: skip
 
 

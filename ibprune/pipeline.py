@@ -32,6 +32,7 @@ from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
 from ibprune.models import check_finite
+from ibprune.optimizers import check_optimizer
 from ibprune.plans import PruningPlan
 from ibprune.processes import check_batch_size, on_main
 from ibprune.recipe import Recipe
@@ -123,6 +124,7 @@ def begin(
             logs=f"{recipe.output}.logs",
         )  # fmt: skip
         check_batch_size(recipe.batch_size)
+        check_optimizer(recipe.optimizer, accelerator.device)
         subject = load_subject(recipe, console)
     if check is not None:
         check(subject)

@@ -97,6 +97,7 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = Field(False, description="blocks run again in the backward pass, for less memory")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the recovery")
     schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
+    optimizer: Literal["adamw", "adamw-8bit"] = Field("adamw", description="8bit: moments in a byte each")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
     distill: Literal["logits", "hidden", "relations", "none"] = Field(
         "logits",

@@ -17,6 +17,7 @@ from ibprune.evaluation import evaluate_model
 from ibprune.feeding import Feed
 from ibprune.folders import check_output, staged, verify, write_model
 from ibprune.models import check_finite
+from ibprune.optimizers import check_optimizer
 from ibprune.processes import check_batch_size, n_processes, on_main
 from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions
@@ -80,6 +81,7 @@ def _train(recipe: Recipe, folder: Path, journal: FolderJournal, console: Quiet)
             logs=f"{recipe.output}.logs",
         )  # fmt: skip
         check_batch_size(recipe.batch_size)
+        check_optimizer(recipe.optimizer, accelerator.device)
         subject = load_subject(recipe, console, untrained=True)
     recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
     model = loaded.model.to(accelerator.device)
