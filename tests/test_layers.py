@@ -70,8 +70,7 @@ def test_imports_go_one_way():
 
 
 def test_only_their_owners_do_it():
-    """Optimisers step in trainer.py and are tried where they are made, models are written in folders.py, nothing prints or
-    pickles."""
+    """Optimisers step where they train or are tried, models are written in folders.py, nothing prints or pickles."""
     for file in PACKAGE.rglob("*.py"):
         text = file.read_text()
         assert (".step()" in text) <= (file.name in ("trainer.py", "optimizers.py") or file.parent.name == "mi"), file
