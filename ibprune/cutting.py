@@ -432,8 +432,8 @@ def for_adapters(settings: TrainSettings, lora: Lora | None) -> TrainSettings:
 
 def train_settings(recipe: Recipe, steps: int) -> TrainSettings:
     return TrainSettings(
-        steps=steps, lr=recipe.lr, schedule=recipe.schedule, grad_accum=recipe.grad_accum, seed=recipe.seed,
-        checkpointing=recipe.gradient_checkpointing,
+        steps=steps, lr=recipe.lr, schedule=recipe.schedule, optimizer=recipe.optimizer,
+        grad_accum=recipe.grad_accum, seed=recipe.seed, checkpointing=recipe.gradient_checkpointing,
     )  # fmt: skip
 
 

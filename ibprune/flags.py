@@ -59,6 +59,7 @@ def _training(parser: Parser) -> None:
     add("--gradient-checkpointing", action="store_true", default=None, help=text)
     add("--lr", type=float, help="peak learning rate (default: by objective)")
     add("--schedule", help="how it falls to 0: linear (default), cosine or uba (budget-aware)")
+    add("--optimizer", help="adamw (default), or adamw-8bit: moments in a byte each (bitsandbytes)")
     add("--max-length", type=int, help="tokens per sequence (default: by objective)")
     add("--precision", help="auto (default), fp32 or bf16")
     add("--log-with", metavar="TRACKER", help="draw the run as it goes: tensorboard (in OUTPUT.logs), wandb, mlflow, …")
@@ -79,6 +80,7 @@ def _saving(parser: Parser) -> None:
     add = parser.add_argument
     add("--resume", action="store_true", default=None, help="go on with a run that was cut short, from OUTPUT.partial")
     add("--save-every", type=float, help="minutes between two saves of the run's state (default 10)")
+    add("--keep-last", type=int, help="saves of a phase of training that are kept in case one is damaged (default 2)")
 
 
 def _pushing(parser: Parser) -> None:

@@ -15,13 +15,14 @@ import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ibprune.errors import BadRecipe, PlanMismatch
+from ibprune.errors import BadRecipe, IBPruneError, PlanMismatch, first_line
 from ibprune.examples import example_inputs
 from ibprune.groups import Cut, axis_width
 from ibprune.losses import Batch
@@ -61,11 +62,19 @@ def check_output(folder: str | Path, *, model: str | None = None) -> Path:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name at the end, or vanishes on any error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+def staged(folder: Path, *, kept: str = "nothing of it was left.") -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name at the end, or vanishes on any error.
+
+    Args:
+        kept: What is left where the disk is full, as the end of a message.
+
+    Raises:
+        IBPruneError: It cannot be written.
+    """
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
         temporary.chmod(0o755)  # temporary names are private; the folder is not
         for path in temporary.rglob("*"):
@@ -73,8 +82,15 @@ def staged(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()  # empty, or this raises
         temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):  # so say tokenizers' own
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise IBPruneError(
+                f"expected to write '{folder}', but: {reason.rstrip('.')}. Make room, or choose a place that can be "
+                f"written; {kept}"
+            ) from error
         raise
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from ibprune.plans import PruningPlan
 from ibprune.plots import draw_pareto
 from ibprune.processes import on_main, shared
 from ibprune.recipe import Recipe
-from ibprune.resuming import open_journal, rng_state, set_rng_state
+from ibprune.resuming import open_journal
+from ibprune.saves import rng_state, set_rng_state
 from ibprune.scores import LEARNED
 from ibprune.structure import Structure
 from ibprune.vib import only
@@ -41,28 +43,31 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
         IBPruneError: Anything the user can mend, in one line.
     """
     folder = check_output(recipe.output, model=recipe.model)
-    journal = open_journal(recipe, folder, console)
-    job = begin(recipe, journal, console)
-    done = journal.folder / "done"
-    results = []
-    for small, plan, budget, structure in rungs(job, lambda least: recipe.budget):
-        pruned = recover(job, small, plan, budget, structure, job.subject.feed, phase=f"recovering {budget.keep:g}")
-        place, rng = done / f"{budget.keep:g}", rng_state(journal.data)
-        if shared(place.is_dir()):
-            report = json.loads((place / "report.json").read_text())
-            results.append(PruneResult(load(place), plan, report))
-        else:
-            results.append(write(job, pruned, place, budgets=list(recipe.budget)))
-        set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
-    on_main(lambda: _collect([result.report for result in results], done, folder))
-    journal.remove()
-    finish_trackers(job.accelerator, job.metrics, results[-1].report["pruned"]["metrics"])
-    return tuple(results)
+    with open_journal(recipe, folder, console) as journal:
+        job = begin(recipe, journal, console)
+        done = journal.folder / "done"
+        results = []
+        for small, plan, budget, structure in rungs(job, lambda least: recipe.budget):
+            name = f"{budget.keep:g}"
+            pruned = recover(job, small, plan, budget, structure, job.subject.feed, phase=f"recovering {name}")
+            rng = rng_state(journal.data)
+            if shared((done / name).is_dir()) and journal.read(f"written {name}") is not None:
+                report = json.loads((done / name / "report.json").read_text())
+                results.append(PruneResult(load(done / name), plan, report))
+                continue
+            on_main(lambda place=done / name: shutil.rmtree(place, ignore_errors=True))  # of another plan
+            results.append(write(job, pruned, done / name, budgets=list(recipe.budget)))
+            set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
+            journal.write(f"written {name}", {})
+        on_main(lambda: _collect([result.report for result in results], done, folder, kept=journal.kept()))
+        journal.remove()
+        finish_trackers(job.accelerator, job.metrics, results[-1].report["pruned"]["metrics"])
+        return tuple(results)
 
 
-def _collect(reports: list[dict], done: Path, folder: Path) -> None:
+def _collect(reports: list[dict], done: Path, folder: Path, *, kept: str) -> None:
     """Moves the folders of all budgets into one, beside the trade between them."""
-    with staged(folder) as temporary:
+    with staged(folder, kept=kept) as temporary:
         found = pareto(reports)
         (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
         draw_pareto(found, temporary)

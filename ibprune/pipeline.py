@@ -33,6 +33,7 @@ from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
 from ibprune.models import check_finite
+from ibprune.optimizers import check_optimizer
 from ibprune.plans import PruningPlan
 from ibprune.processes import check_batch_size, on_main
 from ibprune.recipe import Recipe
@@ -103,11 +104,12 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
     folder = check_output(recipe.output, model=recipe.model)
     if recipe.push_to_hub:
         check_target(recipe.push_to_hub, private=recipe.private, revision=recipe.revision, empty=True)
-    job = begin(recipe, open_journal(recipe, folder, console), console)
-    with job.timer("cut"):
-        found = cut(job.dense, job.subject.recipe, job.subject.feed, job.accelerator, console,
-                    found=job.subject.found, dtype=job.subject.loaded.dtype, journal=job.journal)  # fmt: skip
-    return finish(job, recover(job, *found), folder)
+    with open_journal(recipe, folder, console) as journal:
+        job = begin(recipe, journal, console)
+        with job.timer("cut"):
+            found = cut(job.dense, job.subject.recipe, job.subject.feed, job.accelerator, console,
+                        found=job.subject.found, dtype=job.subject.loaded.dtype, journal=journal)  # fmt: skip
+        return finish(job, recover(job, *found), folder)
 
 
 def begin(
@@ -125,6 +127,7 @@ def begin(
             logs=f"{recipe.output}.logs",
         )  # fmt: skip
         check_batch_size(recipe.batch_size)
+        check_optimizer(recipe.optimizer, accelerator.device)
         subject = load_subject(recipe, console)
     if check is not None:
         check(subject)
@@ -270,7 +273,7 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
         **more,
     )
     console.say("writing and checking the folder in a fresh process")
-    with staged(folder) as temporary:
+    with staged(folder, kept=job.journal.kept()) as temporary:
         _export(student, dense, subject, own_feed, plan, report, audited, texts, costs.latency, temporary, folder)
     return report.to_dict()
 

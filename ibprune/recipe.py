@@ -16,7 +16,8 @@ from ibprune.losses import LAYERED
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
 # Where a result goes and how it is got there, not what it is.
-WHERE = {"output", "log_with", "push_to_hub", "private", "revision", "commit_message", "resume", "save_every"}
+HUB = {"push_to_hub", "private", "revision", "commit_message"}
+WHERE = HUB | {"output", "log_with", "resume", "save_every", "keep_last"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
 UNTAUGHT = "divergence says how outputs are distilled, and distill none that they are not"
@@ -105,6 +106,7 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = Field(False, description="blocks run again in the backward pass, for less memory")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the weights; adapters take ten times that")
     schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
+    optimizer: Literal["adamw", "adamw-8bit"] = Field("adamw", description="8bit: moments in a byte each")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
     distill: Literal["logits", "hidden", "relations", "none"] = Field(
         "logits",
@@ -122,6 +124,7 @@ class Recipe(BaseModel):
     audit: bool = Field(True, description="audit the retained information")
     resume: bool = Field(False, description="go on with a run that was cut short")
     save_every: float = Field(10, gt=0, description="minutes between two saves of a run's state")
+    keep_last: int = Field(2, ge=1, description="saves of a phase of training that are kept")
 
     @field_validator("*", mode="before")
     @classmethod

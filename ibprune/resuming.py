@@ -3,45 +3,24 @@
 import hashlib
 import json
 import os
-import random
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, first_line
-from ibprune.processes import n_processes, process_index, shared
+from ibprune.locking import LOCK, alone
+from ibprune.processes import n_processes, on_main, process_index, shared
 from ibprune.recipe import WHERE, Recipe
+from ibprune.saves import FORMAT, Damaged, Entry, Tensors, make_entry, read_entry, rng_state, set_rng_state, write_entry
 
-FORMAT = "ibprune.state/3"  # in 1, nothing told the model and the data; in 2, not the number of processes
 RECIPE = "recipe.json"
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of a state: what a part of the run made, or what a phase of training has come to.
-
-    Attributes:
-        tensors: By name, on the CPU.
-        facts: The rest, as JSON.
-        rng: Where all random generators stood, as `rng_state` gives it.
-    """
-
-    tensors: Tensors
-    facts: dict
-    rng: tuple[Tensors, dict]
-
-    def part(self, prefix: str) -> Tensors:
-        """The tensors whose names begin so, by the rest of their names."""
-        return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+UNFINISHED = ".unfinished"  # a file that is being written
 
 
 class Journal:
@@ -56,8 +35,12 @@ class Journal:
     data: torch.Generator | None = None
     resumed: bool = False
 
-    def read(self, name: str) -> Entry | None:
-        """What was written under a name; the generators are as they were then only after `restore`."""
+    def read(self, name: str, *, again: bool = True) -> Entry | None:
+        """What was written under a name; the generators are as they were then only after `restore`.
+
+        Args:
+            again: Whether a part whose file is damaged is to be done again.
+        """
         return None
 
     def restore(self, entry: Entry) -> None:
@@ -72,7 +55,7 @@ class Journal:
 
     def kept(self) -> str:
         """What can be said of the state when a run stops."""
-        return "nothing was saved of this phase; --resume starts it anew."
+        return "nothing of it was saved, and it starts anew."
 
     def once(self, name: str, make: Callable[[], Tensors]) -> Tensors:
         """What `make` gives, or gave when the run was here before; the generators go on from there alike."""
@@ -89,9 +72,10 @@ NO_JOURNAL = Journal()
 
 
 class FolderJournal(Journal):
-    """Keeps a file of safetensors per entry, in a folder that appears with the first.
+    """Keeps a file of safetensors per entry, and of a phase of training its last saves, in a folder.
 
-    The main process writes and says what is there; each of them reads.
+    The main process writes and says what is there; each of them reads. An entry rests on those before it. Where one
+    of these was done again and came out differently, as it may on a GPU, the entry is not used.
 
     Args:
         folder: Where.
@@ -103,6 +87,7 @@ class FolderJournal(Journal):
     def __init__(self, folder: Path, recipe: Recipe, minutes: float, console: Quiet, before: dict | None = None):
         self.folder, self.recipe, self.seconds, self.console = folder, recipe, 60 * minutes, console
         self.before, self.subject = before, {}
+        self.digests: dict[str, str] = {}  # of the entries that this run has come by, in their order
         self.written = time.monotonic()
 
     def bind(self, subject: dict[str, str], data: torch.Generator | None) -> None:
@@ -124,25 +109,52 @@ class FolderJournal(Journal):
                 )
         self.subject, self.data = subject, data
 
-    def read(self, name: str) -> Entry | None:
-        path = self._path(name)
-        if not shared(path.exists()):
+    def read(self, name: str, *, again: bool = True) -> Entry | None:
+        """As in `Journal`.
+
+        Raises:
+            BadRecipe: Everything under the name is damaged, and it is not to be done `again`.
+        """
+        entry = None
+
+        def newest() -> Path | None:
+            nonlocal entry
+            path, entry = self._newest(name, again)
+            return path
+
+        path = on_main(newest)
+        if path is None:
             return None
         try:
-            with safe_open(path, "pt") as file:
-                text = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            facts = json.loads(text["facts"])
-            whole = text["format"] == FORMAT and text["sha256"] == _digest(tensors, text["facts"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, first_line(error)) from error
-        if not whole:
-            raise _damaged(path, "its contents differ from their checksum")
+            entry = read_entry(path) if entry is None else entry
+        except Damaged as error:  # in a process that does not see the main one's disk
+            raise _damaged(path, str(error)) from error
+        self.digests[name] = entry.digest
         self.resumed = True
         self.console.say(f"taken up from {path}")
-        own = {key: tensors[key] for key in facts["order"]}
-        rng = {key: value for key, value in tensors.items() if key not in own}
-        return Entry(own, facts["facts"], (rng, facts["rng"]))
+        return entry
+
+    def _newest(self, name: str, again: bool) -> tuple[Path | None, Entry | None]:
+        """The newest save under a name that is whole, and where it stands; damaged ones go, so that it stays."""
+        damaged: list[tuple[Path, str]] = []
+        entry = None
+        for path in filter(Path.exists, self._paths(name)):
+            try:
+                entry = read_entry(path)
+                break
+            except Damaged as error:
+                damaged.append((path, str(error)))
+        if entry is None and damaged and not again:
+            raise _damaged(*damaged[0], before=len(damaged) - 1)
+        fits = entry is not None and entry.after == self._after(name)
+        for bad, reason in damaged:
+            then = "going on from the save before it" if fits else "its part is done again"
+            self.console.say(f"warning: '{bad}' is damaged ({reason.rstrip('.')}): {then}")
+            with suppress(OSError):
+                bad.unlink()
+        if entry is not None and not fits:
+            self.console.say(f"'{path}' is not used: what it rests on was done again, and came out differently")
+        return (path, entry) if fits else (None, None)
 
     def restore(self, entry: Entry) -> None:
         set_rng_state(*entry.rng, self.data)
@@ -150,31 +162,38 @@ class FolderJournal(Journal):
     def write(self, name: str, tensors: Tensors, facts: dict | None = None) -> None:
         if process_index():
             return
-        states, rng = rng_state(self.data)
-        text = json.dumps({"order": list(tensors), "facts": facts or {}, "rng": rng})
-        tensors = {key: _plain(value) for key, value in (tensors | states).items()}
-        metadata = {"format": FORMAT, "facts": text, "sha256": _digest(tensors, text)}
-        path = self._path(name)
-        unfinished = path.with_suffix(".unfinished")
+        entry = make_entry(tensors, facts or {}, rng_state(self.data), after=self._after(name))
+        self.digests[name] = entry.digest
+        paths = self._paths(name)
+        unfinished = paths[0].with_suffix(UNFINISHED)
         try:
-            if not (self.folder / RECIPE).exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                record = {"format": FORMAT, "recipe": _comparable(self.recipe), "subject": self.subject}
-                (self.folder / "recipe.unfinished").write_text(json.dumps(record, indent=1) + "\n")
-                os.replace(self.folder / "recipe.unfinished", self.folder / RECIPE)
-            save_file(tensors, unfinished, metadata)
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())  # a name must not outlive the power that its contents were waiting for
-            os.replace(unfinished, path)
+            self._begin()
+            write_entry(unfinished, entry)
+            for newer, older in reversed(list(zip(paths, paths[1:]))):  # only now: until here the old ones were good
+                if newer.exists():
+                    os.replace(newer, older)
+            os.replace(unfinished, paths[0])
         except (OSError, SafetensorError) as error:
-            self.console.say(f"warning: the state of the run was not saved to '{path}': {first_line(error)}")
-            unfinished.unlink(missing_ok=True)
+            self.console.say(f"warning: the state of the run was not saved to '{paths[0]}': {first_line(error)}")
+            self.tidy()
         self.written = time.monotonic()
+
+    def once(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        before = dict(self.digests)
+
+        def alone() -> Tensors:
+            made = make()
+            self.digests = before  # what was kept on the way is not asked for where the whole is there
+            return made
+
+        return super().once(name, alone)
 
     def due(self) -> bool:
         return time.monotonic() - self.written >= self.seconds
 
     def kept(self) -> str:
+        if not any(self.folder.glob("*.safetensors")):
+            return super().kept()
         return f"its state is in '{self.folder}', and the same command with --resume goes on from there."
 
     def remove(self) -> None:
@@ -183,21 +202,55 @@ class FolderJournal(Journal):
             return
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name.replace(' ', '-')}.safetensors"
+    def tidy(self) -> None:
+        """Deletes what was being written when the disk was full, or when the run was killed."""
+        for path in self.folder.glob(f"*{UNFINISHED}"):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        if (self.folder / RECIPE).exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"format": FORMAT, "recipe": _comparable(self.recipe), "subject": self.subject}
+        unfinished = (self.folder / RECIPE).with_suffix(UNFINISHED)
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(unfinished, self.folder / RECIPE)
+
+    def _paths(self, name: str) -> list[Path]:
+        """Where the saves under a name stand, the newest first."""
+        ages = ("", *(f".{age}" for age in range(1, self.recipe.keep_last)))
+        return [self.folder / f"{name.replace(' ', '-')}{age}.safetensors" for age in ages]
+
+    def _after(self, name: str) -> str:
+        """A digest of the entries before that of a name."""
+        others = [pair for pair in self.digests.items() if pair[0] != name]
+        return hashlib.sha256(json.dumps(others).encode()).hexdigest()
 
 
-def open_journal(recipe: Recipe, output: Path, console: Quiet) -> FolderJournal:
+@contextmanager
+def open_journal(recipe: Recipe, output: Path, console: Quiet) -> Iterator[FolderJournal]:
     """The journal of a run, in "<output>.partial"; it holds something only where `recipe.resume` takes it up.
 
+    No other run can open it until it is closed.
+
     Raises:
-        BadRecipe: Something is there and `resume` does not say to go on with it, or it is of another recipe.
+        BadRecipe: Another run is at work there, or something is there and `resume` does not say to go on with it, or
+            it is of another recipe.
     """
     folder = output.with_name(f"{output.name}.partial")
+    if folder.exists() and not folder.is_dir():
+        raise BadRecipe(f"expected to keep the state of the run in '{folder}', found a file: move it.")
+    with nullcontext() if process_index() else alone(folder, output, console):
+        journal = _take_up(recipe, folder, console)
+        if not process_index():
+            journal.tidy()
+        yield journal
+
+
+def _take_up(recipe: Recipe, folder: Path, console: Quiet) -> FolderJournal:
     journal = FolderJournal(folder, recipe, recipe.save_every, console)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        if folder.exists() and not folder.is_dir():
-            raise BadRecipe(f"expected to keep the state of the run in '{folder}', found a file: move it.")
+    if not folder.is_dir() or all(path.name == LOCK or path.suffix == UNFINISHED for path in folder.iterdir()):
         if recipe.resume:
             console.say(f"nothing to resume in {folder}: starting from the beginning")
         return journal
@@ -224,50 +277,14 @@ def open_journal(recipe: Recipe, output: Path, console: Quiet) -> FolderJournal:
     return journal
 
 
-def rng_state(data: torch.Generator | None) -> tuple[Tensors, dict]:
-    """Where all random generators stand, as tensors and JSON."""
-    tensors = {"rng/torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    if data is not None:
-        tensors["rng/data"] = data.get_state()
-    name, keys, *rest = np.random.get_state()
-    version, numbers, gauss = random.getstate()
-    return tensors, {"numpy": [name, keys.tolist(), *rest], "python": [version, list(numbers), gauss]}
-
-
-def set_rng_state(tensors: Tensors, facts: dict, data: torch.Generator | None) -> None:
-    """Puts the generators back to where `rng_state` found them."""
-    torch.set_rng_state(tensors["rng/torch"])
-    if torch.cuda.is_available() and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    if data is not None and "rng/data" in tensors:
-        data.set_state(tensors["rng/data"])
-    name, keys, *rest = facts["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    version, numbers, gauss = facts["python"]
-    random.setstate((version, tuple(numbers), gauss))
-
-
 def _comparable(recipe: Recipe) -> dict:
     """What decides the parts of a run, as JSON gives it back; not what `at_least` asks for: it chooses among them."""
     return json.loads(recipe.model_dump_json(exclude=WHERE)) | {"at_least": recipe.at_least is not None}
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU that has its memory to itself, as safetensors wants it."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-
-
-def _digest(tensors: Tensors, text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _damaged(path: Path, reason: str, *, folder: bool = False) -> BadRecipe:
-    what = "the folder to start anew" if folder else "it to do that part again, or the folder to start anew"
-    return BadRecipe(f"expected the state of an interrupted run in '{path}', but: {reason.rstrip('.')}. Delete {what}.")
+def _damaged(path: Path, reason: str, *, before: int = 0, folder: bool = False) -> BadRecipe:
+    """The error for a file of a state; so many saves `before` it are no better."""
+    reason = reason.rstrip(".") + (f", and of {before} saved before it none is whole" if before else "")
+    part = f"{'them' if before else 'it'} to do that part again, or the folder to start anew"
+    what = "the folder to start anew" if folder else part
+    return BadRecipe(f"expected the state of an interrupted run in '{path}', but: {reason}. Delete {what}.")

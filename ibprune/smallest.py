@@ -1,6 +1,7 @@
 """The smallest model that keeps a metric: candidates of one mask run, of which a bisection lets few recover."""
 
 import math
+from pathlib import Path
 
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, did_you_mean
@@ -8,9 +9,10 @@ from ibprune.evaluation import LOWER_IS_BETTER, metric_names
 from ibprune.folders import check_output
 from ibprune.hub_folders import check_target
 from ibprune.ladder import climb_down, rungs
-from ibprune.pipeline import Pruned, PruneResult, begin, finish, recover, run
+from ibprune.pipeline import Job, Pruned, PruneResult, begin, finish, recover, run
 from ibprune.recipe import Goal, Recipe, parse_goal
-from ibprune.resuming import open_journal, rng_state, set_rng_state
+from ibprune.resuming import open_journal
+from ibprune.saves import rng_state, set_rng_state
 from ibprune.subject import Subject
 
 CANDIDATES = 7  # budgets between the dense model and the least, in equal ratios: three of them recover
@@ -37,8 +39,12 @@ def choose(recipe: Recipe, console: Quiet) -> PruneResult:
     folder = check_output(recipe.output, model=recipe.model)
     if recipe.push_to_hub:
         check_target(recipe.push_to_hub, private=recipe.private, revision=recipe.revision, empty=True)
-    journal = open_journal(recipe, folder, console)
-    job = begin(recipe, journal, console, check=lambda subject: check_metric(goal, subject))
+    with open_journal(recipe, folder, console) as journal:
+        return _choose(begin(recipe, journal, console, check=lambda subject: check_metric(goal, subject)), goal, folder)
+
+
+def _choose(job: Job, goal: Goal, folder: Path) -> PruneResult:
+    recipe, journal, console = job.recipe, job.journal, job.console
     threshold = threshold_of(goal, job.metrics[goal.metric])
     word = "at most" if goal.metric in LOWER_IS_BETTER else "at least"
     if not keeps(goal, job.metrics[goal.metric], threshold):
@@ -47,9 +53,7 @@ def choose(recipe: Recipe, console: Quiet) -> PruneResult:
             f"{job.metrics[goal.metric]:.4g}: ask for less, or train it further."
         )
     candidates = [(small.cpu(), *rest) for small, *rest in rungs(job, lambda least: budgets(recipe.budget, least))]
-    rng = rng_state(
-        journal.data
-    )  # of every recovery: what a candidate comes to does not depend on which others were tried
+    rng = rng_state(journal.data)  # of every recovery, whichever others were tried
     low, high = 0, len(candidates)  # candidates before `low` keep the metric, those from `high` on do not
     tried, best = [], None
     while low < high:

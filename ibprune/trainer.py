@@ -15,8 +15,10 @@ from ibprune.engine import draw
 from ibprune.errors import BadData, BadRecipe, IBPruneError, Stopped, did_you_mean
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet, mixed
+from ibprune.optimizers import load_moments_, make_optimizer, moments
 from ibprune.processes import divided, n_processes, on_main, process_index, shared
-from ibprune.resuming import NO_JOURNAL, Entry, Journal, rng_state, set_rng_state
+from ibprune.resuming import NO_JOURNAL, Journal
+from ibprune.saves import Entry, rng_state, set_rng_state
 
 SCHEDULES = ("linear", "cosine", "uba")
 PHI = 5.0  # of "uba": below cosine's 2 the rate stays high for longer, above it falls sooner
@@ -32,6 +34,7 @@ class TrainSettings:
         before, after: Steps of the weights in earlier and later phases of one schedule: the rate falls to 0 at the end
             of all of them, with a warm-up in each, because each has an optimiser of its own.
         schedule: How it falls, one of `SCHEDULES` (`decay`).
+        optimizer: One of `OPTIMIZERS`; the extra groups (masks) are always in 32 bits.
         grad_accum: Batches per optimiser step.
         max_grad_norm: Gradients of the weights are clipped to this norm.
         checkpointing: Whether a transformer's blocks run again in the backward pass, and keep nothing until then.
@@ -42,6 +45,7 @@ class TrainSettings:
     before: int = 0
     after: int = 0
     schedule: str = "linear"
+    optimizer: str = "adamw"
     warmup: float = 0.1
     weight_decay: float = 0.01
     grad_accum: int = 1
@@ -150,12 +154,13 @@ def train(
         journal: Keeps where the phase stands, under its name; from there it goes on, or ends at once.
 
     Raises:
+        BadRecipe: All that the journal has of the phase is damaged.
         IBPruneError: A loss, or a weight that is to be saved, is NaN or infinite. The last state stays.
         Stopped: The console says that the run is to stop; the state was written.
     """
     if settings.steps == 0:
         return TrainState(phase)
-    entry = journal.read(phase)
+    entry = journal.read(phase, again=False)  # of what may be hours, the user decides
     state = TrainState(phase) if entry is None else TrainState.from_dict(entry.facts["state"])
     best = {} if entry is None else entry.part("best/")
     if entry is not None:
@@ -173,7 +178,7 @@ def train(
     held = [p for p in held if id(p) not in trained]
     for parameter in held:  # no gradient is computed for it either
         parameter.requires_grad_(False)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = make_optimizer(settings.optimizer, groups, settings.lr)
     flat = [lambda step: 1.0] * len(extra_groups or [])
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -184,7 +189,7 @@ def train(
         _checkpoint_blocks_(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if entry is not None:
-        _load_moments_(optimizer, entry.part("optimizer/"))
+        load_moments_(optimizer, entry.part("optimizer/"))
     model.train()
     console.stepping = True
     batches = _Batches(make_batches, settings.seed, accelerator, state, journal, entry)
@@ -226,7 +231,8 @@ def train(
         if stop or (save and state.step < settings.steps):
             _check_weights(model, phase, step)
             states, rng = batches.before_epoch
-            tensors = _named_tensors(model) | _moments(optimizer) | {f"epoch/{key}": x for key, x in states.items()}
+            tensors = _named_tensors(model) | {f"epoch/{key}": x for key, x in states.items()}
+            tensors |= {f"optimizer/{key}": x for key, x in moments(optimizer).items()}
             tensors |= {f"best/{name}": x for name, x in best.items()}
             journal.write(phase, tensors, {"state": state.to_dict(), "epoch": rng})
             if stop:
@@ -349,20 +355,6 @@ def _load_tensors_(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
         tensor.copy_(saved[name])
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer/{number}/{key}": value for number, values in state.items() for key, value in values.items()}
-
-
-def _load_moments_(optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
-    """Puts the moments back; rates and the rest of the groups are as the settings make them."""
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in saved.items():
-        number, key = name.split("/")
-        moments.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-
-
 def _check_weights(model: nn.Module, phase: str, step: int) -> None:
     """Raises `IBPruneError` where a weight is not a number after a step: such a state is not to be kept."""
     bad = _first_weight(model)
@@ -410,7 +402,7 @@ def _parameter_groups(model: nn.Module, settings: TrainSettings, extra: list[dic
     return [
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
-        *({"weight_decay": 0.0} | group for group in extra),
+        *({"weight_decay": 0.0, "optim_bits": 32} | group for group in extra),
     ]
 
 

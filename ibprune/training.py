@@ -17,10 +17,11 @@ from ibprune.evaluation import evaluate_model
 from ibprune.feeding import Feed
 from ibprune.folders import check_output, staged, verify, write_model
 from ibprune.models import check_finite
+from ibprune.optimizers import check_optimizer
 from ibprune.processes import check_batch_size, n_processes, on_main
 from ibprune.recipe import Recipe
 from ibprune.report import Timer, versions
-from ibprune.resuming import NO_JOURNAL, Journal, open_journal
+from ibprune.resuming import NO_JOURNAL, FolderJournal, Journal, open_journal
 from ibprune.subject import Subject, fingerprints, known_tokens, load_subject
 from ibprune.trainer import train
 
@@ -68,7 +69,11 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
         IBPruneError: Anything the user can mend, in one line.
     """
     folder = check_output(recipe.output, model=recipe.model)
-    journal = open_journal(recipe, folder, console)
+    with open_journal(recipe, folder, console) as journal:
+        return _train(recipe, folder, journal, console)
+
+
+def _train(recipe: Recipe, folder: Path, journal: FolderJournal, console: Quiet) -> dict:
     timer = Timer()
     with timer("load"):
         accelerator = make_accelerator(
@@ -76,6 +81,7 @@ def train_dense(recipe: Recipe, console: Quiet) -> dict:
             logs=f"{recipe.output}.logs",
         )  # fmt: skip
         check_batch_size(recipe.batch_size)
+        check_optimizer(recipe.optimizer, accelerator.device)
         subject = load_subject(recipe, console, untrained=True)
     recipe, feed, loaded = subject.recipe, subject.feed, subject.loaded
     model = loaded.model.to(accelerator.device)
@@ -125,7 +131,7 @@ def _write(
         "versions": versions(),
     }
     console.say("writing and checking the folder in a fresh process")
-    with staged(folder) as temporary:
+    with staged(folder, kept=journal.kept()) as temporary:
         model.to(dtype)
         tier = write_model(model, feed.preprocessor, None, temporary)
         report["verify"] = verify(model, temporary, tier, feed.probe())

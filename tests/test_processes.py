@@ -258,14 +258,14 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, t
 
 def test_a_state_of_another_number_of_processes_is_refused(monkeypatch, folders, tmp_path):
     recipe = make_recipe({"model": folders["BertModel"], "budget": 0.5, "output": str(tmp_path / "out")})
-    journal = open_journal(recipe, tmp_path / "out", Quiet())
-    journal.bind({"the weights": "a"}, None)
-    journal.write("scores", {"x": torch.ones(1)})
-    again = open_journal(recipe.model_copy(update={"resume": True}), tmp_path / "out", Quiet())
-    again.bind({"the weights": "a"}, None)
-    monkeypatch.setattr("ibprune.resuming.n_processes", lambda: 2)
-    with pytest.raises(BadRecipe, match="the number of processes changed"):
+    with open_journal(recipe, tmp_path / "out", Quiet()) as journal:
+        journal.bind({"the weights": "a"}, None)
+        journal.write("scores", {"x": torch.ones(1)})
+    with open_journal(recipe.model_copy(update={"resume": True}), tmp_path / "out", Quiet()) as again:
         again.bind({"the weights": "a"}, None)
+        monkeypatch.setattr("ibprune.resuming.n_processes", lambda: 2)
+        with pytest.raises(BadRecipe, match="the number of processes changed"):
+            again.bind({"the weights": "a"}, None)
 
 
 def command(*arguments: str) -> subprocess.Popen:

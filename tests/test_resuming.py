@@ -1,8 +1,10 @@
 """A run that is cut short goes on where it was, to the last bit; a state that is damaged, foreign or full says so."""
 
 import json
+import os
 import random
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_saves import full_disk
 
 import ibprune
-from ibprune import cli, pipeline, resuming, training
+from ibprune import cli, cutting, pipeline, saves, training
 from ibprune.console import Quiet
-from ibprune.errors import BadRecipe, Stopped
+from ibprune.errors import BadRecipe, IBPruneError, Stopped
 
 STEPS = dict(mask_steps=9, recover_steps=8, probe_steps=0, batch_size=16, max_length=16, seed=3, audit=False)
 STEPS |= dict(save_every=1e-9)  # after every step
@@ -25,7 +28,7 @@ def unverified():
     """Folders are compared here, not loaded: other tests do that."""
     found = {"auto_class": "AutoModel", "max_abs_diff": 0.0, "ways": [], "transformers": ""}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resuming.os, "fsync", lambda number: None)  # nobody pulls the plug
+        patch.setattr(saves.os, "fsync", lambda number: None)  # nobody pulls the plug
         for module in (pipeline, training):
             patch.setattr(module, "verify", lambda model, folder, tier, *rest, **more: found | {"tier": tier})
         yield
@@ -181,7 +184,7 @@ def test_a_state_is_never_overwritten_unasked_nor_taken_up_by_another_recipe(cla
     assert {path.name: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == state
     older = json.dumps({"format": "ibprune.state/1", "recipe": {}})  # of what model and data, it did not say
     (tmp_path / "out.partial" / "recipe.json").write_text(older)
-    with pytest.raises(BadRecipe, match="its format is not ibprune.state/3. Delete the folder"):
+    with pytest.raises(BadRecipe, match="its format is not ibprune.state/4. Delete the folder"):
         ibprune.prune(**classifier, output=out, resume=True)
     (tmp_path / "out.partial" / "recipe.json").write_text("{")
     with pytest.raises(BadRecipe, match="recipe.json.*Delete the folder"):
@@ -189,19 +192,87 @@ def test_a_state_is_never_overwritten_unasked_nor_taken_up_by_another_recipe(cla
     assert not out.exists()
 
 
-def test_a_damaged_state_is_refused_and_without_that_file_its_part_is_done_again(classifier, whole, tmp_path):
+def test_damaged_saves_give_way_to_those_before_them_and_damaged_parts_are_done_again(classifier, whole, tmp_path):
     interrupt(tmp_path / "out", "recovering", 4, **classifier)
-    file = tmp_path / "out.partial" / "learning-masks.safetensors"
-    good = file.read_bytes()
-    flipped = bytearray(good)
-    flipped[-9] ^= 1
-    for bad in (good[:-100], good[:5], b"", bytes(flipped)):
-        file.write_bytes(bad)
-        with pytest.raises(BadRecipe, match=r"learning-masks.safetensors', but: .*Delete it to do that part again"):
-            ibprune.prune(**classifier, output=tmp_path / "out", resume=True)
-    file.unlink()
-    resume(tmp_path / "out", **classifier)
+    state = tmp_path / "out.partial"
+    damaged = [state / f"{name}.safetensors" for name in ("learning-masks", "recovering", "scores", "kept-units")]
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[:-1])
+    console = resume(tmp_path / "out", **classifier)
     same(whole, tmp_path / "out")
+    said = [line for line in console.said if line.startswith("warning: '")]
+    assert len(said) == 4 and all(any(f"'{file}' is damaged" in line for line in said) for file in damaged)
+    trained = ("training dense", "scoring units", "learning masks", "recovering")
+    # of the masks the last step, of the recovery what was left and the step that was damaged; what rests on the
+    # scores, which came out alike, is taken as it is
+    expected = [("scoring units", 10), ("learning masks", 1), ("recovering", 5)]
+    assert [stage for stage in console.ran if stage[0] in trained] == expected
+
+
+def test_a_phase_with_no_save_that_is_whole_is_refused_and_without_them_done_again(classifier, whole, tmp_path):
+    interrupt(tmp_path / "out", "recovering", 4, **classifier, keep_last=1)
+    file = tmp_path / "out.partial" / "learning-masks.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BadRecipe, match=r"learning-masks.safetensors', but: .*Delete it to do that part again"):
+        ibprune.prune(**classifier, output=tmp_path / "out", resume=True)
+    file.unlink()
+    console = resume(tmp_path / "out", **classifier)
+    same(whole, tmp_path / "out")
+    assert ("learning masks", 9) in console.ran and ("recovering", 4) in console.ran
+
+
+def test_parts_that_rest_on_one_that_came_out_differently_are_done_again(classifier, tmp_path, monkeypatch):
+    interrupt(tmp_path / "out", "recovering", 1, **classifier)
+    (tmp_path / "out.partial" / "scores.safetensors").write_bytes(b"")
+    score_units = cutting.score_units
+
+    def otherwise(*arguments):  # as a GPU may round
+        return {name: score * 0.5 for name, score in score_units(*arguments).items()}
+
+    monkeypatch.setattr(cutting, "score_units", otherwise)
+    console = Stopping("recovering", 0)
+    with pytest.raises(KeyboardInterrupt):
+        ibprune.prune(**classifier, output=tmp_path / "out", resume=True, console=console)
+    assert sum("is not used: what it rests on was done again" in line for line in console.said) == 4
+    assert ("learning masks", 9) in console.ran and ("recovering", 8) in console.ran
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_state_from_which_the_run_goes_on(classifier, whole, tmp_path):
+    out, full = tmp_path / "out", ExitStack()
+
+    class Filling(Stopping):
+        def say(self, line):
+            if line.startswith("writing and checking"):
+                full.enter_context(full_disk(most=20_000))
+
+    with pytest.raises(IBPruneError) as error, full:
+        ibprune.prune(**classifier, output=out, console=Filling())
+    said = str(error.value)
+    assert said.startswith(f"expected to write '{out}', but: ") and "File too large" in said and said.count("\n") == 0
+    assert said.endswith(f"its state is in '{out}.partial', and the same command with --resume goes on from there.")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    console = resume(out, **classifier)
+    same(whole, out)
+    assert not any(stage in ("learning masks", "recovering") for stage, _ in console.ran)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(classifier, tmp_path, capsys):
+    flags = ["--model", classifier["model"], "--data", classifier["data"], "--output", str(tmp_path / "out")]
+    codes = []
+
+    class Twice(Stopping):
+        def track(self, items, what, total):
+            if what == "training dense":
+                codes.extend(cli.main([*flags, "--budget", "0.4", "--quiet", *more]) for more in ([], ["--resume"]))
+                raise KeyboardInterrupt
+            yield from super().track(items, what, total)
+
+    with pytest.raises(KeyboardInterrupt):
+        ibprune.prune(**classifier, output=tmp_path / "out", console=Twice())
+    assert list(tmp_path.iterdir()) == []  # nothing was saved yet
+    first, second = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert codes == [2, 2] and first == second
+    assert f"error: expected no other run into '{tmp_path / 'out'}', found process {os.getpid()} on " in first
 
 
 def test_another_model_or_other_data_under_the_same_names_are_refused(classifier, tmp_path):
@@ -223,11 +294,6 @@ def test_another_model_or_other_data_under_the_same_names_are_refused(classifier
             ibprune.prune(**values, output=tmp_path / "out", resume=True)
         path.write_bytes(old)
     assert {path: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == files
-    files = tmp_path / "out.partial"
-    (files / "training-dense.safetensors").unlink()
-    (files / "learning-masks.safetensors").rename(files / "training-dense.safetensors")
-    with pytest.raises(BadRecipe, match="does not fit the model, such as '"):
-        ibprune.prune(**values, output=tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
@@ -236,7 +302,7 @@ def test_a_full_disk_costs_the_state_and_not_the_run(error, classifier, whole, t
         Path(path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(resuming, "save_file", full)
+    monkeypatch.setattr(saves, "save_file", full)
     console = Stopping()
     ibprune.prune(**classifier, output=tmp_path / "out", console=console)
     same(whole, tmp_path / "out")
@@ -283,9 +349,9 @@ def test_all_generators_are_put_back():
         )
 
     draw()
-    state = resuming.rng_state(data)
+    state = saves.rng_state(data)
     state = state[0], json.loads(json.dumps(state[1]))
     first = draw()
     assert draw() != first
-    resuming.set_rng_state(*state, data)
+    saves.set_rng_state(*state, data)
     assert draw() == first

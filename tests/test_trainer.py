@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+import ibprune
 from ibprune.console import Quiet
 from ibprune.engine import make_accelerator
 from ibprune.errors import BadRecipe, IBPruneError
 from ibprune.masks import MaskSet, VIBMask
+from ibprune.optimizers import make_optimizer
 from ibprune.recipe import make_recipe
 from ibprune.resuming import FolderJournal
 from ibprune.trainer import SCHEDULES, TrainSettings, TrainState, decay, rate, train
@@ -99,10 +102,10 @@ def test_the_weights_follow_the_schedule():
         assert torch.allclose(0.1 - model.weight, torch.tensor(1e-3 * sum(rates)), rtol=1e-4)
 
 
-def journalled(folder: Path, loss_of, **settings):
+def journalled(folder: Path, loss_of, width: int = 4, **settings):
     """Trains for twelve steps of grad_accum 2, three epochs and a half, saving each one."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    model = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
     journal = FolderJournal(folder, make_recipe({"model": "m", "budget": 1}), 0.0, Quiet())
     settings = TrainSettings(**(dict(steps=12, lr=0.1, grad_accum=2) | settings))
     state = train(
@@ -133,6 +136,48 @@ def test_a_loss_that_is_not_finite_keeps_the_last_state_which_goes_on_to_the_sam
         assert all(torch.equal(*pair) for pair in zip(weights, again)) and resumed == state
         done, known = journalled(folder, Failing(1))  # nothing is left to do
         assert all(torch.equal(*pair) for pair in zip(weights, done)) and known == state
+    with pytest.raises(BadRecipe, match="does not fit the model, such as '0.weight'"):
+        journalled(folder, squared, width=5)
+
+
+def test_moments_in_8_bits_are_of_large_weights_alone_and_go_on_to_the_same_end(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    eight = dict(optimizer="adamw-8bit", lr=0.01)
+    weights, state = journalled(tmp_path / "whole", squared, width=2048, **eight)
+    with pytest.raises(IBPruneError, match="became nan at step 7"):
+        journalled(tmp_path / "state", Failing(15), width=2048, **eight)
+    saved = load_file(tmp_path / "state" / "fit.safetensors")
+    kinds = {name.split("/")[1]: x.dtype for name, x in saved.items() if name.endswith("/state1")}
+    assert kinds == {"0": torch.uint8, "1": torch.float32, "2": torch.float32, "3": torch.float32}
+    again, resumed = journalled(tmp_path / "state", squared, width=2048, **eight)
+    assert all(torch.equal(*pair) for pair in zip(weights, again)) and resumed == state
+    plain, losses = journalled(tmp_path / "plain", squared, width=2048, **eight | dict(optimizer="adamw"))
+    assert not torch.equal(plain[0], weights[0])
+    assert state.losses == pytest.approx(losses.losses, rel=0.05)  # step by step
+    mask = nn.Parameter(torch.ones(5000))
+    mask.grad = torch.ones_like(mask)
+    optimizer = make_optimizer("adamw-8bit", [{"params": [mask], "optim_bits": 32}], 0.1)
+    optimizer.step()
+    assert optimizer.state[mask]["state1"].dtype == torch.float32
+
+
+def test_an_optimizer_that_cannot_be_had_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    with pytest.raises(BadRecipe, match="--optimizer: found 'adam-8bit': did you mean 'adamw-8bit'"):
+        make_recipe({"model": "m", "budget": 1, "optimizer": "adam-8bit"})
+    values = dict(budget=0.5, optimizer="adamw-8bit", output=tmp_path / "out")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadRecipe, match=r'needs bitsandbytes: pip install "ibprune\[bnb\]", or use adamw'):
+        ibprune.prune("bert-base", **values)
+    monkeypatch.undo()
+    pytest.importorskip("bitsandbytes")
+
+    def never(self, closure=None):
+        raise NotImplementedError("no kernel for CPUs.")
+
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit.step", never)
+    with pytest.raises(BadRecipe, match=r"does not run on cpu \(no kernel for CPUs\): it needs a GPU, or use adamw"):
+        ibprune.prune("bert-base", **values)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
