@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from ibprune.errors import UnsupportedModel, first_line
 from ibprune.examples import example_inputs, image_shape
 from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_path
@@ -315,6 +316,9 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
 
     It runs on the meta device, but for heads that look for a token in the ids, whose values meta tensors lack: then on
     the CPU, with weights that all are one zero.
+
+    Raises:
+        UnsupportedModel: The model cannot read a plain sequence of this length, or image.
     """
     device = "cpu" if reads_end(model) else "meta"
     skeleton = _skeleton(model, device)
@@ -346,13 +350,23 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
             products.watch(module, "")
     for path, _ in _attentions(model, family):
         products.watch(skeleton.get_submodule(path), path)
+    for module in skeleton.modules():  # frequencies that follow the length are found by values, and multiply nothing
+        kind = getattr(module, "rope_type", None)  # one for each type of attention, in some families
+        if kind is not None:
+            module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
     skeleton.set_attn_implementation("eager")  # whose products are seen
     if experts:
         skeleton.config._experts_implementation = "batched_mm"  # whose steps depend on no values
     inputs = {key: value.to(device) for key, value in example_inputs(skeleton, batch=1, length=length).items()}
     skeleton.config.pad_token_id = None  # GPT-2 would look for padding among the ids
-    with torch.no_grad(), products:
-        skeleton(**inputs)  # no attention mask: its values would be read
+    try:
+        with torch.no_grad(), products:
+            skeleton(**inputs)  # no attention mask: its values would be read
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        read = "an image" if image_shape(model) is not None else f"a sequence of {length} tokens"
+        raise UnsupportedModel(
+            f"expected a {type(model).__name__} to read {read}, but it fails: {first_line(error)}"
+        ) from error
     return rows, products.counts
 
 
