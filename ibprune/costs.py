@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from ibprune.errors import UnsupportedModel, first_line
 from ibprune.examples import example_inputs, image_shape
 from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_path
@@ -314,6 +315,9 @@ def _routed(model: nn.Module, path: str) -> list[str]:
 def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, int]]:
     """What one sequence of `length` tokens, or one image, takes: rows by path of the layer, products by that of the
     attention.
+
+    Raises:
+        UnsupportedModel: The model cannot read a plain sequence of this length, or image.
     """
     skeleton, inputs = dry_model(model, length)
     family = find_family(model.config.model_type)
@@ -344,8 +348,14 @@ def _dry_run(model: nn.Module, length: int) -> tuple[dict[str, int], dict[str, i
             products.watch(module, "")
     for path, _ in attentions(model, family):
         products.watch(skeleton.get_submodule(path), path)
-    with torch.no_grad(), products:
-        skeleton(**inputs)  # no attention mask: its values would be read
+    try:
+        with torch.no_grad(), products:
+            skeleton(**inputs)  # no attention mask: its values would be read
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        read = "an image" if image_shape(model) is not None else f"a sequence of {length} tokens"
+        raise UnsupportedModel(
+            f"expected a {type(model).__name__} to read {read}, but it fails: {first_line(error)}"
+        ) from error
     return rows, products.counts
 
 
@@ -357,6 +367,10 @@ def dry_model(model: nn.Module, length: int) -> tuple[nn.Module, dict[str, torch
     """
     device = "cpu" if reads_end(model) else "meta"
     skeleton = _skeleton(model, device)
+    for module in skeleton.modules():  # frequencies that follow the length are found by values, and multiply nothing
+        kind = getattr(module, "rope_type", None)  # one for each type of attention, in some families
+        if kind is not None:
+            module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
     skeleton.set_attn_implementation("eager")  # whose products are seen
     if find_family(model.config.model_type).experts:
         skeleton.config._experts_implementation = "batched_mm"  # whose steps depend on no values

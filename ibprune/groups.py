@@ -268,7 +268,8 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
             dims = (("weight", 1),)
         case _, "own":
             named = [*module.named_parameters(recurse=False)]
-            dims = tuple((name, max(d for d in range(p.ndim) if p.shape[d] > 1)) for name, p in named if p.numel() > 1)
+            wide = ((name, [d for d, size in enumerate(p.shape) if size > 1]) for name, p in named)
+            dims = tuple((name, axes[-1]) for name, axes in wide if axes)
         case _, "out" if is_norm(module):
             dims = (("weight", 0), ("bias", 0))
         case _:

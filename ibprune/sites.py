@@ -125,6 +125,12 @@ def _bind(model: nn.Module, modules: dict[str, nn.Module], group: Group, block: 
                 "plain transformers model."
             )
         cuts += [replace(cut, path=path) for path in found]
+    for path in (cut.path for cut in cuts if cut.axis == "out"):
+        if isinstance(modules[path], nn.LayerNorm) and modules[path].weight is None:
+            raise UnsupportedModel(
+                f"expected the norm '{path}' to have a weight, found none: a variant of '{model.config.model_type}' "
+                "that is not covered."
+            )
     cuts = [cut for cut in dict.fromkeys(cuts) if cut.axis == "whole" or axis_dims(modules[cut.path], cut.axis)]
     for path in {cut.path for cut in cuts if getattr(modules[cut.path], "groups", 1) > 1}:
         raise UnsupportedModel(f"expected '{path}' to be one convolution, found {modules[path].groups} groups of it.")

@@ -55,7 +55,7 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     if "vocab" in sites and len(plan.keep["vocab"]) < sites["vocab"].n_units:
         cut_vocab_(model, plan.keep["vocab"])
     sites = {name: site for name, site in sites.items() if site.kind != "vocab"}
-    native = {id(module) for module in model.modules() if type(module) in STUBS.values()}
+    native = {module for module in model.modules() if type(module) in STUBS.values()}  # held: an id is given again
     dense = {key: copy.copy(getattr(model.config, key)) for key in _size_keys(model)}
     before = _shapes(model)
     if masked:
@@ -237,7 +237,7 @@ def _describe_(
     before: dict[str, tuple[int, ...]],
     dropped: list[str],
     sizes: dict[str, int],
-    native: set[int],
+    native: set[nn.Module],
 ) -> None:
     """Writes the structure into the config: uniform sizes as plain keys, all of it in `config.ibprune`."""
     config = model.config
@@ -257,7 +257,7 @@ def _describe_(
         }
     stubs = dict(old["stubs"])
     for path, module in model.named_modules():
-        stub = next((key for key, cls in STUBS.items() if type(module) is cls and id(module) not in native), None)
+        stub = next((key for key, cls in STUBS.items() if type(module) is cls and module not in native), None)
         if stub:
             stubs[_spec_path(path, backbone)] = stub
     spec = _spec(model, before, backbone)

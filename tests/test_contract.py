@@ -90,7 +90,11 @@ def test_injection_and_factorising_change_nothing(family, head):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("family,head", CASES)
 def test_masked_equals_compacted_at_the_predicted_cost(family, head, seed):
-    model = factorized(build(family, head))
+    masked_equals_compacted(build(family, head), tolerance(family), seed)
+
+
+def masked_equals_compacted(model, allowed, seed):
+    factorized(model)
     sites = find_sites(model)
     masks = inject_(model, sites)
     keep = random_keep(sites, seed)
@@ -105,7 +109,7 @@ def test_masked_equals_compacted_at_the_predicted_cost(family, head, seed):
     small = outputs(model)
     if small.shape != masked.shape:  # a base model: its features are the residual's
         masked = masked[..., list(keep["hidden"])]
-    assert (masked - small).abs().max() < tolerance(family)
+    assert (masked - small).abs().max() < allowed
     assert params(plan.kept()) == count_params(model)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -289,6 +293,30 @@ def test_models_outside_the_table_are_refused():
         config = transformers.DebertaV2Config(**TINY["deberta-v3"]().to_dict() | change)
         with pytest.raises(UnsupportedModel, match=reason):
             find_sites(transformers.DebertaV2ForMaskedLM(config))
+    with pytest.raises(UnsupportedModel, match=r"the norm 'model\.decoder\.\S+' to have a weight, found none"):
+        find_sites(build("opt", "OPTForCausalLM", layer_norm_elementwise_affine=False))
+    model = build("bert", "BertForMultipleChoice")  # reads several sequences at once
+    with pytest.raises(UnsupportedModel, match="expected a BertForMultipleChoice to read a sequence of 7 tokens"):
+        macs_model(model, find_sites(model), length=7)
+
+
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+
+
+@pytest.mark.parametrize(
+    "family,head,changes",
+    [
+        ("llama", "LlamaForCausalLM", dict(rope_parameters=DYNAMIC, max_position_embeddings=6)),
+        (
+            "modernbert",
+            "ModernBertForMaskedLM",
+            dict(rope_parameters=dict.fromkeys(("full_attention", "sliding_attention"), DYNAMIC)),
+        ),
+        ("dinov2_with_registers", "Dinov2WithRegistersForImageClassification", dict(num_register_tokens=0)),
+    ],
+)
+def test_frequencies_that_follow_the_length_and_tokens_that_are_none(family, head, changes):
+    masked_equals_compacted(build(family, head, **changes), tolerance(family), 3)
 
 
 def test_the_readme_lists_every_row_with_its_kinds():
