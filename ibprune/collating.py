@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -12,8 +12,10 @@ from ibprune.annotations import STARTS, as_text, first_pieces
 from ibprune.data import TextData
 from ibprune.errors import BadRecipe
 from ibprune.losses import DENSE, WORDS, Batch
+from ibprune.reading import Stream
 from ibprune.task_heads import TAGS
 
+AT_ONCE = 16  # texts of a stream that are tokenised together: they may be as long as books
 LEAST_WINDOW = 24  # tokens of a window with a question and some of its context
 
 
@@ -68,15 +70,45 @@ class Collate:
         return dict(found) | {WORDS: torch.tensor(words)}
 
 
-def windows(dataset: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Texts cut into windows of at most `max_length` tokens, for language models; column `text` of ids."""
+def windows(
+    rows: Dataset | Stream, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int, *, packing: bool = False
+) -> Dataset | Stream:
+    """Texts cut into windows of at most `max_length` tokens, for language models; column `input_ids`.
 
-    def split(rows: dict) -> dict:
-        ids = tokenizer(rows[column], verbose=False)["input_ids"]
-        return {"input_ids": [row[i : i + max_length] for row in ids for i in range(0, len(row), max_length)]}
+    Args:
+        packing: Whether texts are joined, each with the end-of-text token behind it, and cut into windows of exactly
+            `max_length` tokens. What is left at the end is dropped.
 
-    found = dataset.select_columns([column]).map(split, batched=True, remove_columns=[column], keep_in_memory=True)
-    return found.filter(lambda row: len(row["input_ids"]) > 1, keep_in_memory=True)
+    Raises:
+        BadRecipe: No such token to join them with.
+
+    Example: of texts of 3 and 4 tokens, packing makes the windows [a a a E b] and, dropped, [b b b E].
+    """
+    end = tokenizer.eos_token_id
+    if packing and end is None:
+        raise BadRecipe("--packing joins texts by the end-of-text token, and this tokenizer has none: leave it out.")
+
+    def cut(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        left: list[int] = []  # of the texts so far, when they are packed
+
+        def split(batch: dict) -> dict:
+            ids = tokenizer(batch[column], verbose=False)["input_ids"]
+            if packing:
+                for text in ids:
+                    left.extend(text if text[-1:] == [end] else [*text, end])
+                full = len(left) - len(left) % max_length
+                ids = [left[:full]]
+                del left[:full]
+            parts = [text[i : i + max_length] for text in ids for i in range(0, len(text), max_length)]
+            return {"input_ids": [part for part in parts if len(part) > 1]}
+
+        memory = {"batch_size": AT_ONCE} if isinstance(rows, IterableDataset) else {"keep_in_memory": True}
+        features = Features({"input_ids": List(Value("int32"))})
+        return rows.select_columns([column]).map(
+            split, batched=True, remove_columns=[column], features=features, **memory
+        )
+
+    return rows.mapped(cut) if isinstance(rows, Stream) else cut(rows)
 
 
 def answer_windows(
@@ -197,8 +229,14 @@ class CollateMasked:
         return batch
 
 
-def make_loader(dataset: Dataset, collate, *, batch_size: int, seed: int | None) -> DataLoader:
-    """Batches of rows; shuffled by the seed (texts into rows of like length), or in order when it is None."""
+def make_loader(dataset: Dataset | Stream, collate, *, batch_size: int, seed: int | None) -> DataLoader:
+    """Batches of rows; shuffled by the seed (texts into rows of like length), or in order when it is None.
+
+    Rows of a stream are shuffled within its buffer, and not put together by their length.
+    """
+    if isinstance(dataset, Stream):
+        rows = dataset if seed is None else dataset.shuffled(seed)
+        return DataLoader(rows, batch_size=batch_size, collate_fn=collate)
     sampler = None
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)

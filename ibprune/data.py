@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, LargeList, List, Value, load_dataset
 from huggingface_hub import constants
 
 from ibprune.annotations import (
@@ -19,6 +19,7 @@ from ibprune.annotations import (
 )
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
+from ibprune.reading import END_OF_TEXT, Stream, open_files
 from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
@@ -42,6 +43,8 @@ TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentenc
 LABEL_COLUMNS = ("label", "labels", "score")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 READERS |= {".conll": "conll"}
+LEAST = 20  # rows of which some can be held out
+HELD_OUT = 2000  # rows held out at most, where nothing says how many
 AUDITABLE = 400  # rows held out of small data where a fifth allows it: an audit of fewer than 200 says nothing
 SPLITS = {"train": ("train",), "held_out": ("validation", "dev", "valid", "validation_matched")}
 
@@ -59,6 +62,7 @@ class TextData:
         objective: `TAGS`, where the text is a list of words and the label one of tags; `ANSWERS`, where the texts are
             question and context and the label the answers; `WRITES`, where the second text is written by a model that
             reads the first; "" for texts, where the model decides.
+        stream: The training rows, where these are read as they are trained on; `train` is then what was read ahead.
     """
 
     name: str
@@ -70,6 +74,7 @@ class TextData:
     metrics: tuple[str, ...] = ()
     note: str = ""
     objective: str = ""
+    stream: Stream | None = None
 
 
 def load_task(task: str) -> TextData:
@@ -105,6 +110,17 @@ def load_data(
         BadData: Nothing there, an unknown format or column, or the Hub cannot be reached.
     """
     splits = hold_out(find_splits(source), source, seed=seed)
+    return find_columns(source, splits, text_columns, label_column, writes)
+
+
+def find_columns(
+    source: str, splits: dict[str, Dataset], text_columns: tuple[str, ...], label_column: str, writes: bool
+) -> TextData:
+    """The splits as texts with labels, or what else their columns hold.
+
+    Raises:
+        BadData: A column that is not there, or nothing to train on.
+    """
     names = splits["train"].column_names
     check_columns((*text_columns, *((label_column,) if label_column else ())), names, source)
     label = label_column or next((c for c in LABEL_COLUMNS if c in names), "")
@@ -124,22 +140,25 @@ def load_data(
     return _describe(data_name(source), splits, text_columns, label_column, ())
 
 
-def find_splits(source: str, names: Mapping[str, tuple[str, ...]] = SPLITS) -> dict[str, Dataset]:
+def find_splits(
+    source: str, names: Mapping[str, tuple[str, ...]] = SPLITS, *, streaming: bool = False
+) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """The rows of a file, a folder of files or a Hub data set ("repo" or "repo:config"): "train", maybe "held_out".
 
     Args:
         names: What files and splits may be called.
+        streaming: Whether they are read as they are asked for; then a folder may hold train-*.* or train/*.* too.
 
     Raises:
         BadData: Nothing there, no training rows, or the Hub cannot be reached.
     """
     path = Path(source)
     if path.exists():
-        return _from_files(path, names)
+        return _from_files(path, names, streaming)
     if path.suffix in READERS or source.startswith((".", "/", "~")):
         raise BadData(f"expected a data file or folder, found nothing at '{source}'.")
     repo, _, config = source.partition(":")
-    return _from_hub(repo, config or None, names)
+    return _from_hub(repo, config or None, names, streaming)
 
 
 def hold_out(splits: dict[str, Dataset], source: str, *, seed: int) -> dict[str, Dataset]:
@@ -151,8 +170,8 @@ def hold_out(splits: dict[str, Dataset], source: str, *, seed: int) -> dict[str,
     if "held_out" in splits:
         return splits
     rows = splits["train"]
-    if len(rows) < 20:
-        raise BadData(f"expected at least 20 rows in '{source}', found {len(rows)}.")
+    if len(rows) < LEAST:
+        raise BadData(f"expected at least {LEAST} rows in '{source}', found {len(rows)}.")
     parts = rows.train_test_split(test_size=held_out_size(len(rows)), seed=seed)
     return {"train": parts["train"], "held_out": parts["test"]}
 
@@ -188,17 +207,20 @@ def held_out_size(rows: int) -> int:
         >>> [held_out_size(rows) for rows in (10, 1_000, 4_000, 20_000, 100_000)]
         [2, 200, 400, 1000, 2000]
     """
-    return min(2000, max(1, rows // 20, min(AUDITABLE, rows // 5)))
+    return min(HELD_OUT, max(1, rows // 20, min(AUDITABLE, rows // 5)))
 
 
-def _from_files(path: Path, names: Mapping[str, tuple[str, ...]]) -> dict[str, Dataset]:
+def _from_files(
+    path: Path, names: Mapping[str, tuple[str, ...]], streaming: bool
+) -> dict[str, Dataset] | dict[str, IterableDataset]:
     if path.is_file():
-        return {"train": read_file(path)}
+        return {"train": open_files([path]) if streaming else read_file(path)}
     splits = {}
     for split, called in names.items():
-        found = [f for name in called for f in sorted(path.glob(f"{name}.*")) if f.suffix in READERS]
+        patterns = [f"{name}{more}" for name in called for more in ((".*", "-*.*", "/*.*") if streaming else (".*",))]
+        found = [f for pattern in patterns for f in sorted(path.glob(pattern)) if f.suffix in READERS]
         if found:
-            splits[split] = read_file(found[0])
+            splits[split] = open_files(found) if streaming else read_file(found[0])
     if "train" not in splits:
         files = ", ".join(sorted(f.name for f in path.iterdir())[:8])
         raise BadData(f"expected a train.* file ({', '.join(READERS)}) in '{path}', found: {files or 'nothing'}.")
@@ -216,8 +238,7 @@ def read_file(path: Path) -> Dataset:
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8")
-            mark = "<|endoftext|>" if "<|endoftext|>" in text else r"\n\s*\n"
-            parts = re.split(re.escape(mark) if mark.startswith("<") else mark, text)
+            parts = text.split(END_OF_TEXT) if END_OF_TEXT in text else re.split(r"\n\s*\n", text)
             return Dataset.from_dict({"text": [part.strip() for part in parts if part.strip()]})
         if path.suffix == ".conll":
             return read_conll(path.read_text(encoding="utf-8"))
@@ -234,14 +255,16 @@ def read_file(path: Path) -> Dataset:
         raise BadData(f"could not read '{path}' as {READERS[path.suffix]}: {reason}") from error
 
 
-def _from_hub(repo: str, config: str | None, names: Mapping[str, tuple[str, ...]] = SPLITS) -> dict[str, Dataset]:
+def _from_hub(
+    repo: str, config: str | None, names: Mapping[str, tuple[str, ...]] = SPLITS, streaming: bool = False
+) -> dict[str, Dataset] | dict[str, IterableDataset]:
     if not hub_reachable() and not constants.HF_HUB_OFFLINE:  # datasets would retry for half a minute
         raise BadData(
             f"expected to load the data set '{repo}' from the Hub, which is out of reach: give local files with "
             "--data, or set HF_HUB_OFFLINE=1 to use a cached copy."
         )
     try:
-        found: DatasetDict = load_dataset(repo, config)
+        found: DatasetDict | IterableDatasetDict = load_dataset(repo, config, streaming=streaming)
     except Exception as error:  # network, missing repo, gated repo: many classes, one meaning here
         reason = first_line(error)
         raise BadData(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
@@ -25,11 +25,13 @@ from ibprune.denoising import CollatePairs, CollateSpans
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable
-from ibprune.images import CollatePictures, ImageData, blank_shape, load_images, make_processor, resize_
+from ibprune.images import CollatePictures, Data, ImageData, blank_shape, load_images, make_processor, resize_
 from ibprune.losses import LAYERED, Batch, Objective
 from ibprune.prose import load_prose
+from ibprune.reading import Stream, limited
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
+from ibprune.streaming import stream_data
 from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_class, is_headless
 from ibprune.thinning import hold_back, thin
 from ibprune.vocabulary import check_tokenizer
@@ -77,7 +79,7 @@ class Feed:
     Attributes:
         objective: What the model is trained and judged by.
         metrics: Metric names, for labelled data.
-        train_set, held_out_set: Rows the collator understands.
+        train_set, held_out_set: Rows the collator understands; a stream's training rows are read as they are needed.
         collate: Rows to a padded batch, or to a batch of pixels.
         batch_size, seed: Of the run.
         preprocessor: The tokenizer or image processor, which goes with the model.
@@ -88,7 +90,7 @@ class Feed:
 
     objective: Objective
     metrics: tuple[str, ...]
-    train_set: Dataset
+    train_set: Dataset | Stream
     held_out_set: Dataset
     collate: Collate | CollateIds | CollateMasked | CollateWindows | CollatePairs | CollateSpans | CollatePictures
     batch_size: int
@@ -102,6 +104,11 @@ class Feed:
     def generator(self) -> torch.Generator | None:
         """What hides tokens or changes pictures as batches are made, None where nothing is drawn."""
         return getattr(self.collate, "generator", None)
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows of an epoch before any thinning; None for a stream, whose end nobody has seen."""
+        return None if isinstance(self.train_set, Stream) else len(self.train_set)
 
     def train(self, epoch_seed: int) -> DataLoader:
         """Shuffled training batches, a function of the seed."""
@@ -180,10 +187,12 @@ def find_pictures(recipe: Recipe) -> ImageData:
     """
     if not recipe.data or recipe.data == PROSE:
         raise BadRecipe("expected pictures: name a folder, an npz file or a Hub data set with --data.")
-    for key in ("task", "text_columns", "max_length"):
+    for key in ("task", "text_columns", "max_length", "packing"):
         if getattr(recipe, key):
             raise BadRecipe(f"--{key.replace('_', '-')}: the model reads pictures, not text: leave it out.")
-    return load_images(recipe.data, label_column=recipe.label_column, seed=recipe.seed)
+    if recipe.streaming:
+        raise BadRecipe("--streaming: pictures are decoded as they are needed anyway, and not streamed: leave it out.")
+    return _limited(load_images(recipe.data, label_column=recipe.label_column, seed=recipe.seed), recipe)
 
 
 def find_data(recipe: Recipe, console: Quiet, *, writes: bool = False) -> TextData:
@@ -196,18 +205,28 @@ def find_data(recipe: Recipe, console: Quiet, *, writes: bool = False) -> TextDa
         raise BadRecipe("--image-size: the model reads text, not pictures: leave it out.")
     if recipe.task and recipe.data:
         raise BadRecipe("expected --task or --data, found both: --task is a GLUE task from the Hub.")
-    if recipe.data == PROSE:
-        return load_prose(seed=recipe.seed, console=console)
-    if recipe.data:
-        return load_data(
-            recipe.data, text_columns=recipe.text_columns, label_column=recipe.label_column, seed=recipe.seed,
-            writes=writes,
-        )  # fmt: skip
+    columns = dict(text_columns=recipe.text_columns, label_column=recipe.label_column, writes=writes)
+    if recipe.streaming:
+        if recipe.data in (None, PROSE):
+            raise BadRecipe(
+                "--streaming: expected --data with files or a Hub data set; other data are small: leave it out."
+            )
+        found = stream_data(recipe.data, **columns, held_out=recipe.max_eval_samples, buffer=recipe.shuffle_buffer)
+        return replace(found, stream=limited(found.stream, recipe.max_train_samples, seed=recipe.seed))
+    if recipe.data and recipe.data != PROSE:
+        return _limited(load_data(recipe.data, **columns, seed=recipe.seed), recipe)
     if recipe.task:
-        return load_task(recipe.task)
-    why = "No data named" if hub_reachable() else "No data named and the Hub is out of reach"
-    console.say(f"{why}: using English prose of this Python installation (--data {PROSE}).")
-    return load_prose(seed=recipe.seed, console=console)
+        return _limited(load_task(recipe.task), recipe)
+    if not recipe.data:
+        why = "No data named" if hub_reachable() else "No data named and the Hub is out of reach"
+        console.say(f"{why}: using English prose of this Python installation (--data {PROSE}).")
+    return _limited(load_prose(seed=recipe.seed, console=console), recipe)
+
+
+def _limited(data: Data, recipe: Recipe) -> Data:
+    """No more training and held-out rows than the recipe asks for."""
+    train = limited(data.train, recipe.max_train_samples, seed=recipe.seed)
+    return replace(data, train=train, held_out=limited(data.held_out, recipe.max_eval_samples, seed=recipe.seed))
 
 
 def objective_name(model: PreTrainedModel, data: TextData) -> str:
@@ -260,7 +279,10 @@ def tokens_read(asked: int | None, config: PreTrainedConfig, objective: str) -> 
 def make_feed(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TextData
 ) -> tuple[Recipe, Feed]:
-    """The feed, and the recipe with the defaults that its objective decides filled in."""
+    """The feed, and the recipe with the defaults that its objective decides filled in.
+
+    Held-out texts of a language model are never packed: they are judged alike however it is trained.
+    """
     name = objective_name(model, data)
     if "vocab" in recipe.kinds:
         if name in ("causal_lm", "masked_lm", WRITES, TAGS, ANSWERS):
@@ -281,12 +303,20 @@ def make_feed(
         raise BadRecipe(
             "--divergence: a regressor, and an encoder without a head, give no distributions to compare: leave it out."
         )
+    if recipe.packing and name != "causal_lm":
+        raise BadRecipe(f"--packing joins the texts of causal language models, found {name}: leave it out.")
     max_length = tokens_read(recipe.max_length, model.config, name)
     recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), DEFAULTS[name])
-    train_set, held_out_set = data.train, data.held_out
+    train_set, held_out_set = data.stream or data.train, data.held_out
     if name in ("causal_lm", "masked_lm"):
         column = data.text_columns[0]
-        train_set = windows(train_set, column, tokenizer, max_length)
+        train_set = windows(train_set, column, tokenizer, max_length, packing=recipe.packing)
+        if recipe.max_train_tokens:
+            if recipe.max_train_tokens < max_length:
+                raise BadRecipe(
+                    f"--max-train-tokens: expected at least a window of {max_length}, found {recipe.max_train_tokens}."
+                )
+            train_set = limited(train_set, recipe.max_train_tokens // max_length, seed=recipe.seed)
         held_out_set = windows(held_out_set, column, tokenizer, max_length)
         collate = CollateIds(tokenizer) if name == "causal_lm" else CollateMasked(tokenizer, recipe.seed)
         if name == "masked_lm" and tokenizer.mask_token_id is None:
@@ -311,7 +341,7 @@ def make_feed(
             held_out_set = held_out_set.select(range(min(JUDGED_TEXTS, len(held_out_set))))
             data = replace(data, text_columns=("text",), label_column=None)
         collate = Collate(tokenizer, data, max_length)
-    if len(train_set) == 0 or len(held_out_set) == 0:
+    if next(iter(train_set), None) is None or len(held_out_set) == 0:
         raise BadData(f"expected text to train and to judge on in '{data.name}', found an empty split.")
     feed = Feed(
         _objective(name, recipe), data.metrics, train_set, held_out_set, collate, recipe.batch_size, recipe.seed,
@@ -375,6 +405,13 @@ def _with_defaults(recipe: Recipe, defaults: Defaults) -> Recipe:
     return recipe.model_copy(update={"lr": recipe.lr or defaults.lr, **steps})
 
 
-def _stack(rows: Dataset, columns: tuple[str, ...]) -> Dataset:
+def _stack(rows: Dataset | Stream, columns: tuple[str, ...]) -> Dataset | Stream:
     """All text columns below each other as one column "text"."""
-    return Dataset.from_dict({"text": [text for column in columns for text in rows[column] if text]})
+
+    def below(batch: Dataset | dict) -> dict:
+        return {"text": [text for column in columns for text in batch[column] if text]}
+
+    def unfolded(rows: IterableDataset) -> IterableDataset:
+        return rows.select_columns(list(columns)).map(below, batched=True, remove_columns=list(columns))
+
+    return rows.mapped(unfolded) if isinstance(rows, Stream) else Dataset.from_dict(below(rows))

@@ -61,6 +61,14 @@ def _training(parser: Parser) -> None:
     add("--schedule", help="how it falls to 0: linear (default), cosine or uba (budget-aware)")
     add("--optimizer", help="adamw (default), or adamw-8bit: moments in a byte each (bitsandbytes)")
     add("--max-length", type=int, help="tokens per sequence (default: by objective)")
+    text = "join texts by the end-of-text token and cut them into full windows (causal language models)"
+    add("--packing", action="store_true", default=None, help=text)
+    text = "read training rows of --data as they are needed: for more than memory or disk hold"
+    add("--streaming", action="store_true", default=None, help=text)
+    add("--shuffle-buffer", type=int, help="rows of a stream from which the next is drawn (default 4096)")
+    add("--max-train-samples", type=int, help="rows to train on at most; of a stream the first")
+    add("--max-train-tokens", type=int, help="tokens to train on at most (--packing)")
+    add("--max-eval-samples", type=int, help="rows to hold out and judge on at most")
     add("--precision", help="auto (default), fp32 or bf16")
     add("--log-with", metavar="TRACKER", help="draw the run as it goes: tensorboard (in OUTPUT.logs), wandb, mlflow, …")
 

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,17 @@ from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit import ViTImageProcessorPil
 
-from ibprune.data import LABEL_COLUMNS, READERS, SPLITS, check_columns, data_name, find_splits, hold_out, number_classes
+from ibprune.data import (
+    LABEL_COLUMNS,
+    READERS,
+    SPLITS,
+    TextData,
+    check_columns,
+    data_name,
+    find_splits,
+    hold_out,
+    number_classes,
+)
 from ibprune.errors import BadData, first_line
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -60,6 +71,9 @@ class ImageData:
     label_column: str = LABEL
     metrics: tuple[str, ...] = ("accuracy",)
     note: str = ""
+
+
+Data = TypeVar("Data", TextData, ImageData)
 
 
 def load_images(source: str, *, label_column: str = "", seed: int = 0) -> ImageData:

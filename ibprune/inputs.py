@@ -17,7 +17,7 @@ from ibprune.errors import BadData
 from ibprune.images import IMAGE, CollatePictures, stored_digest, stored_size
 from ibprune.losses import Batch
 from ibprune.mi.probes import LEAST_PER_CLASS
-from ibprune.overlaps import COMPARABLE, text_keys
+from ibprune.overlaps import is_comparable, text_keys
 from ibprune.pairs import Pairs
 from ibprune.task_heads import TAGS, WRITES
 
@@ -111,7 +111,7 @@ def encode_inputs(
         labels = [int(column[i]) for i in chosen]
     digest = hashlib.sha256(repr([encoded["input_ids"][i] for i in chosen]).encode()).hexdigest()
     overlap = None
-    if len(data.train) <= COMPARABLE:
+    if is_comparable(data):
         known, own_keys = set(text_keys(data.train, data.text_columns)), text_keys(rows, data.text_columns)
         overlap = sum(own_keys[i] in known for i in chosen)
     places = np.array([words[i][0] for i in chosen]) if tagged else None
@@ -164,7 +164,7 @@ def encode_pictures(collate: CollatePictures, *, most: int, batch_size: int = 64
     chosen = sorted(first.values())
     _check_enough(len(chosen), data.name)
     overlap = None
-    if len(data.train) <= COMPARABLE:
+    if is_comparable(data):
         sizes = {stored_size(image) for image in images}
         known = {stored_digest(image) for image in data.train[IMAGE] if stored_size(image) in sizes}
         overlap = len(known & set(first))

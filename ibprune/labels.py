@@ -2,17 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 from transformers import PreTrainedConfig
 
 from ibprune.annotations import tag_metrics
 from ibprune.data import TextData, recode
 from ibprune.errors import BadData
-from ibprune.images import ImageData
+from ibprune.images import Data
 from ibprune.task_heads import ANSWERS, HEADS, TAGS
 
-Data = TypeVar("Data", TextData, ImageData)
 OTHER_HEADS = ("ForMultipleChoice", "ForNextSentencePrediction")
 NEEDED = {"": "labelled texts", TAGS: "words with tags", ANSWERS: "questions with answers"}
 
@@ -78,6 +76,11 @@ def _recoded(data: Data, code: Callable) -> Data:
     kind = "float64" if code is float else "int64"
     try:
         train, held_out = (recode(rows, data.label_column, code, kind) for rows in (data.train, data.held_out))
-        return replace(data, train=train, held_out=held_out)
+        data = replace(data, train=train, held_out=held_out)
     except (KeyError, TypeError, ValueError) as error:
         raise BadData(f"'{data.name}': a label of the held-out rows cannot be matched: {error}.") from error
+    if isinstance(data, TextData) and data.stream is not None:
+        label = data.label_column
+        stream = data.stream.mapped(lambda rows: rows.map(lambda row: {label: code(row[label])}))
+        data = replace(data, stream=stream)
+    return data

@@ -10,11 +10,11 @@ COMPARABLE = 500_000  # training rows that are looked through
 
 
 def held_out_overlap(data: TextData | ImageData) -> int | None:
-    """How many held-out rows also occur in the training rows; None where these are too many to look.
+    """How many held-out rows also occur in the training rows; None where these are too many to look, or a stream.
 
     Texts are the same but for white space, in all their columns; pictures if they are stored as the same bytes.
     """
-    if len(data.train) > COMPARABLE:
+    if not is_comparable(data):
         return None
     if isinstance(data, TextData):
         known = set(text_keys(data.train, data.text_columns))
@@ -23,6 +23,11 @@ def held_out_overlap(data: TextData | ImageData) -> int | None:
     sizes = {stored_size(image) for image in images}
     known = {stored_digest(image) for image in data.train[IMAGE] if stored_size(image) in sizes}
     return sum(stored_digest(image) in known for image in images)
+
+
+def is_comparable(data: TextData | ImageData) -> bool:
+    """Whether all training rows can be looked through."""
+    return len(data.train) <= COMPARABLE and not (isinstance(data, TextData) and data.stream)
 
 
 def text_keys(rows: Dataset, columns: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -79,6 +79,9 @@ def divided(batches: Iterable[dict[str, torch.Tensor]], device: torch.device) ->
 
     So a step takes the same rows, hidden tokens and padding however many processes there are. Of several, rows that
     are left over in the last batch of an epoch are not trained on, nor is a batch with fewer rows than processes.
+
+    Raises:
+        IBPruneError: What reading them raises, in all processes.
     """
     n, index = n_processes(), process_index()
     if n == 1:
@@ -86,9 +89,15 @@ def divided(batches: Iterable[dict[str, torch.Tensor]], device: torch.device) ->
         return
     iterator = iter(batches) if index == 0 else iter(())
     while True:
-        batch = next(iterator, None)
-        structure = [None if batch is None else get_data_structure(batch)]
+        batch, error = None, None
+        try:
+            batch = next(iterator, None)
+        except IBPruneError as found:
+            error = found
+        structure = [str(error) if error else None if batch is None else get_data_structure(batch)]
         broadcast_object_list(structure)
+        if isinstance(structure[0], str):
+            raise error or IBPruneError(structure[0])
         if structure[0] is None:
             return
         batch = initialize_tensors(structure[0]) if batch is None else batch

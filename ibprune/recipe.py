@@ -15,6 +15,7 @@ from ibprune.losses import LAYERED
 
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
+BUFFER = 4096  # windows of 256 tokens take 40 MB
 # Where a result goes and how it is got there, not what it is.
 HUB = {"push_to_hub", "private", "revision", "commit_message"}
 WHERE = HUB | {"output", "log_with", "resume", "save_every", "keep_last"}
@@ -72,6 +73,11 @@ class Recipe(BaseModel):
     data: str | None = Field(None, description="file, folder or Hub data set; default: prose on this machine")
     text_columns: tuple[str, ...] = Field((), description="columns with the text, if not the usual names")
     label_column: str = Field("", description="column with the label, if not the usual name")
+    streaming: bool = Field(False, description="training rows are read as they are needed, and never held all at once")
+    shuffle_buffer: int = Field(BUFFER, ge=1, description="rows of a stream from which the next is drawn")
+    max_train_samples: int | None = Field(None, ge=1, description="rows to train on at most; of a stream the first")
+    max_train_tokens: int | None = Field(None, ge=1, description="tokens to train on at most (packing)")
+    max_eval_samples: int | None = Field(None, ge=1, description="rows to hold out and judge on at most")
     mode: Literal["full", "fast", "faster"] = Field(
         "full", description="fast trains on 3 % of the data; faster learns masks alone, on these"
     )
@@ -108,6 +114,7 @@ class Recipe(BaseModel):
     schedule: Literal["linear", "cosine", "uba"] = Field("linear", description="how it falls; uba: budget-aware")
     optimizer: Literal["adamw", "adamw-8bit"] = Field("adamw", description="8bit: moments in a byte each")
     max_length: int | None = Field(None, ge=4, description="tokens per sequence")
+    packing: bool = Field(False, description="texts are joined and cut into full windows (causal language models)")
     distill: Literal["logits", "hidden", "relations", "none"] = Field(
         "logits",
         description="what is learned from the dense model; hidden, relations: of its blocks, beside the logits",
@@ -202,6 +209,21 @@ class Recipe(BaseModel):
         for name in ("private", "revision", "commit_message"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"expected --push-to-hub REPO beside --{name.replace('_', '-')}")
+        return self
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Self:
+        if self.streaming and self.mode != "full":
+            raise ValueError(
+                f"--mode {self.mode} learns from a share of all rows, and nobody has counted a stream's: use "
+                "--max-train-samples"
+            )
+        if self.streaming and self.eval_every:
+            raise ValueError("--eval-every holds training rows back, and a stream's are not all known: leave it out")
+        if self.shuffle_buffer != BUFFER and not self.streaming:
+            raise ValueError("--shuffle-buffer is of a stream: other rows are shuffled all together: leave it out")
+        if self.max_train_tokens and not self.packing:
+            raise ValueError("expected --packing beside --max-train-tokens: other windows are of any length")
         return self
 
     @model_validator(mode="after")

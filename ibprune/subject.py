@@ -104,7 +104,8 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         check_cut(recipe, loaded, feed, found)
     console.say(
         f"{type(loaded.model).__name__} of {source.name}: {count_params(loaded.model):,} parameters; "
-        f"{data.name}: {len(feed.train_set):,} training rows; {feed.objective.name}"
+        f"{data.name}: {'a stream of' if feed.n_rows is None else f'{feed.n_rows:,}'} training rows; "
+        f"{feed.objective.name}"
     )
     if found is not None:
         console.say(f"{len(found.sites)} places where channels can be cut, {len(found.refused)} refused.")

@@ -45,7 +45,8 @@ def finetune_(
     """
     steps = recipe.finetune_steps
     if steps is None:
-        steps = min(2000, -(-len(feed.train_set) // recipe.batch_size)) if needed else 0
+        epoch = 2000 if feed.n_rows is None else -(-feed.n_rows // recipe.batch_size)
+        steps = min(2000, epoch) if needed else 0
     if steps and feed.objective.name == "encoder":
         raise BadRecipe(
             "an encoder without a head has nothing to be trained on but a dense model: give labelled data and a "
