@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune.collating import (
@@ -258,12 +258,8 @@ def make_feed(
         raise BadRecipe(
             "--divergence: a regressor, and an encoder without a head, give no distributions to compare: leave it out."
         )
-    defaults = DEFAULTS[name]
-    limit = find_family(model.config.model_type).max_tokens(model.config)
-    max_length = recipe.max_length or min(defaults.max_length, limit or defaults.max_length)
-    if limit and max_length > limit:
-        raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
-    recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), defaults)
+    recipe = filled_in(recipe, name, model.config)
+    max_length = recipe.max_length
     train_set, held_out_set = data.train, data.held_out
     if name in ("causal_lm", "masked_lm"):
         column = data.text_columns[0]
@@ -319,7 +315,7 @@ def make_picture_feed(
             f"--distill {recipe.distill} reads the blocks of a transformer, found a CNN "
             f"('{model.config.model_type}'): use --distill logits."
         )
-    recipe = _with_defaults(recipe, DEFAULTS["images" if traced else "images by patches"])
+    recipe = filled_in(recipe, "images" if traced else "images by patches", model.config)
     channels, size = (model.config.num_channels, size) if traced else _fixed_shape(model, size)
     normalised_by = "the model's image processor" if processor is not None else "the training pictures"
     if processor is None:
@@ -348,8 +344,22 @@ def _fixed_shape(model: PreTrainedModel, size: int | None) -> tuple[int, int]:
     return channels, height
 
 
-def _with_defaults(recipe: Recipe, defaults: Defaults) -> Recipe:
-    keys = ("mask_steps", "recover_steps", "probe_steps")
+def filled_in(recipe: Recipe, name: str, config: PreTrainedConfig) -> Recipe:
+    """The recipe with what it leaves open.
+
+    Args:
+        name: One of `DEFAULTS`: an objective, or what is read.
+
+    Raises:
+        BadRecipe: Texts longer than the model can read.
+    """
+    defaults, keys = DEFAULTS[name], ("mask_steps", "recover_steps", "probe_steps")
+    if defaults.max_length:
+        limit = find_family(config.model_type).max_tokens(config)
+        max_length = recipe.max_length or min(defaults.max_length, limit or defaults.max_length)
+        if limit and max_length > limit:
+            raise BadRecipe(f"--max-length: expected at most {limit}, what the model can read, found {max_length}.")
+        recipe = recipe.model_copy(update={"max_length": max_length})
     if recipe.mode == "faster":  # the weights stay as they are, unless a recovery is asked for
         defaults = replace(defaults, recover_steps=0, probe_steps=0)
     steps = {key: getattr(defaults, key) for key in keys if getattr(recipe, key) is None}
