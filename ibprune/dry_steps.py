@@ -169,8 +169,9 @@ def _attention(how: DryRun) -> AbstractContextManager:
 def over_depth(models: tuple[PreTrainedModel, ...], run: Callable[[], tuple[Step, ...]]) -> tuple[Step, ...]:
     """What steps of whole models take, found with their first two blocks where all others are like the second.
 
-    Every block adds the same, so that two depths give all: with d blocks x(d) = x(1) + (d - 1) (x(2) - x(1)). The
-    models lose their blocks.
+    Every block adds the same, so that two depths give all: with d blocks x(d) = x(1) + (d - 1) (x(2) - x(1)).
+    Operations and what is kept are exact; the peak only where it lies at the same place at both depths. The models lose
+    their blocks.
 
     Args:
         run: Steps of the models as they are.
