@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, train, load, push, audit, bench, export, convert_legacy."""
+"""The public Python functions: prune, plan, estimate, train, load, push, audit, bench, export, convert_legacy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from ibprune.benchmarking import bench
 from ibprune.comparing import audit
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
+from ibprune.estimating import estimate
 from ibprune.exporting import export
 from ibprune.hub_folders import fetch, push
 from ibprune.legacy import convert_legacy
@@ -28,6 +29,7 @@ __all__ = [
     "audit",
     "bench",
     "convert_legacy",
+    "estimate",
     "export",
     "load",
     "plan",

@@ -28,6 +28,7 @@ from ibprune.tables import (
     print_audit,
     print_benchmark,
     print_conversion,
+    print_estimate,
     print_export,
     print_pareto,
     print_plan,
@@ -166,21 +167,35 @@ def _plan(argv: list[str]) -> int:
     arguments = plan_parser().parse_args(argv)
     from ibprune.recipe import make_recipe
 
-    values = _given(arguments, without=("debug", "json"))
-    recipe = make_recipe({"budget": 1.0} | values)
+    rates = ("flops_per_second", "utilisation", "num_processes")
+    values = _given(arguments, without=("debug", "json", "recipe", "estimate", *rates))
+    asked = make_recipe(values, file=arguments.recipe) if arguments.recipe else make_recipe({"budget": 1.0} | values)
+    given = {name: getattr(arguments, name) for name in rates if getattr(arguments, name) is not None}
+    if given and not arguments.estimate:
+        raise BadRecipe(f"expected --estimate beside --{next(iter(given)).replace('_', '-')}.")
+    sizes = {name: values.get(name) for name in ("batch_size", "max_length")}  # of a key-value cache
+    if asked.cost == "memory":
+        sizes = {name: getattr(asked, name) for name in sizes}
+    elif arguments.estimate or arguments.recipe:
+        sizes = {}
     _hush()
     from ibprune.planning import plan
 
-    found = plan(recipe.model, recipe.budget, cost=recipe.cost, scope=recipe.scope, kinds=recipe.kinds,
-                 round_to=recipe.round_to, vanilla=recipe.vanilla, rotate=recipe.rotate,
-                 image_size=recipe.image_size, batch_size=values.get("batch_size"),
-                 max_length=recipe.max_length)  # fmt: skip
+    found = plan(asked.model, asked.budget, cost=asked.cost, scope=asked.scope, kinds=asked.kinds,
+                 round_to=asked.round_to, vanilla=asked.vanilla, rotate=asked.rotate,
+                 image_size=asked.image_size, **sizes)  # fmt: skip
+    if arguments.estimate:
+        from ibprune.estimating import estimate
+
+        found["estimate"] = estimate(**asked.model_dump(exclude_unset=True), **given)
     if arguments.json:
         import json
 
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         print_plan(found)
+        if arguments.estimate:
+            print_estimate(found["estimate"])
     return 0
 
 

@@ -41,7 +41,7 @@ def make_accelerator(
     if precision not in PRECISIONS:
         raise BadRecipe(f"expected a precision of {', '.join(PRECISIONS)}, found '{precision}'.")
     if precision == "auto":
-        precision = "bf16" if _native_bf16() else "fp32"
+        precision = "bf16" if native_bf16() else "fp32"
     set_seed(seed)
     AcceleratorState._reset_state()  # a second run in one process may ask for other settings
     GradientState._reset_state()
@@ -100,7 +100,8 @@ def _reuse_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def _native_bf16() -> bool:
+def native_bf16() -> bool:
+    """Whether the device multiplies bfloat16 natively."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -305,8 +305,8 @@ def make_feed(
         )
     if recipe.packing and name != "causal_lm":
         raise BadRecipe(f"--packing joins the texts of causal language models, found {name}: leave it out.")
-    max_length = tokens_read(recipe.max_length, model.config, name)
-    recipe = _with_defaults(recipe.model_copy(update={"max_length": max_length}), DEFAULTS[name])
+    recipe = filled_in(recipe, name, model.config)
+    max_length = recipe.max_length
     train_set, held_out_set = data.stream or data.train, data.held_out
     if name in ("causal_lm", "masked_lm"):
         column = data.text_columns[0]
@@ -368,7 +368,7 @@ def make_picture_feed(
             f"--distill {recipe.distill} reads the blocks of a transformer, found a CNN "
             f"('{model.config.model_type}'): use --distill logits."
         )
-    recipe = _with_defaults(recipe, DEFAULTS["images" if traced else "images by patches"])
+    recipe = filled_in(recipe, "images" if traced else "images by patches", model.config)
     channels, size = (model.config.num_channels, size) if traced else _fixed_shape(model, size)
     normalised_by = "the model's image processor" if processor is not None else "the training pictures"
     if processor is None:
@@ -397,8 +397,18 @@ def _fixed_shape(model: PreTrainedModel, size: int | None) -> tuple[int, int]:
     return channels, height
 
 
-def _with_defaults(recipe: Recipe, defaults: Defaults) -> Recipe:
-    keys = ("mask_steps", "recover_steps", "probe_steps")
+def filled_in(recipe: Recipe, name: str, config: PreTrainedConfig) -> Recipe:
+    """The recipe with what it leaves open.
+
+    Args:
+        name: One of `DEFAULTS`: an objective, or what is read.
+
+    Raises:
+        BadRecipe: Texts longer than the model can read.
+    """
+    defaults, keys = DEFAULTS[name], ("mask_steps", "recover_steps", "probe_steps")
+    if defaults.max_length:
+        recipe = recipe.model_copy(update={"max_length": tokens_read(recipe.max_length, config, name)})
     if recipe.mode == "faster":  # the weights stay as they are, unless a recovery is asked for
         defaults = replace(defaults, recover_steps=0, probe_steps=0)
     steps = {key: getattr(defaults, key) for key in keys if getattr(recipe, key) is None}

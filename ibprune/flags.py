@@ -84,6 +84,33 @@ def _data(parser: Parser) -> None:
     parser.add_argument("--label-column", help="the column with the label")
 
 
+def _recipe(parser: Parser) -> None:
+    parser.add_argument("--recipe", help="YAML file with these flags as keys; flags override it")
+
+
+def _phases(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--mode", help="full (default); fast: on 3 %% of the data; faster: that, and weights stay as they are")
+    scores = "vib (default), gradual, fisher, kwon, obs, taylor, flap, activation, magnitude or random"
+    add("--score", help=f"what ranks the units: {scores}")
+    add("--reconstruct", action="store_true", default=None, help="refit by least squares what reads the cut units")
+    add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
+    add("--finetune-steps", type=int, help="steps to train the dense model first (default: if its head is new)")
+    add("--mask-steps", type=int, help="steps of scores vib and gradual (default: by objective)")
+    add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
+    add("--recovery", help="what trains in the recovery: full (default), or lora: adapters that the weights take up")
+    add("--lora-rank", type=int, help="rank of the adapters (default 16)")
+    add("--lora-alpha", type=float, help="over the rank, their scale (default: twice the rank)")
+    text = "judge the recovery so often on training rows held back, and keep the best weights (default: the last ones)"
+    add("--eval-every", type=int, metavar="STEPS", help=text)
+    add("--patience", type=int, metavar="N", help="end the recovery after N such looks without a lower loss")
+    add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
+    add("--distill", help="what is learned from the dense model: logits (default), hidden or relations (these and its "
+        "blocks' states, or how they relate tokens), or none")  # fmt: skip
+    add("--no-distill", dest="distill", action="store_const", const="none", help="the same as --distill none")
+    add("--divergence", help="how logits are compared: forward KL (default), reverse or balanced")
+
+
 def _saving(parser: Parser) -> None:
     add = parser.add_argument
     add("--resume", action="store_true", default=None, help="go on with a run that was cut short, from OUTPUT.partial")
@@ -102,32 +129,14 @@ def prune_parser() -> Parser:
     parser = Parser(prog="ibprune", description="Prune a trained model to a budget.", allow_abbrev=False)
     _common(parser)
     add = parser.add_argument
-    add("--recipe", help="YAML file with these flags as keys; flags override it")
+    _recipe(parser)
     _data(parser)
     add("--at-least", metavar="METRIC=VALUE", help="the smallest model that keeps accuracy=0.88, or accuracy=99%% of "
         "the dense model's (perplexity: at most); --budget is then the least to try (default 0.1)")  # fmt: skip
     add("--latency-table", metavar="FILE", help="a latency.json measured on this device before (--cost latency)")
-    add("--mode", help="full (default); fast: on 3 %% of the data; faster: that, and weights stay as they are")
-    scores = "vib (default), gradual, fisher, kwon, obs, taylor, flap, activation, magnitude or random"
-    add("--score", help=f"what ranks the units: {scores}")
-    add("--reconstruct", action="store_true", default=None, help="refit by least squares what reads the cut units")
-    add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")
     add("--output", help="folder to write (default: pruned)")
     _training(parser)
-    add("--finetune-steps", type=int, help="steps to train the dense model first (default: if its head is new)")
-    add("--mask-steps", type=int, help="steps of scores vib and gradual (default: by objective)")
-    add("--recover-steps", type=int, help="steps of recovery (default: by objective)")
-    add("--recovery", help="what trains in the recovery: full (default), or lora: adapters that the weights take up")
-    add("--lora-rank", type=int, help="rank of the adapters (default 16)")
-    add("--lora-alpha", type=float, help="over the rank, their scale (default: twice the rank)")
-    text = "judge the recovery so often on training rows held back, and keep the best weights (default: the last ones)"
-    add("--eval-every", type=int, metavar="STEPS", help=text)
-    add("--patience", type=int, metavar="N", help="end the recovery after N such looks without a lower loss")
-    add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
-    add("--distill", help="what is learned from the dense model: logits (default), hidden or relations (these and its "
-        "blocks' states, or how they relate tokens), or none")  # fmt: skip
-    add("--no-distill", dest="distill", action="store_const", const="none", help="the same as --distill none")
-    add("--divergence", help="how logits are compared: forward KL (default), reverse or balanced")
+    _phases(parser)
     _saving(parser)
     add("--push-to-hub", metavar="REPO", help="send the folder to this Hub repo, such as user/model, at the end")
     _pushing(parser)
@@ -141,9 +150,16 @@ def prune_parser() -> Parser:
 def plan_parser() -> Parser:
     parser = Parser(prog="ibprune plan", description=VERBS["plan"].capitalize() + ".", allow_abbrev=False)
     _common(parser)
-    parser.add_argument("--batch-size", type=int, help="sequences in the key-value cache (--cost memory; default 32)")
-    parser.add_argument("--max-length", type=int, help="tokens of each of them (default: as a run trains)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _recipe(parser)
+    parser.add_argument("--task", help="a GLUE task by name, such as sst2: the model becomes a classifier")
+    add = parser.add_argument
+    add("--estimate", action="store_true", help="say how much memory and time the run takes too")
+    add("--flops-per-second", type=float, metavar="RATE", help="the best of the GPU that will run it, such as 400e12 "
+        "(default: measured on this device)")  # fmt: skip
+    add("--utilisation", type=float, help="share of that rate which training reaches (default 0.4)")
+    _training(parser)
+    _phases(parser)
+    add("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -38,12 +38,26 @@ class Footprint:
     layers: tuple[tuple[int, int, int], ...]
 
 
-class _Watch(TorchDispatchMode):
-    """Counts operations, and the bytes of the tensors that they make and that live on."""
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+FLOPS = dict(flop_registry) | {  # torch knows the formula of a GPU's attention, and leaves out the CPU's
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_FLASH],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_FLASH_BACKWARD],
+}
+
+
+class Watch(TorchDispatchMode):
+    """Counts what runs under it, where the tensors have storage and where they have none.
+
+    Attributes:
+        operations: What torch starts one by one; views are none.
+        flops: Floating point operations of products, two for a multiply-accumulate, by torch's formulas.
+        live, peak: Bytes of the tensors that were made here and are held: now, and at the most.
+    """
 
     def __init__(self):
         super().__init__()
-        self.operations, self.live, self.peak = 0, 0, 0
+        self.operations, self.flops, self.live, self.peak = 0, 0, 0, 0
         self.known: set[int] = set()  # storages that are held, or that nothing here made: weights and inputs
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -52,6 +66,9 @@ class _Watch(TorchDispatchMode):
                 self._hold(tensor, size=0)
         made = func(*args, **(kwargs or {}))
         self.operations += not func.is_view
+        formula = FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=made)
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor) and _key(tensor) not in self.known:
                 self._hold(tensor, size=tensor.untyped_storage().nbytes())
@@ -83,7 +100,7 @@ def footprint(model: nn.Module, run: Callable[[], object]) -> Footprint:
         >>> found.macs, found.operations, found.activation_bytes, found.layers
         (30, 3, 104, ((2, 3, 5),))
     """
-    watch = _Watch()
+    watch = Watch()
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

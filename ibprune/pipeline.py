@@ -18,6 +18,7 @@ from ibprune.cutting import cut, for_adapters, lora_of, loss_with, on_kept_featu
 from ibprune.data import TextData, hub_data
 from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadData
+from ibprune.estimating import warn_of_memory
 from ibprune.evaluation import evaluate_model
 from ibprune.features import default_pooling
 from ibprune.feeding import Feed
@@ -135,6 +136,8 @@ def begin(
         subject = replace(subject, feed=subject.feed.holding_back())
         console.say(f"{len(subject.feed.held_back):,} training rows are held back: they judge the recovery as it goes")
     feed, loaded = subject.feed, subject.loaded
+    shape = feed.pictures()
+    warn_of_memory(subject.recipe, loaded.model, feed.objective, shape and tuple(shape["shape"]), console)
     dense = loaded.model.to(accelerator.device)
     journal.bind(fingerprints(subject), feed.generator)
     if loaded.new_head:

@@ -2,11 +2,12 @@
 
 import copy
 import os
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedConfig
 
-from ibprune.budget import least_cost, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import least_cost, make_budget
 from ibprune.channels import find_channels
 from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
@@ -16,9 +17,8 @@ from ibprune.folders import tier_of
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class
 from ibprune.recipe import make_recipe
-from ibprune.shares import equal_pressure
 from ibprune.sites import is_traced
-from ibprune.skeletons import prepare_skeleton_
+from ibprune.skeletons import equal_keep, prepare_skeleton_
 from ibprune.structure import budgeted, check_cnn, check_vocab, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.task_heads import WRITES, keeps_cache
@@ -101,12 +101,7 @@ def plan(
     scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
     if "vocab" in sites:
         scores["vocab"][fixed] += sites["vocab"].n_units
-    try:
-        keep = solve_by_shares(scores, sites, cost_model, target, equal_pressure(sites))
-    except BadRecipe:  # equal widths alone do not reach it: whole sub-layers go too
-        keep = solve_by_cost(scores, sites, cost_model, target)
-    keep = {name: keep.get(name, tuple(range(site.n_units))) for name, site in everything.items()}
-    found_plan = structure.plan(skeleton, keep)
+    found_plan = structure.plan(skeleton, equal_keep(replace(structure, sites=sites), target, scores))
     structure.compact(skeleton, found_plan)
     kept = found_plan.kept()
     full = cost_model.n_units

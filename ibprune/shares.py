@@ -10,12 +10,23 @@ from ibprune.groups import Site
 
 SHARES = ("probe", "cost", "equal")
 MOST_RECOVERED = 6  # candidates that get a short recovery
+ROUNDS, FACTORS = 2, (2.0, 0.5)  # of the search, and by which it scales the pressure on a kind
 
 
 def equal_pressure(sites: dict[str, Site]) -> dict[str, float]:
     """The same kept fraction for every kind of width; whole sub-layers stay unless they are all there is."""
     kinds = dict.fromkeys(site.kind for site in sites.values())
     return {kind: 0.0 if kind == "layers" and len(kinds) > 1 else 1.0 for kind in kinds}
+
+
+def most_compared(kinds: int) -> int:
+    """How many cuts `probe_shares` compares right after the cut, at the most.
+
+    Example:
+        >>> most_compared(4)
+        22
+    """
+    return 2 + kinds + ROUNDS * len(FACTORS) * kinds
 
 
 def probe_shares(
@@ -26,7 +37,6 @@ def probe_shares(
     budget: Budget,
     *,
     console: Quiet,
-    rounds: int = 2,
     recovered_loss_of: Callable[[Keep], float] | None = None,
 ) -> Keep:
     """The cut with the least measured loss found by a coordinate search over the kinds.
@@ -70,15 +80,15 @@ def probe_shares(
     starts = [None, equal] + [equal | {kind: 0.0} for kind in kinds if len(kinds) > 1 and equal[kind]]
     if "vocab" in kinds and len(kinds) > 1:  # most of its rows may go unused
         starts += [equal | {"vocab": 2.0}, equal | {"vocab": 4.0}]
-    moves = [(kind, factor) for factor in (2.0, 0.5) for kind in kinds]
-    total = len(starts) + rounds * len(moves)
+    moves = [(kind, factor) for factor in FACTORS for kind in kinds]
+    total = len(starts) + ROUNDS * len(moves)
     steps = iter(console.track(range(total), "allocating between kinds", total))
     for pressure in starts:
         next(steps)
         consider(pressure)
     if best is None:
         raise BadRecipe(f"expected a cut that meets the limit {amount(budget.limit, model.cost)}, found none.")
-    for power in [1.0 / (i + 1) for i in range(rounds)]:  # steps of 2, then 1.41
+    for power in [1.0 / (i + 1) for i in range(ROUNDS)]:  # steps of 2, then 1.41
         for kind, factor in moves:
             next(steps)
             pressure = best[2]

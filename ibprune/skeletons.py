@@ -6,13 +6,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ibprune.activations import check_read_linearly
-from ibprune.budget import make_budget
+from ibprune.budget import Budget, Keep, Scores, make_budget, solve_by_cost, solve_by_shares
 from ibprune.channels import Found
 from ibprune.errors import BadRecipe
 from ibprune.feeding import Feed
 from ibprune.models import Loaded, build_model
 from ibprune.recipe import Recipe
 from ibprune.rotation import any_axes
+from ibprune.shares import equal_pressure
 from ibprune.structure import Structure, budgeted, check_vocab, choose_kinds, prepare_, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.taps import readers
@@ -42,6 +43,20 @@ def prepare_skeleton_(
         skeleton, structure, structure.costs.of(recipe.cost), round_to=recipe.round_to,
         kinds=kinds if recipe.kinds else (),
     )  # fmt: skip
+
+
+def equal_keep(structure: Structure, target: Budget, scores: Scores) -> Keep:
+    """The units that stay where all kinds give equal shares; where that does not reach the budget, sub-layers go too.
+
+    Raises:
+        BadRecipe: The budget cannot be reached.
+    """
+    cost_model = structure.costs.of(target.cost)
+    try:
+        keep = solve_by_shares(scores, structure.sites, cost_model, target, equal_pressure(structure.sites))
+    except BadRecipe:
+        keep = solve_by_cost(scores, structure.sites, cost_model, target)
+    return {name: keep.get(name, tuple(range(site.n_units))) for name, site in structure.everything.items()}
 
 
 def check_cut(recipe: Recipe, loaded: Loaded, feed: Feed, found: Found | None) -> None:

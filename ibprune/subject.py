@@ -10,11 +10,12 @@ from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.data import TextData
 from ibprune.errors import BadData, BadRecipe
+from ibprune.estimating import check_weights
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
 from ibprune.lora import need_peft
-from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense
+from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense, model_class
 from ibprune.overlaps import held_out_overlap
 from ibprune.recipe import Recipe
 from ibprune.rotation import check_rotation
@@ -82,6 +83,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     n_labels = (len(data.labels) or 1) if data.label_column else None
     regression = bool(data.label_column and not data.labels)
     objective = "" if pictures or data.objective == WRITES else data.objective
+    check_weights(config, model_class(config, classify=n_labels is not None, objective=objective))
     loaded = load_dense(source, n_labels=n_labels, regression=regression, untrained=fresh, objective=objective)
     if loaded.new_head and data.labels:
         loaded.model.config.id2label = dict(enumerate(data.labels))

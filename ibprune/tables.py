@@ -113,6 +113,49 @@ def print_plan(found: dict) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
+def print_estimate(found: dict) -> None:
+    parts = ("dense", "student", "gradients", "moments", "activations")
+    length = f" of {found['batch']['length']} tokens" if found["batch"]["length"] else ""
+    table(
+        f"what the run takes: {found['objective']}, {found['precision']}, {found['batch']['sequences']} rows{length} "
+        f"in each of {found['num_processes']} process(es), memory in GB",
+        ("phase", "batches", *parts, "together", "TFLOP", "of the teacher", "time"),
+        [
+            (
+                row["phase"],
+                f"{row['batches']:,}",
+                *(f"{row['memory'][part] / 1e9:,.2f}" for part in parts),
+                f"{row['total'] / 1e9:,.2f}",
+                *(f"{row[key] / 1e12:,.1f}" for key in ("flops", "teacher_flops")),
+                duration(row["seconds"]),
+            )
+            for row in found["phases"]
+        ],
+    )
+    rate, disk = found["rate"], found["disk"]
+    there = "" if found["available"] is None else f"; {found['available'] / 1e9:,.1f} GB are free on {found['device']}"
+    process = f", and {found['process'] / 1e9:,.1f} GB of the process itself" if found["process"] else ""
+    sys.stdout.write(
+        f"memory     {found['memory'] / 1e9:,.1f} GB at the most{process}{there}\n"
+        f"disk       {disk['state'] / 1e9:,.1f} GB for the state of the run, {disk['folder'] / 1e9:,.1f} GB for the "
+        "model\n"
+        f"time       {duration(found['seconds'])} at {rate['flops_per_second'] / 1e12:,.3g} TFLOP/s "
+        f"({rate['source']}); evaluation, the audit and the checks of the folder come on top\n"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+        >>> duration(42.1), duration(5000)
+        ('42 s', '1.4 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
+
+
 def print_audit(found: dict) -> None:
     from ibprune.audit_output import audit_table, further_table
 

@@ -186,7 +186,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors, last_epoch=state.step - 1)
     weights = [p for group in groups[: len(groups) - len(flat)] for p in group["params"]]
     if settings.checkpointing:
-        _checkpoint_blocks_(model)
+        checkpoint_blocks_(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if entry is not None:
         load_moments_(optimizer, entry.part("optimizer/"))
@@ -303,7 +303,7 @@ def _take_back_(model: nn.Module, best: dict[str, torch.Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def _checkpoint_blocks_(model: nn.Module) -> None:
+def checkpoint_blocks_(model: nn.Module) -> None:
     """Lets a transformer's blocks run again in the backward pass, under the name that its version has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -12,7 +12,7 @@ from ibprune.inject import inject_
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
-from ibprune.trainer import _checkpoint_blocks_
+from ibprune.trainer import checkpoint_blocks_
 
 SAVES = [family for family in TINY if not family.startswith(("albert", "mpnet"))]  # transformers saves nothing there
 
@@ -47,7 +47,7 @@ def test_the_gradients_are_the_same_under_noise_and_when_cut(family, masked):
     batch = inputs_of(model)
     model.train()
     theirs, once = gradients(model, batch)
-    _checkpoint_blocks_(model)
+    checkpoint_blocks_(model)
     ours, twice = gradients(model, batch)
     assert ours.keys() == theirs.keys() and twice > once
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-7) for name in theirs)
