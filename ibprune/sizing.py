@@ -18,7 +18,7 @@ from ibprune.models import build_model
 from ibprune.recipe import Recipe
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.skeletons import equal_keep, prepare_skeleton_
-from ibprune.structure import Structure, prepare_traced_
+from ibprune.structure import Structure, budgeted, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_class
 
@@ -128,13 +128,14 @@ def _skeletons(
     recipe: Recipe, config: PreTrainedConfig, cls: type[PreTrainedModel], shape: tuple[int, int, int] | None
 ) -> tuple[PreTrainedModel, PreTrainedModel, Structure, tuple[int, int, int] | None]:
     """The dense model, what is cut of it, how, and the shape of the pictures that both read."""
+    dtype = getattr(config, "dtype", None) or torch.float32
     if not is_traced(config.model_type):
         teacher, student = (build_model(config, cls, device="meta") for _ in range(2))
-        return teacher, student, prepare_skeleton_(student, recipe)[0], image_shape(student)
+        return teacher, student, prepare_skeleton_(student, recipe, dtype)[0], image_shape(student)
     teacher, student = (build_model(config, cls, device="cpu") for _ in range(2))
     example = torch.zeros(2, *shape)
     structure = prepare_traced_(student, find_channels(student, example).sites, example, compact_traced_)
-    return teacher, student, structure, shape
+    return teacher, student, budgeted(structure, student, recipe, dtype), shape
 
 
 def _left(recipe: Recipe, structure: Structure, dense: int) -> tuple[int, float]:

@@ -98,7 +98,7 @@ def test_recipes_are_strict_and_flags_override_them(tmp_path):
         (["--budget", "0.5"], "--model"),
         (["--model", "minilm", "--budget", "0.5", "--scor", "vib"], "did you mean '--score'"),
         (["--model", "minilm", "--budget", "0.5", "--score", "fischer"], "did you mean 'fisher'"),
-        (["--model", "minilm", "--budget", "0.5", "--cost", "flops"], "Valid: latency, macs, params"),
+        (["--model", "minilm", "--budget", "0.5", "--cost", "flops"], "Valid: latency, macs, memory, params"),
         (["--model", "minilm", "--budget", "0.5", "--kinds", "head"], "did you mean 'heads'"),
         (["--model", "minilm", "--budget", "0.5", "--batch-size", "0"], "--batch-size"),
         (["--model", "minilm", "--budget", "0.5", "--seed", "99999999999"], "--seed"),
