@@ -72,7 +72,8 @@ def estimate(
     """What a run would take, from the config alone: nothing is loaded, and no data are read.
 
     Without `flops_per_second`, the run is on this device, whose rate is measured in a few seconds. With it, on a GPU of
-    that rate, of which training reaches the `utilisation`. What the model is for follows from `task` and its class.
+    that rate, of which training reaches the `utilisation`. What the model is for follows from `task` and its class. A
+    recovery by adapters is counted as if all weights trained: an upper bound.
 
     Args:
         num_processes: That divide each batch.
@@ -189,7 +190,8 @@ def phases(work: Work) -> tuple[Phase, ...]:
     add("learning masks", masked, _memory(work, trained, held, step.activation_bytes),
         masked * step.flops, masked * step.teacher_flops)  # fmt: skip
     recovered = recipe.recover_steps * accum
-    add("recovering", recovered, _memory(work, work.small, 0, step.activation_bytes),
+    best = work.small if recipe.eval_every else 0  # the weights of the best step so far
+    add("recovering", recovered, _memory(work, work.small, best, step.activation_bytes),
         recovered * small, recovered * step.teacher_flops)  # fmt: skip
     return tuple(found)
 
@@ -205,18 +207,26 @@ def _memory(work: Work, trained: int, held: int, activations: int, *, copies: in
         "dense": copies * WEIGHT * work.dense,
         "student": WEIGHT * (trained + held),
         "gradients": WEIGHT * trained * (2 if work.processes > 1 else 1),
-        "moments": MOMENTS * WEIGHT * trained,
+        "moments": MOMENTS * _moment(work.recipe) * trained,
         "activations": activations,
     }
 
 
 def disk(work: Work, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of the state of a run at the most, while one file takes the place of another, and of the model's file."""
-    student = WEIGHT * (work.student + work.masks)
-    moments = MOMENTS * WEIGHT * (work.masks if work.recipe.mode == "faster" else work.student + work.masks)
+    """Bytes of the state of a run at the most, while one more save is written, and of the model's file."""
+    student, saves, moment = WEIGHT * (work.student + work.masks), work.recipe.keep_last + 1, _moment(work.recipe)
+    moments = MOMENTS * moment * (work.masks if work.recipe.mode == "faster" else work.student + work.masks)
     first = WEIGHT * work.dense if work.new_head or work.recipe.finetune_steps else 0
-    recovering = 2 * (1 + MOMENTS) * WEIGHT * work.small
-    return {"state": first + max(2 * (student + moments), student + recovering), "folder": dtype.itemsize * work.small}
+    recovering = saves * (WEIGHT + MOMENTS * moment) * work.small
+    return {
+        "state": first + max(saves * (student + moments), student + recovering),
+        "folder": dtype.itemsize * work.small,
+    }
+
+
+def _moment(recipe: Recipe) -> int:
+    """Bytes of one of AdamW's moments of one weight."""
+    return 1 if recipe.optimizer == "adamw-8bit" else WEIGHT
 
 
 def measured_rate(

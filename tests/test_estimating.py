@@ -99,6 +99,19 @@ def test_weights_gradients_and_moments_are_exact():
     assert found["seconds"] == pytest.approx(sum(r["flops"] + r["teacher_flops"] for r in found["phases"]) / 0.4e12)
 
 
+def test_moments_in_a_byte_a_best_step_and_more_saves_are_counted():
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    plain = estimate(config, 0.5, flops_per_second=1e9)
+    small = estimate(config, 0.5, flops_per_second=1e9, optimizer="adamw-8bit")
+    last, narrow = (found["phases"][-1]["memory"] for found in (plain, small))
+    assert last["moments"] == 4 * narrow["moments"] and last["gradients"] == narrow["gradients"]
+    best = estimate(config, 0.5, flops_per_second=1e9, eval_every=10)["phases"][-1]["memory"]
+    assert best["student"] == 2 * last["student"]
+    assert estimate(config, 0.5, flops_per_second=1e9, keep_last=3)["disk"]["state"] > plain["disk"]["state"]
+
+
 def test_bad_input_is_one_line(folders, capsys):
     with pytest.raises(BadRecipe, match="--utilisation: expected a number above 0 and at most 1, found 2"):
         ibprune.estimate(folders["BertModel"], 0.5, flops_per_second=1e12, utilisation=2)
