@@ -38,6 +38,9 @@ from ibprune.tables import (
 )
 
 PATIENCE = 30.0  # seconds in which the main process says what it has to say too
+# What `ibprune plan` reads without --estimate.
+PLANNED = {"model", "budget", "cost", "scope", "kinds", "round_to", "vanilla", "rotate", "image_size", "batch_size",
+           "max_length"}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,8 +174,9 @@ def _plan(argv: list[str]) -> int:
     values = _given(arguments, without=("debug", "json", "recipe", "estimate", *rates))
     asked = make_recipe(values, file=arguments.recipe) if arguments.recipe else make_recipe({"budget": 1.0} | values)
     given = {name: getattr(arguments, name) for name in rates if getattr(arguments, name) is not None}
-    if given and not arguments.estimate:
-        raise BadRecipe(f"expected --estimate beside --{next(iter(given)).replace('_', '-')}.")
+    unused = [*given, *(name for name in values if name not in PLANNED)]
+    if unused and not arguments.estimate:
+        raise BadRecipe(f"expected --estimate beside --{unused[0].replace('_', '-')}.")
     sizes = {name: values.get(name) for name in ("batch_size", "max_length")}  # of a key-value cache
     if asked.cost == "memory":
         sizes = {name: getattr(asked, name) for name in sizes}

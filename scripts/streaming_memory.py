@@ -21,9 +21,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from ibprune.report import versions
 
 ROOT = Path(__file__).parents[1]
-SIZES = (50, 200)  # MB
-RUNS = {"in memory": (), "streaming": ("--streaming",), "in memory, packed": ("--packing",),
-        "streaming, packed": ("--streaming", "--packing")}  # fmt: skip
+SIZES = (20, 80)  # MB
+RUNS = {"in memory": (), "streaming": ("--streaming",)}
 STEPS = ("--finetune-steps", "3", "--batch-size", "16", "--max-length", "128", "--precision", "fp32", "--quiet")
 
 
@@ -74,7 +73,7 @@ def write_rows(file: Path, words: list[str], size: int) -> int:
 
 def peak(scratch: Path, file: Path, flags: tuple[str, ...], name: str) -> dict[str, float]:
     """Resident memory at its most and seconds of one run, without what datasets kept of an earlier one."""
-    label = f"{file.stem}-{name.replace(', ', '-').replace(' ', '-')}"
+    label = f"{file.stem}-{name.replace(' ', '-')}"
     command = [sys.executable, "-m", "ibprune", "train", "--model", str(scratch / "model"), "--data", str(file)]
     env = os.environ | {"HF_HOME": str(scratch / "cache" / label), "PYTHONPATH": str(ROOT)}
     started = time.monotonic()

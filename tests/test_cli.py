@@ -105,6 +105,7 @@ def test_recipes_are_strict_and_flags_override_them(tmp_path):
         (["--recipe", "missing.yaml"], "could not read the recipe"),
         (["prun", "--model", "minilm"], "did you mean 'prune'"),
         (["plan", "--model", "minilm", "--budgte", "1"], "did you mean '--budget'"),
+        (["plan", "--model", "minilm", "--lr", "1"], "expected --estimate beside --lr"),
     ],
 )
 def test_bad_flags(flags, expected, capsys, tmp_path, monkeypatch):
