@@ -1,11 +1,22 @@
 """Text data: GLUE tasks, Hub data sets and local files."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, LargeList, List, Value, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    LargeList,
+    List,
+    Value,
+    load_dataset,
+)
 from huggingface_hub import constants
 
 from ibprune.annotations import (
@@ -355,17 +366,21 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
     """The rows with a text in every column and a label, and how many had none.
 
     Raises:
-        BadData: A column is missing or holds no text, or nothing is left.
+        BadData: A column is missing, holds no text, or no finite label a row, or nothing is left.
     """
     for column in (*text, *((label,) if label else ())):
         if column not in rows.column_names:
             raise BadData(f"expected the column '{column}' in the {split} rows of '{name}', found none.")
     for column in text:
-        if rows.features[column].dtype not in ("string", "large_string", "null"):
-            raise BadData(f"expected text in '{column}' of '{name}', found {rows.features[column].dtype}.")
+        if _kind(rows, column) not in ("string", "large_string", "null"):
+            raise BadData(f"expected text in '{column}' of '{name}', found {_kind(rows, column)}.")
+    if label and not isinstance(rows.features[label], Value | ClassLabel):
+        raise BadData(f"expected one label a row in '{label}' of '{name}', found {_kind(rows, label)}.")
     columns = [[bool(value and value.strip()) for value in rows[column]] for column in text]
     if label:
         columns.append([value is not None and value == value for value in rows[label]])
+        if any(value in (math.inf, -math.inf) for value in rows[label]):
+            raise BadData(f"expected finite numbers in '{label}' of '{name}', found an infinite one.")
     kept = [i for i, whole in enumerate(zip(*columns)) if all(whole)]
     left_out = len(rows) - len(kept)
     if not kept:
@@ -375,3 +390,9 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
         if label and rows.features[label].dtype == "float64" and all(v.is_integer() for v in rows[label]):
             rows = rows.cast_column(label, Value("int64"))  # the gaps had made whole numbers decimals
     return rows, left_out
+
+
+def _kind(rows: Dataset, column: str) -> str:
+    """What a column holds, for people: nested values have no dtype."""
+    feature = rows.features[column]
+    return str(getattr(feature, "dtype", type(feature).__name__.lower()))

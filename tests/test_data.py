@@ -1,5 +1,7 @@
 """Data: the splits, the columns, the embedded prose, and errors that say what to do."""
 
+import json
+
 import pytest
 import torch
 from conftest import WORDS
@@ -56,6 +58,24 @@ def test_data_that_cannot_be_used(text, flags, reason, tmp_path):
     file.write_text(text)
     with pytest.raises(BadData, match=reason):
         load_data(str(file), **flags)
+
+
+@pytest.mark.parametrize(
+    "row,reason",
+    [
+        ({"text": {"en": "x"}, "label": 1}, "expected text in 'text' of 'rows.jsonl', found dict"),
+        ({"text": 7, "label": 1}, "expected text in 'text' of 'rows.jsonl', found json"),  # numbers among texts
+        ({"text": "x", "label": [1]}, "expected one label a row in 'label' of 'rows.jsonl', found list"),
+        ({"text": "x", "label": 1e999}, "expected finite numbers in 'label' of 'rows.jsonl', found an infinite one"),
+    ],
+)
+def test_values_that_are_no_texts_and_labels(row, reason, tmp_path):
+    others = row if not isinstance(row["text"], int) else row | {"text": "y"}
+    others = others if others["label"] != 1e999 else others | {"label": 0.5}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, [others] * 15 + [row] + [others] * 15)))
+    with pytest.raises(BadData, match=reason):
+        load_data(str(file))
 
 
 def test_a_folder_without_a_training_file(tmp_path):
