@@ -104,7 +104,7 @@ def hollow(*models: PreTrainedModel) -> Iterator[None]:
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         for model in models:
-            model.to_empty(device="cpu")
+            _emptied_(model)
         try:
             yield
         except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
@@ -112,6 +112,26 @@ def hollow(*models: PreTrainedModel) -> Iterator[None]:
                 f"what a '{models[0].config.model_type}' model of this kind computes depends on what it reads: there "
                 "is no estimate for it."
             ) from error
+
+
+def _emptied_(model: nn.Module) -> None:
+    """Gives a model tensors of the present mode, ties kept.
+
+    `to_empty` meets a module that stands in two places twice, and would swap its tensors in place, which fails while
+    anything knows them.
+    """
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old ones are held: an id is given again
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in known:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                    known[id(tensor)] = tensor, empty
+                tensors[name] = known[id(tensor)][1]
 
 
 def train_step(

@@ -10,13 +10,14 @@ from ibprune.channels import find_channels
 from ibprune.costs import count_params
 from ibprune.dry_steps import DryRun, Step, hollow, made_up_batch, over_depth, score_step, train_step
 from ibprune.engine import native_bf16
+from ibprune.errors import UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.feeding import filled_in
 from ibprune.inject import inject_
 from ibprune.losses import Objective
 from ibprune.models import build_model
 from ibprune.recipe import Recipe
-from ibprune.sites import is_traced, reads_pictures
+from ibprune.sites import find_family, is_traced, reads_pictures
 from ibprune.skeletons import equal_keep, prepare_skeleton_
 from ibprune.structure import Structure, budgeted, prepare_traced_
 from ibprune.surgery import compact_traced_
@@ -98,6 +99,11 @@ def measure(
         shape: Of a picture, where the config does not say.
     """
     traced = is_traced(config.model_type)
+    if not traced and find_family(config.model_type).experts:
+        raise UnsupportedModel(
+            f"which experts of a '{config.model_type}' a token takes depends on what is read: there is no estimate for "
+            "it."
+        )
     defaults = name if not reads_pictures(config.model_type) else "images" if traced else "images by patches"
     recipe = filled_in(recipe, defaults, config)
     objective = Objective(name, divergence=recipe.divergence)

@@ -136,7 +136,8 @@ def print_estimate(found: dict) -> None:
     there = "" if found["available"] is None else f"; {found['available'] / 1e9:,.1f} GB are free on {found['device']}"
     process = f", and {found['process'] / 1e9:,.1f} GB of the process itself" if found["process"] else ""
     sys.stdout.write(
-        f"memory     {found['memory'] / 1e9:,.1f} GB at the most{process}{there}\n"
+        f"memory     {found['memory'] / 1e9:,.1f} GB in the largest phase{process}; runs took up to a third more"
+        f"{there}\n"
         f"disk       {disk['state'] / 1e9:,.1f} GB for the state of the run, {disk['folder'] / 1e9:,.1f} GB for the "
         "model\n"
         f"time       {duration(found['seconds'])} at {rate['flops_per_second'] / 1e12:,.3g} TFLOP/s "
