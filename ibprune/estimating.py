@@ -163,7 +163,7 @@ def phases(work: Work) -> tuple[Phase, ...]:
     batches = max(1, CALIBRATION // recipe.batch_size)
     forward, taught = step.forward_flops / work.rows, step.teacher_flops / work.rows
     small = int(work.small_share * step.flops)
-    accum, steps = recipe.grad_accum, recipe.finetune_steps
+    accum, steps, vocab = recipe.grad_accum, recipe.finetune_steps, "vocab" in recipe.kinds
     found = []
 
     def add(name: str, batches: int, memory: dict[str, int], flops: float, teacher_flops: float) -> None:
@@ -175,10 +175,12 @@ def phases(work: Work) -> tuple[Phase, ...]:
     add("training dense", steps * accum, _memory(work, work.dense, 0, step.activation_bytes, copies=0),
         steps * accum * step.flops, 0)  # fmt: skip
     if recipe.score not in ("magnitude", "random"):
-        times = 1 + (learned and recipe.score == "gradual") * MaskSettings().rescored
+        times = 1 + vocab + (learned and recipe.score == "gradual") * MaskSettings().rescored
         add("scoring units", times * batches, _memory(work, 0, work.student, score.activation_bytes),
             times * batches * score.flops, 0)  # fmt: skip
-    compared = most_compared(work.kinds) if probed else 0
+    compared = most_compared(work.kinds, vocab=vocab) * probed
+    if vocab and probed:  # once more, of the other kinds, on the new tokens
+        compared += most_compared(work.kinds - 1)
     add("allocating between kinds", compared * max(1, PROBE // recipe.batch_size),
         _memory(work, 0, work.student, score.activation_bytes),
         compared * PROBE * forward, PROBE * taught)  # fmt: skip

@@ -19,14 +19,17 @@ def equal_pressure(sites: dict[str, Site]) -> dict[str, float]:
     return {kind: 0.0 if kind == "layers" and len(kinds) > 1 else 1.0 for kind in kinds}
 
 
-def most_compared(kinds: int) -> int:
+def most_compared(kinds: int, *, vocab: bool = False) -> int:
     """How many cuts `probe_shares` compares right after the cut, at the most.
 
+    Args:
+        vocab: Whether a vocabulary is among the kinds.
+
     Example:
-        >>> most_compared(4)
-        22
+        >>> most_compared(4), most_compared(4, vocab=True)
+        (22, 24)
     """
-    return 2 + kinds + ROUNDS * len(FACTORS) * kinds
+    return 2 + 2 * vocab + kinds + ROUNDS * len(FACTORS) * kinds
 
 
 def probe_shares(

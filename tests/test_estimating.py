@@ -11,12 +11,14 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForCaus
 import ibprune
 from ibprune import cli
 from ibprune.costs import count_params
+from ibprune.cutting import PROBE
 from ibprune.dry_steps import DryRun, Step, hollow, made_up_batch, over_depth, train_step
 from ibprune.errors import BadRecipe, IBPruneError, UnsupportedModel
 from ibprune.estimating import check_weights, estimate, warn_of_memory
 from ibprune.losses import Objective, forward, training_loss
 from ibprune.models import build_model
 from ibprune.recipe import make_recipe
+from ibprune.shares import most_compared
 
 CASES = {"bert": (BertForSequenceClassification, "classification"), "llama": (LlamaForCausalLM, "causal_lm")}
 ROWS, LENGTH = 4, 16
@@ -128,6 +130,20 @@ def test_moments_in_a_byte_a_best_step_and_more_saves_are_counted():
     best = estimate(config, 0.8, flops_per_second=1e9, eval_every=10)["phases"][-1]["memory"]
     assert best["student"] == 2 * last["student"]
     assert estimate(config, 0.8, flops_per_second=1e9, keep_last=3)["disk"]["state"] > plain["disk"]["state"]
+
+
+def test_a_vocabulary_is_searched_for_before_the_rest():
+    config = BertConfig(
+        vocab_size=601, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    asked = dict(budget=0.95, task="sst2", flops_per_second=1e9)
+    found = [
+        {phase["phase"]: phase["batches"] for phase in estimate(config, kinds=kinds, **asked)["phases"]}
+        for kinds in (("heads", "ffn"), ("heads", "ffn", "vocab"))
+    ]
+    first = most_compared(3, vocab=True) * PROBE // 32
+    assert found[1]["allocating between kinds"] == first + found[0]["allocating between kinds"]
+    assert found[1]["scoring units"] == 2 * found[0]["scoring units"]
 
 
 def test_bad_input_is_one_line(folders, capsys):

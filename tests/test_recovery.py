@@ -121,6 +121,20 @@ def test_the_run_goes_on_where_it_was_cut_short(recovered, tmp_path):
     assert all(torch.equal(p, weights[name]) for name, p in again.model.named_parameters())
 
 
+def test_candidate_cuts_are_tried_with_what_the_recovery_trains(classifier, tmp_path, monkeypatch):
+    tried = []
+
+    def watched(model, loss_of, batches, settings, **more):
+        own = [name for name, p in model.named_parameters() if p.requires_grad]
+        tried.append((more["phase"], settings.lr, all("lora_" in name for name in own)))
+        return train(model, loss_of, batches, settings, **more)
+
+    monkeypatch.setattr("ibprune.cutting.train", watched)
+    values = classifier | dict(shares="probe", probe_steps=1, recover_steps=1, lr=1e-3, finetune_steps=1)
+    ibprune.prune(**values, recovery="lora", output=tmp_path / "out")
+    assert len(tried) > 1 and set(tried) == {("trying a cut", 1e-2, True)}
+
+
 class Counting(nn.Linear):
     """A line that counts its steps of training, as a BatchNorm does."""
 
