@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ibprune.checks import scale_changed
+
 DENSE, PRUNED = "#4477aa", "#cc6677"  # told apart by colour-blind readers and in grey print
 FORMATS = ("png", "svg")
 
@@ -83,13 +85,13 @@ def retained(found: dict) -> Figure | None:
     figure, axes = _figure(7, 0.45 * len(layers) + 1.2)
     for i, layer in enumerate(layers):
         value, (low, high) = layer["I_XL"]["retained"], layer["I_XL"]["retained_ci95"]
-        hatch = "" if _ok(layer) else "///"
+        hatch = "" if _ok(layer) and not scale_changed(layer) else "///"
         axes.barh(i, value, color=PRUNED, alpha=0.6, hatch=hatch)
         axes.plot([low, high], [i, i], color="black", linewidth=1.5)
     axes.axvline(1.0, color=DENSE, linewidth=1)
     axes.set_yticks(range(len(layers)), [_short(layer["name"]) for layer in layers])
     axes.invert_yaxis()
-    axes.set(xlabel="share of the dense layer's resolved information (hatched: status not ok)")
+    axes.set(xlabel="share of the dense layer's resolved information (hatched: not to be quoted)")
     return figure
 
 

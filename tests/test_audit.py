@@ -22,6 +22,7 @@ from ibprune.measures import AuditSettings
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
 from ibprune.plans import PruningPlan
+from ibprune.plots import retained
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
 
@@ -97,6 +98,12 @@ def test_a_change_of_scale_is_named_and_not_quoted_as_information():
     assert last["I_XL"]["retained"] > 1.3 and last["I_XL"]["retained_relative"] == pytest.approx(1.0, abs=0.02)
     assert layer_status(last) != "ok" and "SCALE_CHANGED" in [w["code"] for w in last["warnings"]]
     assert found["headline"] is None
+    for side in ("before", "after"):  # of 40 inputs nothing else is to be quoted either
+        last["I_XL"][side]["status"] = "ok"
+    bars = retained({"layers": [last]}).axes[0].patches
+    assert bars and all(bar.get_hatch() for bar in bars)
+    last["warnings"] = []
+    assert not any(bar.get_hatch() for bar in retained({"layers": [last]}).axes[0].patches)
 
 
 def test_a_plain_module_with_layers_named_by_the_user():
