@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -330,8 +331,11 @@ def probe_loss(
     accelerator: Accelerator,
     *,
     read: Callable[[Keep], list[Batch]] | None = None,
-) -> Callable[[Keep], float]:
+) -> Callable[[Keep, float], float]:
     """A function that cuts by masks and returns the loss on a few batches, to the dense model where there is one.
+
+    Its second argument is a loss above which it is of no use: what the batches so far lost is then enough to stop, and
+    infinity is returned. Only losses of one's own can be negative, and are always summed to the end.
 
     Args:
         read: The same batches as the student reads them under a cut, where that changes its tokens.
@@ -340,13 +344,14 @@ def probe_loss(
         teacher = [forward(dense, dense_batch(batch)) if dense is not None else None for batch in batches]
 
     @torch.no_grad()
-    def loss_of(keep: Keep) -> float:
+    def loss_of(keep: Keep, at_most: float = math.inf) -> float:
         masks.set_keep(keep)
+        losses = []
         with accelerator.autocast():
-            losses = [
-                training_loss(objective, forward(student, batch), target, batch)
-                for batch, target in zip(batches if read is None else read(keep), teacher)
-            ]
+            for batch, target in zip(batches if read is None else read(keep), teacher):
+                losses.append(training_loss(objective, forward(student, batch), target, batch))
+                if objective.name != "custom" and float(sum(losses)) > at_most * len(batches):
+                    return shared(math.inf)
         return shared(float(torch.stack(losses).mean()))
 
     return loss_of

@@ -1,5 +1,6 @@
 """How much of each kind to keep: found by measuring the loss of candidate cuts, not by a formula."""
 
+import math
 from collections.abc import Callable
 
 from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, solve_by_cost, solve_by_shares
@@ -33,7 +34,7 @@ def most_compared(kinds: int, *, vocab: bool = False) -> int:
 
 
 def probe_shares(
-    loss_of: Callable[[Keep], float],
+    loss_of: Callable[[Keep, float], float],
     scores: Scores,
     sites: dict[str, Site],
     model: CostModel,
@@ -51,14 +52,15 @@ def probe_shares(
     its units.
 
     Args:
-        loss_of: The loss right after a cut.
+        loss_of: The loss right after a cut, or any larger number where it is above a bound, from which on it need not
+            be known.
         recovered_loss_of: The loss after a cut and a short recovery. It has the last word between few candidates:
             what hurts most at once is not what stays lost.
     """
-    tried: dict[tuple, float] = {}
+    tried: set[tuple] = set()
     best: tuple[float, Keep, dict[str, float]] | None = None
 
-    def consider(pressure: dict[str, float] | None) -> bool:
+    def consider(pressure: dict[str, float] | None) -> None:
         nonlocal best
         try:
             keep = (
@@ -67,16 +69,15 @@ def probe_shares(
                 else solve_by_shares(scores, sites, model, budget, pressure)
             )
         except BadRecipe:  # the kinds under pressure cannot reach the budget alone
-            return False
+            return
         key = tuple(len(units) for units in keep.values())
         if key in tried:
-            return False
-        tried[key] = loss_of(keep)
-        if best is None or tried[key] < best[0]:
+            return
+        tried.add(key)
+        loss = loss_of(keep, math.inf if best is None else best[0])
+        if best is None or loss < best[0]:
             kept = fractions_kept(keep, sites)
-            best = tried[key], keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}
-            return True
-        return False
+            best = loss, keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}
 
     kinds = list(dict.fromkeys(site.kind for site in sites.values()))
     equal = equal_pressure(sites)

@@ -159,7 +159,7 @@ def test_the_search_follows_the_measured_loss():
     for spared in ("hidden", "ffn"):
         names = [n for n, s in sites.items() if s.kind == spared]
         keep = probe_shares(
-            lambda keep, names=names: -float(sum(len(keep[n]) for n in names)),
+            lambda keep, at_most, names=names: -float(sum(len(keep[n]) for n in names)),
             scores, sites, params, budget, console=Quiet(),
         )  # fmt: skip
         assert spent(params, keep) <= budget.limit
@@ -184,7 +184,13 @@ def test_a_short_recovery_has_the_last_word_between_few_candidates():
 
     def search(**after_recovery):
         return probe_shares(
-            lambda keep: -float(kept(keep, "ffn")), scores, sites, params, budget, console=Quiet(), **after_recovery
+            lambda keep, at_most: -float(kept(keep, "ffn")),
+            scores,
+            sites,
+            params,
+            budget,
+            console=Quiet(),
+            **after_recovery,
         )
 
     first, last = search(), search(recovered_loss_of=after)

@@ -6,9 +6,12 @@ from typing import get_args
 import pytest
 import torch
 from conftest import build, random_keep, token_ids
+from torch.nn import functional as F
 
 from ibprune.console import Quiet
+from ibprune.cutting import probe_loss
 from ibprune.embeddings import factorize_
+from ibprune.engine import make_accelerator
 from ibprune.inject import inject_
 from ibprune.losses import Objective, forward, supervised_loss
 from ibprune.plans import PruningPlan
@@ -137,3 +140,26 @@ def test_the_recipe_and_the_scores_name_the_same():
 def test_the_command_of_a_refitted_run_asks_for_it():
     recipe = make_recipe({"model": "minilm", "budget": 0.3, "score": "taylor", "reconstruct": True, "distill": False})
     assert recipe.command() == "ibprune --model minilm --budget 0.3 --score taylor --reconstruct --distill none"
+
+
+def test_a_candidate_that_cannot_win_is_not_read_to_its_end():
+    """The bound changes no loss below it, and is not used on losses of one's own: these may be negative."""
+    model = build("bert", "BertForSequenceClassification").eval()
+    sites = {name: site for name, site in find_sites(model).items() if site.kind in ("heads", "ffn")}
+    masks = inject_(model, sites)
+    read = []
+    model.register_forward_hook(lambda *_: read.append(1))
+    ids = token_ids(batch=2)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}] * 3
+    whole = {name: tuple(range(site.n_units)) for name, site in sites.items()}
+    objectives = [
+        Objective("classification"),
+        Objective("custom", loss=lambda output, labels: F.cross_entropy(output, labels, reduction="none") - 9),
+    ]
+    for objective in objectives:
+        loss_of = probe_loss(model, masks, None, batches, objective, make_accelerator("fp32"))
+        loss, read[:] = loss_of(whole), []
+        assert loss_of(whole, loss + 1e-6) == loss and len(read) == 3
+        read.clear()
+        custom = objective.name == "custom"
+        assert (loss_of(whole, 0.1) == loss) == custom and len(read) == (3 if custom else 1)
