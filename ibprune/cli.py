@@ -21,6 +21,7 @@ from ibprune.flags import (
     plan_parser,
     prune_parser,
     push_parser,
+    recipes_parser,
     train_parser,
 )
 from ibprune.tables import (
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return {
             "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit,
-            "bench": _bench, "export": _export, "convert-legacy": _convert_legacy,
+            "bench": _bench, "export": _export, "convert-legacy": _convert_legacy, "recipes": _recipes,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
     except IBPruneError as error:
@@ -297,6 +298,30 @@ def _convert_legacy(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
         print_conversion(report, values["output"])
+    return 0
+
+
+def _recipes(argv: list[str]) -> int:
+    arguments = recipes_parser().parse_args(argv)
+    from ibprune import recipe_files
+
+    if arguments.action in ("show", "copy") and arguments.name is None:
+        names = ", ".join(recipe_files.shipped())
+        raise BadRecipe(f"expected the name of a recipe after {arguments.action}, found none. There are: {names}.")
+    if arguments.action == "show":
+        sys.stdout.write(recipe_files.find(arguments.name).read_text(encoding="utf-8"))
+    elif arguments.action == "copy":
+        path = recipe_files.copy_recipe(arguments.name, arguments.target)
+        sys.stdout.write(f"written to {path}: ibprune --recipe {path}\n")
+    elif arguments.action == "schema":
+        import json
+
+        from ibprune.recipe import Recipe
+
+        sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=1) + "\n")
+    else:
+        for name, path in recipe_files.shipped().items():
+            sys.stdout.write(f"{name:<20} {recipe_files.purpose(path)}\n")
     return 0
 
 

@@ -75,8 +75,8 @@ def estimate(
     """What a run would take, from the config alone: nothing is loaded, and no data are read.
 
     Without `flops_per_second`, the run is on this device, whose rate is measured in a few seconds. With it, on a GPU of
-    that rate, of which training reaches the `utilisation`. What the model is for follows from `task` and its class. A
-    recovery by adapters is counted as if all weights trained: an upper bound.
+    that rate, of which training reaches the `utilisation`. What the model is for follows from `task` and its class.
+    Where adapters alone recover, the operations are counted as if all weights trained: an upper bound.
 
     Args:
         num_processes: That divide each batch.
@@ -187,17 +187,17 @@ def phases(work: Work) -> tuple[Phase, ...]:
     tried = MOST_RECOVERED * probe_steps(recipe.probe_steps, recipe.recover_steps) * accum
     tried *= probed and work.kinds > 1
     judged = MOST_RECOVERED * CALIBRATION if tried else 0
-    memory = _memory(work, work.small, work.student, step.activation_bytes)
+    trained, held = (work.adapters, work.small) if work.adapters else (work.small, 0)
+    memory = _memory(work, trained, held + work.student, step.activation_bytes)
     add("trying a cut", tried, memory, tried * small + judged * work.small_share * forward,
         tried * step.teacher_flops + judged * taught)  # fmt: skip
     masked = recipe.mask_steps * accum if learned else 0
-    trained = work.masks if recipe.mode == "faster" else work.student + work.masks
-    held = work.student + work.masks - trained
-    add("learning masks", masked, _memory(work, trained, held, step.activation_bytes),
+    learning = work.masks if recipe.mode == "faster" else work.student + work.masks
+    add("learning masks", masked, _memory(work, learning, work.student + work.masks - learning, step.activation_bytes),
         masked * step.flops, masked * step.teacher_flops)  # fmt: skip
     recovered = recipe.recover_steps * accum
     best = work.small if recipe.eval_every else 0  # the weights of the best step so far
-    add("recovering", recovered, _memory(work, work.small, best, step.activation_bytes),
+    add("recovering", recovered, _memory(work, trained, held + best, step.activation_bytes),
         recovered * small, recovered * step.teacher_flops)  # fmt: skip
     return tuple(found)
 
@@ -223,7 +223,7 @@ def disk(work: Work, dtype: torch.dtype) -> dict[str, int]:
     student, saves, moment = WEIGHT * (work.student + work.masks), work.recipe.keep_last + 1, _moment(work.recipe)
     moments = MOMENTS * moment * (work.masks if work.recipe.mode == "faster" else work.student + work.masks)
     first = WEIGHT * work.dense if work.new_head or work.recipe.finetune_steps else 0
-    recovering = saves * (WEIGHT + MOMENTS * moment) * work.small
+    recovering = saves * (WEIGHT * (work.small + work.adapters) + MOMENTS * moment * (work.adapters or work.small))
     return {
         "state": first + max(saves * (student + moments), student + recovering),
         "folder": dtype.itemsize * work.small,

@@ -13,6 +13,7 @@ VERBS = {
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
     "bench": "measure speed, memory and size of a dense and a pruned model side by side, and say why it is not more",
     "convert-legacy": "turn a checkpoint that an older tool pruned into a folder that loads",
+    "recipes": "list the recipes that come with ibprune, show one, or copy it to start from",
     "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
 
@@ -258,6 +259,17 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in _names(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a comma list of whole numbers, found '{text}'") from None
+
+
+def recipes_parser() -> Parser:
+    parser = Parser(prog="ibprune recipes", description=VERBS["recipes"].capitalize() + ".", allow_abbrev=False)
+    add = parser.add_argument
+    add("action", nargs="?", default="list", choices=("list", "show", "copy", "schema"),
+        help="schema: the JSON Schema of a recipe, for editors")  # fmt: skip
+    add("name", nargs="?", help="of a recipe, for show and copy")
+    add("target", nargs="?", default=".", help="file or folder to copy to (default: here)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def mi_parser() -> Parser:

@@ -42,6 +42,12 @@ def adapted_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def count_adapters(model: PreTrainedModel, lora: Lora) -> int:
+    """Parameters of the adapters that `adapted` puts beside a model's layers, which may be on the device "meta"."""
+    layers = (model.get_submodule(path) for path in adapted_layers(model))
+    return sum(lora.rank * sum(layer.weight.shape) for layer in layers)
+
+
 @contextmanager
 def adapted(model: PreTrainedModel, lora: Lora | None) -> Iterator[int]:
     """While it is open, adapters beside the linear layers of all blocks are all that trains of a model; then the

@@ -32,9 +32,14 @@ ALIASES = {
     "gpt2": "openai-community/gpt2",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "resnet-50": "microsoft/resnet-50",
     "roberta-base": "FacebookAI/roberta-base",
     "tinyllama": "TinyLlama/TinyLlama_v1.1",
+    "vit-b-16": "google/vit-base-patch16-224",
 }
 ADAPTER = "adapter_config.json"
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

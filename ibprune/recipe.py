@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ibprune.errors import BadRecipe, did_you_mean, first_line
 from ibprune.groups import KINDS
 from ibprune.losses import LAYERED
+from ibprune.recipe_files import find
 
 CNN_KINDS = ("channels",)
 AUGMENTATIONS = ("flip", "crop")
@@ -271,6 +272,9 @@ class Recipe(BaseModel):
 def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
     """A recipe from a YAML file, `values` (flags) overriding it.
 
+    Args:
+        file: A path, or the name of a recipe that comes with ibprune (`ibprune.recipe_files`).
+
     Raises:
         BadRecipe: Unreadable, an unknown key (with the nearest valid one), or a value out of range.
 
@@ -280,6 +284,8 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
     """
     found: dict = {}
     if file is not None:
+        if Path(file).name == str(file) and not Path(file).suffix and not Path(file).exists():
+            file = find(str(file))
         try:
             loaded = yaml.safe_load(Path(file).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

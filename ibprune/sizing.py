@@ -8,12 +8,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ibprune.budget import make_budget
 from ibprune.channels import find_channels
 from ibprune.costs import count_params
+from ibprune.cutting import lora_of
 from ibprune.dry_steps import DryRun, Step, hollow, made_up_batch, over_depth, score_step, train_step
 from ibprune.engine import native_bf16
 from ibprune.errors import UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.feeding import filled_in
 from ibprune.inject import inject_
+from ibprune.lora import count_adapters
 from ibprune.losses import Objective
 from ibprune.models import build_model
 from ibprune.recipe import Recipe
@@ -47,6 +49,8 @@ class Work:
         step, score: One batch of training and of scoring. What is left is taken to hold no fewer activations.
         new_head: Whether the dense model is trained first.
         processes: That train together.
+        adapters: Parameters of those of the dense model, where they are all that trains in the recovery; else 0. What
+            is left has fewer.
     """
 
     recipe: Recipe
@@ -61,6 +65,7 @@ class Work:
     score: Step
     new_head: bool = False
     processes: int = 1
+    adapters: int = 0
 
 
 def dry_run(recipe: Recipe, device: torch.device | None) -> DryRun:
@@ -110,6 +115,8 @@ def measure(
     teacher, student, structure, shape = _skeletons(recipe, config, cls, shape)
     dense, whole = count_params(teacher), count_params(student)
     small, share = _left(recipe, structure, dense)
+    lora = lora_of(recipe)
+    adapters = count_adapters(student, lora) if lora else 0
     masks = inject_(student, structure.sites)
     rows = -(-recipe.batch_size // processes)
     with hollow(student, teacher):
@@ -126,7 +133,7 @@ def measure(
         )
     return Work(
         recipe, dense, whole, sum(p.numel() for p in masks.parameters()), small, share,
-        len({site.kind for site in structure.sites.values()}), rows, step, scored, new_head, processes,
+        len({site.kind for site in structure.sites.values()}), rows, step, scored, new_head, processes, adapters,
     )  # fmt: skip
 
 

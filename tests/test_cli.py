@@ -14,11 +14,13 @@ import torch
 import yaml
 from conftest import TINY, build
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import ibprune
-from ibprune import cli, flags, hub
+from ibprune import cli, flags, hub, recipe_files
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
+from ibprune.models import ALIASES
 from ibprune.recipe import Recipe, make_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -57,11 +59,37 @@ def test_the_command_of_a_recipe_makes_the_same_recipe():
         assert words[0] == "ibprune" and make_recipe({k: given[k] for k in given if k in Recipe.model_fields}) == recipe
 
 
-def test_every_recipe_file_parses():
-    files = list((ROOT / "recipes").rglob("*.yaml"))
-    assert len(files) >= 3
-    for file in files:
-        make_recipe({}, file=file)
+def test_every_recipe_parses_and_its_budget_can_be_planned_from_the_published_config():
+    published = json.loads((ROOT / "scripts" / "published_configs.json").read_text())
+    for name, file in recipe_files.shipped().items():
+        recipe = make_recipe({}, file=name)
+        assert make_recipe({}, file=file) == recipe and recipe_files.purpose(file)
+        values = dict(published[ALIASES[recipe.model]]["config"])
+        asked = {key: getattr(recipe, key) for key in ("cost", "scope", "kinds", "round_to")}
+        found = ibprune.plan(AutoConfig.for_model(values.pop("model_type"), **values), recipe.budget, **asked)
+        assert 0.95 * found["budget"]["limit"] < found["budget"]["achieved"] <= found["budget"]["limit"], name
+
+
+def test_recipes_are_listed_shown_and_copied_but_never_over_a_file(tmp_path, capsys):
+    assert cli.main(["recipes"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(recipe_files.shipped())
+    assert cli.main(["recipes", "copy", "smoke", str(tmp_path)]) == 0
+    assert cli.main(["recipes", "show", "smoke"]) == 0
+    assert capsys.readouterr().out.endswith((tmp_path / "smoke.yaml").read_text())
+    assert cli.main(["recipes", "schema"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == set(Recipe.model_fields)
+    (tmp_path / "smoke.yaml").write_text("mine")
+    for words, message in (
+        (["copy", "smoke", str(tmp_path)], "expected a new file, found"),
+        (["copy", "smoke", str(tmp_path / "no" / "x.yaml")], "expected a folder"),
+        (["show", "smok"], "did you mean 'smoke'"),
+        (["show"], "expected the name of a recipe after show"),
+    ):
+        assert cli.main(["recipes", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["--recipe", "smok"]) == 2 and "did you mean 'smoke'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["smoke.yaml"]
+    assert (tmp_path / "smoke.yaml").read_text() == "mine"
 
 
 def test_recipes_are_strict_and_flags_override_them(tmp_path):

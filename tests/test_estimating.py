@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, build
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
 
 import ibprune
 from ibprune import cli
@@ -15,6 +15,7 @@ from ibprune.cutting import PROBE
 from ibprune.dry_steps import DryRun, Step, hollow, made_up_batch, over_depth, train_step
 from ibprune.errors import BadRecipe, IBPruneError, UnsupportedModel
 from ibprune.estimating import check_weights, estimate, warn_of_memory
+from ibprune.lora import Lora, adapted, count_adapters
 from ibprune.losses import Objective, forward, training_loss
 from ibprune.models import build_model
 from ibprune.recipe import make_recipe
@@ -130,6 +131,24 @@ def test_moments_in_a_byte_a_best_step_and_more_saves_are_counted():
     best = estimate(config, 0.8, flops_per_second=1e9, eval_every=10)["phases"][-1]["memory"]
     assert best["student"] == 2 * last["student"]
     assert estimate(config, 0.8, flops_per_second=1e9, keep_last=3)["disk"]["state"] > plain["disk"]["state"]
+
+
+def test_where_adapters_recover_they_alone_have_gradients_and_moments():
+    pytest.importorskip("peft")
+    config = TINY["gpt2"]()
+    config.architectures = ["GPT2LMHeadModel"]
+    model, lora = build_model(config, GPT2LMHeadModel, device="cpu"), Lora(2, 4.0)
+    counted = count_adapters(model, lora)
+    with adapted(model, lora) as trained:
+        assert trained == counted
+    full, adapters = (
+        estimate(config, 0.8, flops_per_second=1e9, recovery=recovery, lora_rank=rank)
+        for recovery, rank in (("full", None), ("lora", 2))
+    )
+    last, narrow = (found["phases"][-1]["memory"] for found in (full, adapters))
+    assert narrow["gradients"] == 4 * counted and narrow["moments"] == 8 * counted
+    assert narrow["student"] == last["student"] + 4 * counted
+    assert adapters["phases"][:-2] == full["phases"][:-2]  # but for cuts that are tried and the recovery
 
 
 def test_a_vocabulary_is_searched_for_before_the_rest():

@@ -1,5 +1,8 @@
 """Costs at full size: real configs without weights, on the meta device, against real counters."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -14,39 +17,9 @@ from ibprune.sites import find_family, find_sites
 from ibprune.surgery import compact_
 
 LENGTH = 128
-_LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-5)
-MODELS = {  # the published configs and parameter counts, from memory
-    "bert-base-uncased": ("BertModel", transformers.BertConfig, {}, 109_482_240),
-    "roberta-base": (
-        "RobertaModel",
-        transformers.RobertaConfig,
-        dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
-        124_645_632,
-    ),
-    "gpt2": ("GPT2LMHeadModel", transformers.GPT2Config, {}, 124_439_808),
-    "vit-base-patch16-224": ("ViTForImageClassification", transformers.ViTConfig, dict(num_labels=1000), 86_567_656),
-    "llama-2-7b": (
-        "LlamaForCausalLM",
-        transformers.LlamaConfig,
-        _LLAMA | dict(vocab_size=32000, intermediate_size=11008, num_key_value_heads=32, max_position_embeddings=4096),
-        6_738_415_616,
-    ),
-    "llama-3-8b": (
-        "LlamaForCausalLM",
-        transformers.LlamaConfig,
-        _LLAMA | dict(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192),
-        8_030_261_248,
-    ),
-    "qwen3-8b": (
-        "Qwen3ForCausalLM",
-        transformers.Qwen3Config,
-        dict(
-            vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False,
-        ),
-        8_190_735_360,
-    ),
-}  # fmt: skip
+PUBLISHED = json.loads((Path(__file__).parents[1] / "scripts" / "published_configs.json").read_text())
+HEADLESS = {"bert": "BertModel", "roberta": "RobertaModel"}  # of these the published count is without a head
+NAMES = [name for name, model in PUBLISHED.items() if model["config"]["model_type"] != "resnet"]  # it is traced
 
 
 def macs(model) -> int:
@@ -58,11 +31,13 @@ def macs(model) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_costs_of_published_models_and_of_a_random_plan_are_exact(name):
-    head, config_class, values, published = MODELS[name]
+    published, values = PUBLISHED[name]["params"], dict(PUBLISHED[name]["config"])
+    kind, (trained,) = values.pop("model_type"), values.pop("architectures")
+    config = transformers.AutoConfig.for_model(kind, **values, attn_implementation="eager")
     with torch.device("meta"):
-        model = getattr(transformers, head)(config_class(**values, attn_implementation="eager")).eval()
+        model = getattr(transformers, HEADLESS.get(kind, trained))(config).eval()
     assert count_params(model) == published
     dense = macs(model)
     if find_family(model.config.model_type).factorizes:

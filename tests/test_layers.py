@@ -24,6 +24,7 @@ LAYERS = (
         "processes",
         "engine",
         "reading",
+        "recipe_files",
     ),
     ("families.parts",),
     ("families.encoders", "families.distilbert", "families.modernbert", "families.mpnet"),
