@@ -354,9 +354,11 @@ def _mi_results(arguments: argparse.Namespace) -> list[dict]:
 
 def _hush() -> None:
     """Keeps the libraries' own bars and warnings off the screen; their errors come through ours."""
+    import logging
     import os
     import warnings
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

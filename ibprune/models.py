@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -225,6 +226,8 @@ def load_dense(
     regression: bool = False,
     untrained: bool = False,
     objective: str = "",
+    quantisation: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
 ) -> Loaded:
     """Loads model and tokenizer or image processor; every tensor must be there and finite.
 
@@ -232,8 +235,10 @@ def load_dense(
         n_labels: Load as a classifier with so many outputs; None loads what the config names.
         untrained: Take random weights instead of the checkpoint's.
         objective: As in `model_class`.
+        quantisation: How the linear layers are packed, on `device`; then no weight takes a gradient.
 
     Raises:
+        BadRecipe: A task head that is not in the checkpoint cannot be trained, because the model is packed.
         IBPruneError: A tensor is missing, of another shape, or holds NaN or infinity.
     """
     config = load_config(source)
@@ -254,12 +259,21 @@ def load_dense(
         extra = {"num_labels": n_labels}
         if regression:
             extra["problem_type"] = "regression"
+    if quantisation is not None and n_labels is not None and not trained:
+        raise BadRecipe(_headless(source))
     if untrained:
         for key, value in extra.items():
             setattr(config, key, value)
         model, new = build_model(config, cls, device="cpu"), True
     else:
+        if quantisation is not None:
+            extra |= {"quantization_config": quantisation, "device_map": {"": device}}
         model, new = _read_checkpoint(source, cls, extra)
+    if quantisation is not None:
+        if new:
+            raise BadRecipe(_headless(source))
+        del model.config.quantization_config  # of how it is held, not of what is written
+        model.requires_grad_(False)
     check_finite(model, source.name)
     dtype = getattr(config, "dtype", None) or torch.float32
     if reads_pictures(config.model_type):
@@ -268,6 +282,13 @@ def load_dense(
     if getattr(model.config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Loaded(model.eval(), tokenizer, source, dtype, new)
+
+
+def _headless(source: Source) -> str:
+    return (
+        f"expected a model with its task head in '{source.name}', found none, and a quantised model trains no new one: "
+        "make one with `ibprune train`, and give its folder."
+    )
 
 
 def _read_checkpoint(source: Source, cls: type[PreTrainedModel], options: dict) -> tuple[PreTrainedModel, bool]:
