@@ -1,6 +1,7 @@
 """Finds the dense model: an alias, a folder, a Hub id, or the packaged MiniLM; loads it strictly."""
 
 import importlib.util
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,9 +357,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raises `IBPruneError` naming the first tensor that holds NaN or infinity."""
-    for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    """Raises `IBPruneError` naming the first tensor that holds NaN or infinity; of packed weights by their scales."""
+    scales = ((key, x) for key, x in model.state_dict().items() if key.endswith((".weight.absmax", ".SCB")))
+    for key, tensor in itertools.chain(model.named_parameters(), scales):
+        if not torch.isfinite(tensor).all():
             raise IBPruneError(
                 f"expected finite weights in '{name}', found NaN or infinity in '{key}': mend the model."
             )

@@ -38,9 +38,9 @@ def checkpoint_files(source: Source) -> dict[str, Path]:
         BadRecipe: There are none, one is damaged, or the index names files that are not there.
     """
     folder = Path(source.location)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source.location, allow_patterns=("*.safetensors", INDEX)))
     try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(source.location, allow_patterns=("*.safetensors", INDEX)))
         if (folder / INDEX).is_file():
             named = json.loads((folder / INDEX).read_text())["weight_map"]
             found = {name: folder / file for name, file in named.items()}
