@@ -275,6 +275,9 @@ def load_dense(
             raise BadRecipe(_headless(source))
         del model.config.quantization_config  # of how it is held, not of what is written
         model.requires_grad_(False)
+        for module in model.modules():  # some CPUs would pack it anew where it is only read, and lose the gradient
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     check_finite(model, source.name)
     dtype = getattr(config, "dtype", None) or torch.float32
     if reads_pictures(config.model_type):

@@ -94,6 +94,7 @@ def test_a_copy_shares_what_is_packed_and_masks_act_on_it_as_on_whole_weights(fa
     dense = load_dense(find_source(str(tmp_path)), quantisation=NF4, device=torch.device("cpu")).model
     assert any(p.dtype == torch.uint8 for p in dense.parameters())
     assert not any(p.requires_grad for p in dense.parameters())
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in dense.modules())
     student = copied(dense)
     ours, theirs = ({p.data_ptr() for p in model.parameters()} for model in (student, dense))
     assert ours == theirs
@@ -184,3 +185,8 @@ def test_neither_training_nor_an_estimate_takes_it(classifier, tmp_path):
         ibprune.train(**values, load_in_4bit=True, output=tmp_path / "out")
     with pytest.raises(BadRecipe, match="what packed layers take is not estimated"):
         estimate(classifier["model"], 0.5, load_in_4bit=True)
+
+
+def test_a_plan_says_what_such_a_run_cuts(classifier):
+    groups = ibprune.plan(classifier["model"], 0.6, load_in_4bit=True, round_to=1)["groups"]
+    assert {kind for kind, group in groups.items() if group["cut"]} == {"heads", "ffn", "layers", "hidden"}
