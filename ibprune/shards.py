@@ -82,12 +82,15 @@ def compact_checkpoint(
         IBPruneError: A tensor holds NaN or infinity.
     """
     files = checkpoint_files(source)
-    shapes = _shapes(source, files)
-    _check_shapes(skeleton, shapes, source)
-    small = compact_(copy.deepcopy(skeleton), plan, means=means)
+    headers = _headers(source, files)
+    _check_shapes(skeleton, headers, source)
+    small, folded = _pruned(skeleton, plan, means)
+    dtypes = {name: tensor.dtype for name, tensor in small.state_dict().items()}
     tied = small.get_expanded_tied_weights_keys(all_submodels=True)
-    for names in _batches(skeleton, shapes):
-        part = copy.deepcopy(skeleton)
+    parts = _parts(skeleton, headers)
+    stored = _as_stored(skeleton, parts, headers, folded)
+    for names in _batches(parts, headers):
+        part = copy.deepcopy(stored)
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in {files[name] for name in names}}
             _load_(part, {name: opened[files[name]].get_slice(name) for name in names}, "cpu")
@@ -100,7 +103,7 @@ def compact_checkpoint(
                 raise IBPruneError(
                     f"expected finite weights in '{source.name}', found NaN or infinity in '{name}': mend the model."
                 )
-            set_parameter(small, name, tensor)
+            set_parameter(small, name, tensor.to(dtypes[name]))
         del part, tensor
         gc.collect()  # modules and their hooks refer to each other, and hold the tensors until then
     small.tie_weights()
@@ -110,22 +113,46 @@ def compact_checkpoint(
     return small.eval()
 
 
-def _shapes(source: Source, files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, from the files' headers."""
+def _headers(source: Source, files: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """Every tensor without its values: shape and dtype, from the files' headers."""
     found = {}
     for path in dict.fromkeys(files.values()):
         try:
             with safe_open(path, "pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in files}
+                for name in (name for name in file.keys() if name in files):
+                    part = file.get_slice(name)
+                    dtype = (part[:0] if part.get_shape() else file.get_tensor(name)).dtype
+                    found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
         except SafetensorError as error:
             raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {first_line(error)}") from error
     return found
 
 
-def _check_shapes(skeleton: PreTrainedModel, shapes: dict[str, tuple[int, ...]], source: Source) -> None:
+def _pruned(
+    skeleton: PreTrainedModel, plan: PruningPlan, means: dict[str, torch.Tensor] | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The pruned model on the device "meta", and the parameters that means are folded into."""
+    small = copy.deepcopy(skeleton)
+    before = [(name, parameter, parameter._version) for name, parameter in small.named_parameters()]
+    compact_(small, plan, means=means)
+    return small, [name for name, parameter, version in before if parameter._version != version]  # written in place
+
+
+def _as_stored(
+    skeleton: PreTrainedModel, parts: dict[str, list[str]], headers: dict[str, torch.Tensor], folded: list[str]
+) -> PreTrainedModel:
+    """The skeleton in the dtypes of the files: half of float32 often. What is multiplied by means stays as it is."""
+    stored = copy.deepcopy(skeleton)
+    for name, parameter in stored.named_parameters():
+        if parts[name] and name not in folded:
+            parameter.data = parameter.data.to(headers[parts[name][0]].dtype)
+    return stored
+
+
+def _check_shapes(skeleton: PreTrainedModel, headers: dict[str, torch.Tensor], source: Source) -> None:
     """Raises `PlanMismatch` unless every tensor is there, and of its shape: a load without weights."""
     model = copy.deepcopy(skeleton)
-    info = _load_(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, "meta")
+    info = _load_(model, dict(headers), "meta")
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     broken = sorted({*info.missing_keys, *(str(key[0]) for key in info.mismatched_keys)} - tied.keys())
     if broken:
@@ -144,22 +171,27 @@ def _load_(model: PreTrainedModel, state: dict, device: str):
     return info
 
 
-def _batches(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """The checkpoint's names, those of one tensor of the model together, up to `AT_ONCE` bytes at a time."""
+def _parts(model: PreTrainedModel, headers: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """The checkpoint's names by the tensor of the model that they make up."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     parts: dict[str, list[str]] = {name: [] for name in state}
-    for name in shapes:
+    for name in headers:
         for rules in ((renamings, converters), ([], [])):  # as transformers does, which tries names as they are too
             target, _ = rename_source_key(name, *rules, model.base_model_prefix, state)
             if target in parts:
                 parts[target].append(name)
                 break
+    return parts
+
+
+def _batches(parts: dict[str, list[str]], headers: dict[str, torch.Tensor]) -> Iterator[list[str]]:
+    """The checkpoint's names, those of one tensor of the model together, up to `AT_ONCE` bytes at a time."""
     batch, size = [], 0
-    for target, names in parts.items():
-        more = sum(torch.Size(shapes[name]).numel() for name in names) * state[target].dtype.itemsize
+    for names in parts.values():
+        more = sum(headers[name].nbytes for name in names)
         if batch and size + more > AT_ONCE:
             yield batch
             batch, size = [], 0
