@@ -69,7 +69,7 @@ def compact_checkpoint(
 
     A few tensors are loaded into the skeleton, whose others stay on the device "meta"; `compact_` cuts all of it; those
     that are no longer on "meta" go into the pruned model. So it is the same cut, tensor by tensor. At once are held
-    what is kept, and the tensors that are cut (`AT_ONCE`), twice.
+    the pruned model, and the tensors that are cut (`AT_ONCE`), in the dtype of their file, about three times.
 
     Args:
         skeleton: The dense architecture on the device "meta", in the dtype of the result; buffers that are in no

@@ -20,7 +20,7 @@ from ibprune.surgery import compact_
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch):
     """As little as the tiny models are small, so that there are several batches."""
-    monkeypatch.setattr(shards, "AT_ONCE", 16_000)
+    monkeypatch.setattr(shards, "AT_ONCE", 32_000)
 
 
 def saved(folder, family, head, dtype=torch.float32):
