@@ -41,7 +41,7 @@ from ibprune.tables import (
 PATIENCE = 30.0  # seconds in which the main process says what it has to say too
 # What `ibprune plan` reads without --estimate.
 PLANNED = {"model", "budget", "cost", "scope", "kinds", "round_to", "vanilla", "rotate", "image_size", "batch_size",
-           "max_length"}  # fmt: skip
+           "max_length", "load_in_4bit", "load_in_8bit"}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,7 +188,8 @@ def _plan(argv: list[str]) -> int:
 
     found = plan(asked.model, asked.budget, cost=asked.cost, scope=asked.scope, kinds=asked.kinds,
                  round_to=asked.round_to, vanilla=asked.vanilla, rotate=asked.rotate,
-                 image_size=asked.image_size, **sizes)  # fmt: skip
+                 image_size=asked.image_size, load_in_4bit=asked.load_in_4bit, load_in_8bit=asked.load_in_8bit,
+                 **sizes)  # fmt: skip
     if arguments.estimate:
         from ibprune.estimating import estimate
 
@@ -379,9 +380,11 @@ def _mi_results(arguments: argparse.Namespace) -> list[dict]:
 
 def _hush() -> None:
     """Keeps the libraries' own bars and warnings off the screen; their errors come through ours."""
+    import logging
     import os
     import warnings
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

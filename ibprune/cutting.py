@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -20,16 +21,19 @@ from ibprune.distillation import layers_apart, watched
 from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
 from ibprune.groups import MODULE_KINDS
-from ibprune.inject import inject_
+from ibprune.inject import MASKS, inject_
 from ibprune.lora import RANK, Lora, adapted
 from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
 from ibprune.masks import MaskSet
+from ibprune.models import Source
 from ibprune.plans import PruningPlan
 from ibprune.processes import shared
+from ibprune.quantised import bits, copied, whole_skeleton
 from ibprune.recipe import Recipe
 from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.rotation import principal_axes
 from ibprune.scores import LEARNED
+from ibprune.shards import compact_checkpoint
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family
 from ibprune.structure import Structure, budgeted, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
@@ -55,6 +59,7 @@ def cut(
     *,
     found: Found | None = None,
     dtype: torch.dtype = torch.float32,
+    source: Source | None = None,
     journal: Journal = NO_JOURNAL,
 ) -> tuple[PreTrainedModel, PruningPlan, Budget, Structure, Feed]:
     """The pruned model before recovery, its plan, the budget, what could be cut, and the feed of what it reads.
@@ -65,9 +70,10 @@ def cut(
     Args:
         found: The channels of a CNN.
         dtype: Of the checkpoint.
+        source: From which the weights are read that stay, where `dense` is quantised.
     """
     student, structure, choice, kinds, counts = prepare_cut(
-        dense, recipe, feed, accelerator, console, found=found, dtype=dtype, journal=journal
+        dense, recipe, feed, accelerator, console, found=found, dtype=dtype, source=source, journal=journal
     )
     cost_model = structure.costs.of(recipe.cost)
     if "vocab" not in structure.sites:
@@ -109,16 +115,19 @@ def prepare_cut(
     *,
     found: Found | None = None,
     dtype: torch.dtype = torch.float32,
+    source: Source | None = None,
     journal: Journal = NO_JOURNAL,
 ) -> tuple[PreTrainedModel, Structure, Choice, tuple[str, ...], torch.Tensor | None]:
     """A copy of the dense model, what can be cut of it and how that is chosen, the kinds, and the counts of tokens."""
-    student, kinds, counts = copy.deepcopy(dense), (), None
+    student, kinds, counts = copied(dense), (), None
+    whole = whole_skeleton(dense) if bits(recipe) else student  # whose shapes are those of the weights
     batches = feed.calibration(CALIBRATION, accelerator.device)
     if found is not None:
         example = feed.example()["pixel_values"].to(accelerator.device)
         structure = prepare_traced_(student, found.sites, example, compact_traced_)
     else:
-        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate)
+        kinds = choose_kinds(dense, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate,
+                             quantised=bool(bits(recipe)))  # fmt: skip
         if find_family(dense.config.model_type).embedding:
             most = USAGE if "vocab" in kinds else 100
             masked = feed.objective.name == "masked_lm"
@@ -127,12 +136,12 @@ def prepare_cut(
         if recipe.rotate:
             axes = journal.once("axes", lambda: {"axes": principal_axes(student, batches)})["axes"]
         use = token_use(student, kinds, counts, batches, feed.objective)
-        structure = prepare_(student, kinds, use, axes=axes)
+        structure = prepare_(whole, kinds, use, axes=axes)
         params = structure.costs.params
         more = params(params.n_units) - params.of_dense()
         if more:
             console.say(f"--rotate parts the output from the embedding: {more:,} parameters more, before any cut.")
-    structure = budgeted(structure, student, recipe, dtype)
+    structure = budgeted(structure, whole, recipe, dtype)
     if recipe.cost == "latency":
         entry = journal.read("latency")
         structure = with_latency(
@@ -146,12 +155,14 @@ def prepare_cut(
         if entry is None:
             journal.write("latency", {}, structure.costs.latency.to_dict())
     if recipe.vanilla:
-        structure, whole = plain_structure(
-            student, structure, structure.costs.of(recipe.cost), round_to=recipe.round_to,
+        structure, uncut = plain_structure(
+            whole, structure, structure.costs.of(recipe.cost), round_to=recipe.round_to,
             kinds=kinds if recipe.kinds else (),
         )  # fmt: skip
-        for kind, reason in whole.items():
+        for kind, reason in uncut.items():
             console.say(f"'{kind}' stays whole for plain transformers: {reason}")
+    if bits(recipe):
+        structure = replace(structure, compact=partial(_compact_source, source, whole))
     choice = Choice(
         recipe.score, recipe.shares, recipe.seed, replace(feed.objective, axes=structure.axes), batches, feed.train,
         judge=dense, teacher=dense if recipe.distill != "none" else None,
@@ -160,6 +171,14 @@ def prepare_cut(
         lora=lora_of(recipe), frozen=recipe.mode == "faster", journal=journal,
     )  # fmt: skip
     return student, structure, choice, kinds, counts
+
+
+def _compact_source(
+    source: Source, skeleton: PreTrainedModel, student: PreTrainedModel, plan: PruningPlan
+) -> PreTrainedModel:
+    """The full-precision weights that a plan keeps, with what the masks of a quantised student learned folded in."""
+    means = {name: mask.mu.detach().cpu() for name, mask in getattr(student, MASKS).items()}
+    return compact_checkpoint(source, skeleton, plan, means=means).to(student.device)
 
 
 def token_use(
@@ -372,7 +391,7 @@ def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> 
 
     def loss_after(keep: Keep) -> torch.Tensor:
         plan = structure.plan(student, keep)
-        small = structure.compact(copy.deepcopy(student), plan)
+        small = structure.compact(copied(student), plan)
         objective = on_kept_features(choice.objective, plan)
         with adapted(small, choice.lora):
             train(

@@ -40,12 +40,10 @@ def make_accelerator(
     """
     if precision not in PRECISIONS:
         raise BadRecipe(f"expected a precision of {', '.join(PRECISIONS)}, found '{precision}'.")
-    if precision == "auto":
-        precision = "bf16" if native_bf16() else "fp32"
     set_seed(seed)
     AcceleratorState._reset_state()  # a second run in one process may ask for other settings
     GradientState._reset_state()
-    mixed = "bf16" if precision == "bf16" else "no"
+    mixed = "bf16" if multiplies_in(precision) == torch.bfloat16 else "no"
     # A step is always grad_accum batches, also across the end of an epoch.
     accumulation = GradientAccumulationPlugin(num_steps=grad_accum, sync_with_dataloader=False)
     wrapping = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads that no loss reads, experts
@@ -98,6 +96,17 @@ def _reuse_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1  # names of malloc.h
         mallopt(mmap_threshold, 2**30)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def multiplies_in(precision: str) -> torch.dtype:
+    """The dtype in which layers multiply at a precision of `PRECISIONS` on this device.
+
+    Example:
+        >>> multiplies_in("fp32")
+        torch.float32
+    """
+    half = precision == "bf16" or (precision == "auto" and native_bf16())
+    return torch.bfloat16 if half else torch.float32
 
 
 def native_bf16() -> bool:

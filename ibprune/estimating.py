@@ -18,6 +18,7 @@ from ibprune.images import input_shape
 from ibprune.losses import Objective
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class
 from ibprune.processes import n_processes
+from ibprune.quantised import bits, flag
 from ibprune.rates import block_rate
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.scores import LEARNED
@@ -102,6 +103,8 @@ def estimate(
         if value is not None and not 0 < value <= most:
             raise BadRecipe(f"--{name}: expected a number above 0" + f" and at most {most:g}" * (most == 1.0)
                             + f", found {value:g}.")  # fmt: skip
+    if bits(asked):
+        raise BadRecipe(f"{flag(asked)}: what packed layers take is not estimated: leave it, or --estimate, out.")
     if num_processes < 1:
         raise BadRecipe(f"--num-processes: expected at least 1, found {num_processes}.")
     source = find_source(asked.model) if named else None
@@ -254,13 +257,18 @@ def measured_rate(
     return block_rate(skeleton, Objective(name), rows, work.recipe.max_length or 0, shape, how, device)
 
 
-def check_weights(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> None:
-    """Raises `IBPruneError` where the dense model and its copy alone cannot be held, before anything is loaded."""
-    device = present_device()
-    free, needed = free_memory(device), 2 * WEIGHT * count_params(build_model(config, cls, device="meta"))
+def check_weights(config: PreTrainedConfig, cls: type[PreTrainedModel], *, bits: int = 0) -> None:
+    """Raises `IBPruneError` where the dense model and its copy alone cannot be held, before anything is loaded.
+
+    Args:
+        bits: Of a weight, where the model is quantised and its copy shares them.
+    """
+    device, params = present_device(), count_params(build_model(config, cls, device="meta"))
+    free, needed = free_memory(device), params * bits // 8 or 2 * WEIGHT * params
+    copied = "" if bits else " and of the copy that is cut"
     if free is not None and needed > free:
         raise IBPruneError(
-            f"expected {_gb(needed)} for the weights of a {cls.__name__} and of the copy that is cut, found "
+            f"expected {_gb(needed)} for the weights of a {cls.__name__}{copied}, found "
             f"{_gb(free)} free on '{device}': take a device with more memory."
         )
 
@@ -279,7 +287,7 @@ def warn_of_memory(
         shape: Of a picture, where it reads pictures.
     """
     device, params = present_device(), count_params(model)
-    free = free_memory(device)
+    free = None if bits(recipe) else free_memory(device)  # what packed layers take is not estimated
     positions = shape[1] * shape[2] if shape else recipe.max_length
     if free is None or WEIGHT * params * (2 * (2 + MOMENTS) + recipe.batch_size * positions) < free:
         return

@@ -108,6 +108,9 @@ def _phases(parser: Parser) -> None:
     add("--probe-steps", type=int, help="steps before candidate cuts are compared (default: recovery / 8)")
     add("--distill", help="what is learned from the dense model: logits (default), hidden or relations (these and its "
         "blocks' states, or how they relate tokens), or none")  # fmt: skip
+    text = "hold the dense model in 4 bits (bitsandbytes) while units are scored or masks learned (--mode faster); the "
+    add("--load-in-4bit", action="store_true", default=None, help=text + "weights that stay are read from the source")
+    add("--load-in-8bit", action="store_true", default=None, help="the same in 8 bits")
     add("--no-distill", dest="distill", action="store_const", const="none", help="the same as --distill none")
     add("--divergence", help="how logits are compared: forward KL (default), reverse or balanced")
 

@@ -280,6 +280,9 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
 def axis_width(model: nn.Module, cut: Cut) -> int:
     """Number of features on the axis of a resolved cut; 0 where the module has no such axis."""
     module = model.get_submodule(cut.path)
+    packed = isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+    if packed and cut.axis in ("in", "out"):
+        return module.in_features if cut.axis == "in" else module.out_features
     dims = axis_dims(module, cut.axis)
     return get_tensor(module, dims[0][0]).shape[dims[0][1]] if dims else 0
 

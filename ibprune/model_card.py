@@ -176,8 +176,14 @@ def _limits(report: dict, audit: dict | None) -> Iterable[str]:
     if report.get("overlap"):
         yield f"{report['overlap']:,} held-out rows occur in the training data too, which flatters the metrics."
     dense, pruned = (report[side]["latency_ms"]["median"] for side in ("dense", "pruned"))
-    gain = "No speed was gained there: the model is smaller only. " if pruned > 0.95 * dense else ""
+    slower = pruned > 0.95 * dense and not report.get("quantised")
+    gain = "No speed was gained there: the model is smaller only. " if slower else ""
     yield f"Latency holds for {report['device']} at the size of input in the table. {gain}Other hardware was not tried."
+    if report.get("quantised"):
+        yield (
+            f"The dense model was held in {report['quantised']} bits: its metrics and its latency are of that "
+            "form, and so is what was learned from it. The weights are those of the full-precision checkpoint."
+        )
     if report["refused"]:
         yield f"The channels of {len(report['refused'])} layer(s) cannot be cut exactly; `report.json` says why."
     if report["vocabulary"]:

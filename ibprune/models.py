@@ -1,6 +1,7 @@
 """Finds the dense model: an alias, a folder, a Hub id, or the packaged MiniLM; loads it strictly."""
 
 import importlib.util
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -230,6 +232,8 @@ def load_dense(
     regression: bool = False,
     untrained: bool = False,
     objective: str = "",
+    quantisation: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
 ) -> Loaded:
     """Loads model and tokenizer or image processor; every tensor must be there and finite.
 
@@ -237,8 +241,10 @@ def load_dense(
         n_labels: Load as a classifier with so many outputs; None loads what the config names.
         untrained: Take random weights instead of the checkpoint's.
         objective: As in `model_class`.
+        quantisation: How the linear layers are packed, on `device`; then no weight takes a gradient.
 
     Raises:
+        BadRecipe: A task head that is not in the checkpoint cannot be trained, because the model is packed.
         IBPruneError: A tensor is missing, of another shape, or holds NaN or infinity.
     """
     config = load_config(source)
@@ -259,12 +265,24 @@ def load_dense(
         extra = {"num_labels": n_labels}
         if regression:
             extra["problem_type"] = "regression"
+    if quantisation is not None and n_labels is not None and not trained:
+        raise BadRecipe(_headless(source))
     if untrained:
         for key, value in extra.items():
             setattr(config, key, value)
         model, new = build_model(config, cls, device="cpu"), True
     else:
+        if quantisation is not None:
+            extra |= {"quantization_config": quantisation, "device_map": {"": device}}
         model, new = _read_checkpoint(source, cls, extra)
+    if quantisation is not None:
+        if new:
+            raise BadRecipe(_headless(source))
+        del model.config.quantization_config  # of how it is held, not of what is written
+        model.requires_grad_(False)
+        for module in model.modules():  # some CPUs would pack it anew where it is only read, and lose the gradient
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     check_finite(model, source.name)
     dtype = getattr(config, "dtype", None) or torch.float32
     if reads_pictures(config.model_type):
@@ -273,6 +291,13 @@ def load_dense(
     if getattr(model.config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Loaded(model.eval(), tokenizer, source, dtype, new)
+
+
+def _headless(source: Source) -> str:
+    return (
+        f"expected a model with its task head in '{source.name}', found none, and a quantised model trains no new one: "
+        "make one with `ibprune train`, and give its folder."
+    )
 
 
 def _read_checkpoint(source: Source, cls: type[PreTrainedModel], options: dict) -> tuple[PreTrainedModel, bool]:
@@ -340,9 +365,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raises `IBPruneError` naming the first tensor that holds NaN or infinity."""
-    for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    """Raises `IBPruneError` naming the first tensor that holds NaN or infinity; of packed weights by their scales."""
+    scales = ((key, x) for key, x in model.state_dict().items() if key.endswith((".weight.absmax", ".SCB")))
+    for key, tensor in itertools.chain(model.named_parameters(), scales):
+        if not torch.isfinite(tensor).all():
             raise IBPruneError(
                 f"expected finite weights in '{name}', found NaN or infinity in '{key}': mend the model."
             )

@@ -13,7 +13,7 @@ from ibprune.auditing import audit
 from ibprune.budget import Budget
 from ibprune.checksums import checksums
 from ibprune.console import Quiet
-from ibprune.costs import CostModel, count_params
+from ibprune.costs import CostModel
 from ibprune.cutting import cut, for_adapters, lora_of, loss_with, on_kept_features, phases, timed_inputs
 from ibprune.data import TextData, hub_data
 from ibprune.engine import finish_trackers, make_accelerator
@@ -37,6 +37,7 @@ from ibprune.models import check_finite
 from ibprune.optimizers import check_optimizer
 from ibprune.plans import PruningPlan
 from ibprune.processes import check_batch_size, on_main
+from ibprune.quantised import bits, flag
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
 from ibprune.resuming import FolderJournal, open_journal
@@ -109,7 +110,8 @@ def run(recipe: Recipe, console: Quiet) -> PruneResult:
         job = begin(recipe, journal, console)
         with job.timer("cut"):
             found = cut(job.dense, job.subject.recipe, job.subject.feed, job.accelerator, console,
-                        found=job.subject.found, dtype=job.subject.loaded.dtype, journal=journal)  # fmt: skip
+                        found=job.subject.found, dtype=job.subject.loaded.dtype, source=job.subject.source,
+                        journal=journal)  # fmt: skip
         return finish(job, recover(job, *found), folder)
 
 
@@ -262,6 +264,7 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
             "data": hub_data(recipe.task, recipe.data),
         },
         kept=kept_by_kind(plan, pruned.structure.everything),
+        quantised=bits(recipe) or None,
         directions=[len(plan.keep["hidden"]), plan.n_units["hidden"]] if plan.rotated else None,
         vocabulary=compare_tokenizers(feed.preprocessor, own_feed.preprocessor, texts) if texts else None,
         pictures=feed.pictures(),
@@ -307,7 +310,7 @@ def _export(
         latency.save(folder / LATENCY)
     report.verify = verify(student, folder, tier, feed.probe(), tokenizer=feed.preprocessor, texts=texts)
     student.float()
-    report.dense.file_bytes = count_params(dense) * dtype.itemsize
+    report.dense.file_bytes = report.dense.params * dtype.itemsize
     report.pruned.file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if audited is not None:
         write_audit(audited, folder)
@@ -332,6 +335,8 @@ def _audit(
     """
     if not recipe.audit:
         return None, "--no-audit"
+    if bits(recipe):  # no layer of which equals the pruned model's
+        return None, f"{flag(recipe)}: `ibprune audit` compares the folder with the full-precision model"
     settings = AuditSettings(pooling=default_pooling(dense), seed=recipe.seed)
     sides = AuditSide(recipe.model, dense), AuditSide(recipe.output, student)
     try:

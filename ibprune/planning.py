@@ -37,6 +37,8 @@ def plan(
     image_size: int | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> dict:
     """Predicts a pruned model without its weights: sizes, reach, loading way, and the groups.
 
@@ -47,7 +49,7 @@ def plan(
     `rotate`, a stream behind LayerNorms is refused here; what only weights show (as in Gemma 2), in a run alone.
 
     Of the cost "memory", `batch_size` and `max_length` say how many sequences of how many tokens a key-value cache
-    holds, by default those of a run.
+    holds, by default those of a run. A model that a run loads in 4 or 8 bits keeps the directions of its embedding.
 
     Raises:
         IBPruneError: An unknown model or kind, or a budget that cannot be reached.
@@ -61,6 +63,7 @@ def plan(
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
                           "round_to": round_to, "vanilla": vanilla, "rotate": rotate,
                           "image_size": image_size, "max_length": max_length,
+                          "load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit,
                           **({} if batch_size is None else {"batch_size": batch_size})})  # fmt: skip
     if isinstance(recipe.budget, tuple):
         raise BadRecipe(f"--budget: expected one share to plan for, found {len(recipe.budget)}.")

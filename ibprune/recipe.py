@@ -128,6 +128,8 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="branch of that repo; default: main")
     commit_message: str | None = Field(None, description="of the commit there")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto")
+    load_in_4bit: bool = Field(False, description="the dense model is held in 4 bits; full-precision weights are cut")
+    load_in_8bit: bool = Field(False, description="the same in 8 bits")
     log_with: str | None = Field(None, description="tracker of Accelerate that draws the run, such as tensorboard")
     audit: bool = Field(True, description="audit the retained information")
     resume: bool = Field(False, description="go on with a run that was cut short")

@@ -53,6 +53,7 @@ class Report:
         command: The command line that made it.
         hub: What the run took from the Hub: the id of the "model", and of the "data" as "repo" or "repo:config"; None
             where it was local.
+        quantised: Bits in which the dense model was held, whose metrics and latency are of that form; None: as it is.
         recovery: What trained in the recovery, how many parameters and steps; where rows were held back, how many, the
             loss on them after which steps, and which of these was best: its weights stayed.
         resumed: Whether the run was cut short and taken up again: its timings are then of its last part.
@@ -82,6 +83,7 @@ class Report:
     hub: dict[str, str | None]
     vocabulary: dict[str, list[float]] | None = None
     directions: list[int] | None = None
+    quantised: int | None = None
     pictures: dict | None = None
     refused: dict[str, str] = field(default_factory=dict)
     audit: str | None = None

@@ -54,6 +54,10 @@ def check_unquantised(config: object, name: str) -> None:
         raise UnsupportedModel(f"'{name}' is quantised: prune the full-precision model, then quantise.")
 
 
+def _is_packed(package: str) -> bool:
+    return ".quantized." in package or package.startswith("bitsandbytes.")
+
+
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every place of a transformers model where units can be removed, by name, in model order.
 
@@ -64,7 +68,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     family = find_family(model.config.model_type)
     check_unquantised(model.config, type(model).__name__)
     modules = dict(model.named_modules())
-    packed = next((path for path, module in modules.items() if ".quantized." in type(module).__module__), None)
+    packed = next((path for path, module in modules.items() if _is_packed(type(module).__module__)), None)
     if packed:
         raise UnsupportedModel(f"'{packed}' is quantised: prune the full-precision model, then quantise.")
     sites: dict[str, Site] = {}

@@ -11,6 +11,7 @@ from ibprune.channels import Found
 from ibprune.errors import BadRecipe
 from ibprune.feeding import Feed
 from ibprune.models import Loaded, build_model
+from ibprune.quantised import bits
 from ibprune.recipe import Recipe
 from ibprune.rotation import any_axes
 from ibprune.shares import equal_pressure
@@ -34,7 +35,8 @@ def prepare_skeleton_(
         BadRecipe: A kind that the model has not, or that must stay whole.
         UnsupportedModel: A residual stream that cannot be turned, as far as the modules tell.
     """
-    kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate)
+    kinds = choose_kinds(skeleton, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate,
+                         quantised=bool(bits(recipe)))  # fmt: skip
     structure = prepare_(skeleton, kinds, None, axes=any_axes(skeleton) if recipe.rotate else None)
     structure = budgeted(structure, skeleton, recipe, dtype)
     if not recipe.vanilla or recipe.cost == "latency":

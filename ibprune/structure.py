@@ -153,12 +153,13 @@ def choose_kinds(
     cost: str = "params",
     vanilla: bool = False,
     rotate: bool = False,
+    quantised: bool = False,
 ) -> tuple[str, ...]:
     """The kinds to cut: those asked for, or all the family has but `vocab`. "heads" means KV groups under GQA.
 
     An encoder without a head keeps its `hidden` width unless asked: its embeddings are its interface,
     and stay comparable, feature by feature, with the dense model's. A cut vocabulary changes the tokenizer,
-    so that it is cut only where it is named.
+    so that it is cut only where it is named. Of a quantised model the embedding is not factorised.
 
     Raises:
         BadRecipe: A kind the family does not have, or a rotation of what is not cut.
@@ -178,6 +179,8 @@ def choose_kinds(
         if "embedding_rank" in kinds:
             raise BadRecipe("--vanilla: a factorised embedding takes code to load: leave 'embedding_rank' out.")
         unasked += ("embedding_rank",)
+    if quantised:
+        unasked += LOOKED_UP
     if cost == "latency":
         for kind in set(kinds) & set(LOOKED_UP):
             raise BadRecipe(f"'{kind}' takes no time to cut for: leave it out of --kinds, or budget params.")

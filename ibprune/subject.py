@@ -9,16 +9,19 @@ from ibprune.channels import Found, find_channels
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.data import TextData
+from ibprune.engine import multiplies_in
 from ibprune.errors import BadData, BadRecipe
-from ibprune.estimating import check_weights
+from ibprune.estimating import check_weights, present_device
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
 from ibprune.labels import match_labels
 from ibprune.lora import need_peft
-from ibprune.models import Loaded, Source, find_source, has_weights, load_config, load_dense, model_class
+from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense, model_class
 from ibprune.overlaps import held_out_overlap
+from ibprune.quantised import bits, check_packable, check_quantised, flag, quantisation
 from ibprune.recipe import Recipe
 from ibprune.rotation import check_rotation
+from ibprune.shards import checkpoint_files
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.skeletons import check_cut
 from ibprune.structure import check_cnn, choose_kinds
@@ -59,6 +62,10 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     """
     if recipe.recovery == "lora":
         need_peft()
+    if bits(recipe) and untrained:
+        raise BadRecipe(f"{flag(recipe)} leaves weights as they are, and here they are trained: leave it out.")
+    if bits(recipe):
+        check_quantised(recipe)
     source = find_source(recipe.model)
     if source.note:
         console.say(source.note)
@@ -66,6 +73,9 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     pictures, traced = reads_pictures(config.model_type), is_traced(config.model_type)
     if traced:
         check_cnn(recipe, config.model_type)
+    if bits(recipe):
+        check_packable(config, recipe)
+        checkpoint_files(source)
     data = find_pictures(recipe) if pictures else find_data(recipe, console, writes=writes(config))
     fresh = untrained and not has_weights(source)
     if not fresh:
@@ -83,8 +93,12 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     n_labels = (len(data.labels) or 1) if data.label_column else None
     regression = bool(data.label_column and not data.labels)
     objective = "" if pictures or data.objective == WRITES else data.objective
-    check_weights(config, model_class(config, classify=n_labels is not None, objective=objective))
-    loaded = load_dense(source, n_labels=n_labels, regression=regression, untrained=fresh, objective=objective)
+    cls = model_class(config, classify=n_labels is not None, objective=objective)
+    check_weights(config, cls, bits=bits(recipe))
+    loaded = load_dense(
+        source, n_labels=n_labels, regression=regression, untrained=fresh, objective=objective,
+        quantisation=quantisation(recipe, multiplies_in(recipe.precision)), device=present_device(),
+    )  # fmt: skip
     if loaded.new_head and data.labels:
         loaded.model.config.id2label = dict(enumerate(data.labels))
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
@@ -92,9 +106,10 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         raise BadRecipe(f"--gradient-checkpointing: transformers has none for '{config.model_type}': leave it out.")
     found = None
     if not traced:
-        choose_kinds(
-            loaded.model, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate
-        )  # what cannot be is said before anything is trained
+        choose_kinds(  # what cannot be is said before anything is trained
+            loaded.model, recipe.kinds, cost=recipe.cost, vanilla=recipe.vanilla, rotate=recipe.rotate,
+            quantised=bool(bits(recipe)),
+        )  # fmt: skip
         if recipe.rotate:
             check_rotation(loaded.model)
     if pictures:
@@ -104,8 +119,10 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         recipe, feed = make_feed(recipe, loaded.model, loaded.tokenizer, data)
     if not untrained:
         check_cut(recipe, loaded, feed, found)
+    held = f" held in {bits(recipe)} bits" if bits(recipe) else ""
+    whole = build_model(loaded.model.config, type(loaded.model), device="meta") if held else loaded.model
     console.say(
-        f"{type(loaded.model).__name__} of {source.name}: {count_params(loaded.model):,} parameters; "
+        f"{type(loaded.model).__name__} of {source.name}{held}: {count_params(whole):,} parameters; "
         f"{data.name}: {'a stream of' if feed.n_rows is None else f'{feed.n_rows:,}'} training rows; "
         f"{feed.objective.name}"
     )

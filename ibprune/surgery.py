@@ -29,25 +29,28 @@ FORMAT = 2  # in 1, the numbers of attentions were left to the loader
 SPEC_KEYS = ("format", "model_type", "architecture", "dense", "dropped_blocks", "stubs", "embedding", "shapes")
 
 
-def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
+def compact_(model: nn.Module, plan: PruningPlan, *, means: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Removes every unit that the plan does not keep and returns the model.
 
     The result computes what the masked model computes. Masks, where present, are folded into the
     weights first (mu scales the features that its unit owns) and taken out. A factorised embedding
     that keeps all its directions becomes one matrix again. Where the vocabulary is cut, the result reads
-    the new ids (`cut_vocab_`). `model.config` tells the new structure.
+    the new ids (`cut_vocab_`). `model.config` tells the new structure. What is done to a tensor does not depend on what
+    the others hold: those on the device "meta" take their new shapes.
+
+    Args:
+        means: What multiplies each unit's features, by site, (n_units,); default: the means of the model's masks.
 
     Raises:
         PlanMismatch: The plan does not fit the model; nothing is changed then.
     """
     family = find_family(model.config.model_type)
     sites = find_sites(model)
-    masked = hasattr(model, MASKS)
     rank = [name for name in plan.keep if name.endswith("embedding_rank")]
     if rank and rank[0] not in sites:
         factorize_(model)
         try:
-            return compact_(model, plan)
+            return compact_(model, plan, means=means)
         except PlanMismatch:
             merge_(model)
             raise
@@ -58,10 +61,9 @@ def compact_(model: nn.Module, plan: PruningPlan) -> nn.Module:
     native = {module for module in model.modules() if type(module) in STUBS.values()}  # held: an id is given again
     dense = {key: copy.copy(getattr(model.config, key)) for key in _size_keys(model)}
     before = _shapes(model)
-    if masked:
-        with torch.no_grad():
-            _fold_(model, sites, norm_offset=family.norm_offset)
-        remove_(model)
+    with torch.no_grad():
+        _fold_(model, sites, _means(model) if means is None else means, norm_offset=family.norm_offset)
+    remove_(model)
     pin_rotary_(model)
     sizes = _new_sizes(model, sites, plan)
     widths = {
@@ -105,10 +107,9 @@ def compact_module_(model: nn.Module, sites: dict[str, Site], plan: PruningPlan)
         PlanMismatch: The plan does not fit the model; nothing is changed then.
     """
     check_plan(plan, model, sites)
-    if hasattr(model, MASKS):
-        with torch.no_grad():
-            _fold_(model, sites)
-        remove_(model)
+    with torch.no_grad():
+        _fold_(model, sites, _means(model))
+    remove_(model)
     slice_(model, sites, plan)
     for site in sites.values():
         if site.kind == "inputs":
@@ -139,10 +140,17 @@ def _new_sizes(model: nn.Module, sites: dict[str, Site], plan: PruningPlan) -> d
     return found
 
 
-def _fold_(model: nn.Module, sites: dict[str, Site], *, norm_offset: float = 0.0) -> None:
-    """Multiplies each mask's mean into the weights that make, or read, its unit's features."""
-    for name, mask in getattr(model, MASKS).items():
-        site, mu = sites[name], mask.mu.detach()
+def _means(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The means of the model's masks by site; nothing where it has none."""
+    return {name: mask.mu.detach() for name, mask in getattr(model, MASKS).items()} if hasattr(model, MASKS) else {}
+
+
+def _fold_(
+    model: nn.Module, sites: dict[str, Site], means: dict[str, torch.Tensor], *, norm_offset: float = 0.0
+) -> None:
+    """Multiplies each unit's mean into the weights that make, or read, its features."""
+    for name, mu in means.items():
+        site = sites[name]
         if site.mask_at.side == "norms":
             for path in norm_paths(model, site):
                 _scale_norm_(model.get_submodule(path), mu, norm_offset)
@@ -154,12 +162,12 @@ def _fold_(model: nn.Module, sites: dict[str, Site], *, norm_offset: float = 0.0
                 ((weight, dim), *_) = axis_dims(model.get_submodule(cut.path), "in")
                 weight = model.get_submodule(cut.path).get_parameter(weight).movedim(dim, -1)
                 offset, width = cut.span(site.n_units, weight.shape[-1])
-                weight[..., offset : offset + site.n_units * width].mul_(mu.repeat_interleave(width).to(weight.dtype))
+                weight[..., offset : offset + site.n_units * width].mul_(mu.repeat_interleave(width).to(weight))
             continue
         at = site.mask_at.into or Cut(site.mask_at.path, site.mask_at.side)
         module = model.get_submodule(at.path)
         if at.axis == "rank":
-            module.projection.weight.mul_(mu.to(module.weight.dtype))  # shared by the input and the tied output
+            module.projection.weight.mul_(mu.to(module.weight))  # shared by the input and the tied output
         elif at.axis == "out" and is_norm(module):
             _scale_norm_(module, mu.repeat_interleave(len(module.weight) // site.n_units), norm_offset)
         else:
@@ -169,13 +177,13 @@ def _fold_(model: nn.Module, sites: dict[str, Site], *, norm_offset: float = 0.0
 def _scale_features_(module: nn.Module, axis: str, scale: torch.Tensor) -> None:
     for name, dim in axis_dims(module, axis):
         tensor = module.get_parameter(name).movedim(dim, -1)
-        tensor.mul_(scale.to(tensor.dtype))
+        tensor.mul_(scale.to(tensor))
 
 
 def _scale_norm_(norm: nn.Module, mu: torch.Tensor, offset: float) -> None:
     """Scales a norm's output, which is its normalised input times (offset + weight), plus a bias."""
     for name, parameter in norm.named_parameters():
-        scale, shift = mu.to(parameter.dtype), offset if name == "weight" else 0.0
+        scale, shift = mu.to(parameter), offset if name == "weight" else 0.0
         parameter.copy_((parameter + shift) * scale - shift)
 
 

@@ -338,8 +338,9 @@ def rate(settings: TrainSettings, step: int) -> float:
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, each once."""
-    return {f"model/{name}": tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    """Parameters and buffers by name, each once; packed weights, which nothing changes, are left out."""
+    weights = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    return {f"model/{name}": tensor for name, tensor in (*weights, *model.named_buffers())}
 
 
 @torch.no_grad()
