@@ -21,6 +21,7 @@ from ibprune.flags import (
     plan_parser,
     prune_parser,
     push_parser,
+    report_parser,
     train_parser,
 )
 from ibprune.tables import (
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(f"ibprune {__version__}\n")
             return 0
         return {
-            "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit,
+            "prune": _prune, "plan": _plan, "train": _train, "report": _report, "push": _push, "audit": _audit,
             "bench": _bench, "export": _export, "convert-legacy": _convert_legacy,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
@@ -226,6 +227,15 @@ def _train(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
         print_training(report, values.get("output", "trained"))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    arguments = report_parser().parse_args(argv)
+    from ibprune.report_page import write_page
+
+    for path in write_page(arguments.folder):
+        sys.stdout.write(f"written to {path}\n")
     return 0
 
 

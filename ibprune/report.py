@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 SCHEMA = "ibprune.report/1"
+MODULE_SCHEMA = "ibprune.module_report/1"
+PARETO, PARETO_SCHEMA = "pareto.json", "ibprune.pareto/1"
 PACKAGES = ("ibprune", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
 
@@ -192,7 +194,8 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
     add(f"MACs ({macs_input(report)})", dense["macs"] / 1e6, pruned["macs"] / 1e6, "{:,.1f} M")
     if blocks:
         add("  in blocks", dense["macs_blocks"] / 1e6, pruned["macs_blocks"] / 1e6, "{:,.1f} M")
-    add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
+    if dense.get("file_bytes"):  # a module's report has none
+        add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
     if dense.get("memory_bytes"):  # reports of an older version have none
         add("memory (weights and cache)", dense["memory_bytes"] / 1e6, pruned["memory_bytes"] / 1e6, "{:,.1f} MB")
     forms = {"rows": ("vocabulary", "{:,}"), "tokens_per_text": ("tokens per held-out text", "{:.2f}")}
