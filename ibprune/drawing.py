@@ -1,11 +1,14 @@
-"""Positions for the drawings of a report page: the units of a network, axes and curves; no figure is new."""
+"""Positions for the drawings of a report page: units, intervals of layers, curves; no figure is new."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from ibprune.audit_output import layer_status
+from ibprune.plots import short_name
 
 ONE_BY_ONE = ("heads", "kv_groups", "experts")  # few enough units to be looked at singly
 LISTED = "kept units"  # the column of places that are no blocks
@@ -168,3 +171,67 @@ def make_chart(
     x = make_axis((point[0] for point in finite), unit=unit, most=4)
     y = make_axis((point[1] for point in finite), most=4)
     return Chart(x_label, y_label, x, y, tuple((x.at(a), y.at(b), label, dense) for a, b, label, dense in finite))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval, as percentages of an axis, and in words."""
+
+    at: float
+    low: float
+    high: float
+    words: str
+
+
+@dataclass(frozen=True)
+class AuditLine:
+    """What stayed in a layer: a share, and dense and pruned what a probe can use; None where nothing was measured."""
+
+    name: str
+    status: str
+    retained: Interval | None
+    labels: tuple[Interval | None, Interval | None]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of an audit on two axes: shares of the dense layer's information, and bits about the labels."""
+
+    lines: tuple[AuditLine, ...]
+    shares: Axis
+    bits: Axis | None
+
+    @property
+    def whole(self) -> float:
+        """Where the dense layer itself is."""
+        return self.shares.at(1.0)
+
+
+def draw_layers(found: dict) -> Layers:
+    """What stayed in every layer of an audit, as `audit.json` has it."""
+    layers = found["layers"]
+    kept = [layer["I_XL"] for layer in layers if layer["I_XL"]["retained"] is not None]
+    sides = [layer["V_LY"][side] for layer in layers for side in ("before", "after")]
+    probed = [side for side in sides if side and side["value"] is not None]
+    shares = make_axis([1.0, *(x for info in kept for x in info["retained_ci95"])], unit="share", from_zero=True)
+    bits = make_axis([x for side in probed for x in side["ci95"]], from_zero=True)
+    return Layers(tuple(_audit_line(layer, shares, bits) for layer in layers), shares, bits if probed else None)
+
+
+def _audit_line(layer: dict, shares: Axis, bits: Axis) -> AuditLine:
+    info, labels = layer["I_XL"], layer["V_LY"]
+    retained = None
+    if info["retained"] is not None:
+        retained = _interval(info["retained"], info["retained_ci95"], shares, "{:.0%}", "{value} retained")
+    found = []
+    for name, side in (("dense", labels["before"]), ("pruned", labels["after"])):
+        measured = side and side["value"] is not None
+        words = f"{name} {{value}} bits"
+        found.append(_interval(side["value"], side["ci95"], bits, "{:.3f}", words) if measured else None)
+    return AuditLine(short_name(layer["name"]), layer_status(layer), retained, tuple(found))
+
+
+def _interval(value: float, ci95: Sequence[float], axis: Axis, form: str, words: str) -> Interval:
+    low, high = ci95
+    said = f"{words.format(value=form.format(value))}, 95% interval {form.format(low)} to {form.format(high)}"
+    return Interval(axis.at(value), axis.at(low), axis.at(high), said)

@@ -1,6 +1,5 @@
 """The report.html of an output folder: its JSON files made for looking, on a page without network and scripts."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,14 +8,24 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup, escape
 
-from ibprune.audit_output import audit_intro, audit_table, further_table, layer_status
-from ibprune.checksums import PAGE, REPORT
-from ibprune.drawing import Axis, Cell, Chart, Stack, listed, make_axis, make_chart, unit_map
-from ibprune.errors import BadRecipe, PlanMismatch, did_you_mean
+from ibprune.audit_output import audit_intro, audit_table, further_table
+from ibprune.checksums import PAGE
+from ibprune.drawing import Cell, Chart, Stack, draw_layers, listed, make_chart, unit_map
+from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.groups import MODULE_KINDS
 from ibprune.model_card import limits
-from ibprune.plots import short_name
-from ibprune.report import MODULE_SCHEMA, PARETO, PARETO_SCHEMA, SCHEMA, budget_line, kept_names, recovery_line, rows
+from ibprune.report import (
+    MODULE_SCHEMA,
+    PARETO,
+    PARETO_SCHEMA,
+    budget_line,
+    kept_names,
+    read_json,
+    read_report,
+    recovery_line,
+    rows,
+    run_folders,
+)
 
 COSTS = {"params": "parameters", "macs": "MACs", "memory": "bytes", "latency": "latency"}
 LACKING = {"verify": None, "recovery": {}, "budgets": [], "chosen": None, "resumed": False}  # of a module, or older
@@ -38,26 +47,6 @@ class Row:
     metric: bool
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval, as percentages of an axis, and in words."""
-
-    at: float
-    low: float
-    high: float
-    words: str
-
-
-@dataclass(frozen=True)
-class AuditLine:
-    """What stayed in a layer: a share, and dense and pruned what a probe can use; None where nothing was measured."""
-
-    name: str
-    status: str
-    retained: Interval | None
-    labels: tuple[Interval | None, Interval | None]
-
-
 def write_page(folder: str | Path) -> list[Path]:
     """Writes `report.html` into a folder of a run, and of several budgets into the folders inside too.
 
@@ -74,24 +63,15 @@ def write_page(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if (folder / PARETO).is_file():
-        found = _read(folder / PARETO)
-        inside = [path.parent for path in sorted(folder.glob(f"*/{REPORT}"), reverse=True)]
-        return [_write(folder, pareto_page, found), *(path for each in inside for path in write_page(each))]
-    if not (folder / REPORT).is_file():
-        raise BadRecipe(f"expected a folder that a run wrote, with a {REPORT} or {PARETO}, found none in '{folder}'.")
+        found = read_json(folder / PARETO)
+        return [
+            _write(folder, pareto_page, found),
+            *(path for each in run_folders(folder) for path in write_page(each)),
+        ]
+    report = read_report(folder)
     optional = ("plan.json", "audit.json")
-    more = [_read(folder / name) if (folder / name).is_file() else None for name in optional]
-    return [_write(folder, page, _read(folder / REPORT), *more)]
-
-
-def _read(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlanMismatch(f"could not read {path}: {error}. Get the folder again.") from error
-    if not isinstance(found, dict):
-        raise PlanMismatch(f"expected keys and values in {path}, found {type(found).__name__}. Get the folder again.")
-    return found
+    more = [read_json(folder / name) if (folder / name).is_file() else None for name in optional]
+    return [_write(folder, page, report, *more)]
 
 
 def _write(folder: Path, draw, *found: dict | None) -> Path:
@@ -117,15 +97,7 @@ def page(report: dict, plan: dict | None, audit: dict | None) -> str:
         report: The dict of report.json, of a transformer or of a module.
         plan: The dict of plan.json; without it, the map of a transformer is left out.
         audit: The dict of audit.json, where there is one.
-
-    Raises:
-        BadRecipe: The report is of something else than a pruned model.
     """
-    if report.get("schema") not in (SCHEMA, MODULE_SCHEMA):
-        raise BadRecipe(
-            f"expected the report of a pruned model, found '{report.get('schema')}': "
-            f"{did_you_mean(str(report.get('schema')), (SCHEMA, MODULE_SCHEMA))}"
-        )
     is_module = report["schema"] == MODULE_SCHEMA
     view = LACKING | (_as_transformer(report) if is_module else report)
     kept, stacks = _units(view, plan)
@@ -278,41 +250,14 @@ def _audit(found: dict | None) -> dict | None:
     """What the page shows of an audit."""
     if found is None:
         return None
-    layers = found["layers"]
-    kept = [layer["I_XL"] for layer in layers if layer["I_XL"]["retained"] is not None]
-    sides = [layer["V_LY"][side] for layer in layers for side in ("before", "after")]
-    probed = [side for side in sides if side and side["value"] is not None]
-    shares = make_axis([1.0, *(x for info in kept for x in info["retained_ci95"])], unit="share", from_zero=True)
-    bits = make_axis([x for side in probed for x in side["ci95"]], from_zero=True)
     return {
         "intro": _code(audit_intro(found)),
-        "lines": [_audit_line(layer, shares, bits) for layer in layers],
-        "shares": shares,
-        "whole": shares.at(1.0),
-        "bits": bits if probed else None,
+        "drawn": draw_layers(found),
         "table": audit_table(found),
         "further": further_table(found),
         "headline": found["headline"],
         "failed": [check["id"] for check in found["checks"] if check["status"] == "fail"],
     }
-
-
-def _audit_line(layer: dict, shares: Axis, bits: Axis) -> AuditLine:
-    info, labels = layer["I_XL"], layer["V_LY"]
-    retained = None
-    if info["retained"] is not None:
-        low, high = info["retained_ci95"]
-        words = f"{info['retained']:.0%} retained, 95% interval {low:.0%} to {high:.0%}"
-        retained = Interval(shares.at(info["retained"]), shares.at(low), shares.at(high), words)
-    found = []
-    for name, side in (("dense", labels["before"]), ("pruned", labels["after"])):
-        if not side or side["value"] is None:
-            found.append(None)
-            continue
-        low, high = side["ci95"]
-        words = f"{name} {side['value']:.3f} bits, 95% interval {low:.3f} to {high:.3f}"
-        found.append(Interval(bits.at(side["value"]), bits.at(low), bits.at(high), words))
-    return AuditLine(short_name(layer["name"]), layer_status(layer), retained, tuple(found))
 
 
 def _validation(recovery: dict) -> Chart | None:

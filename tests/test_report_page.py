@@ -258,7 +258,7 @@ def test_folders_without_a_run_are_refused_in_one_line(run, tmp_path, capsys):
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
-    assert "with a report.json or pareto.json, found none in" in refused()
+    assert "with a report.json, found none in" in refused()
     report = read(run, "report.json")
     for text, expected in (
         ("{", "could not read"),
