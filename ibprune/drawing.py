@@ -213,8 +213,10 @@ def draw_layers(found: dict) -> Layers:
     kept = [layer["I_XL"] for layer in layers if layer["I_XL"]["retained"] is not None]
     sides = [layer["V_LY"][side] for layer in layers for side in ("before", "after")]
     probed = [side for side in sides if side and side["value"] is not None]
-    shares = make_axis([1.0, *(x for info in kept for x in info["retained_ci95"])], unit="share", from_zero=True)
-    bits = make_axis([x for side in probed for x in side["ci95"]], from_zero=True)
+    shares = make_axis(
+        [1.0, *(x for info in kept for x in info["retained_ci95"])], unit="share", most=2, from_zero=True
+    )
+    bits = make_axis([x for side in probed for x in side["ci95"]], most=2, from_zero=True)
     return Layers(tuple(_audit_line(layer, shares, bits) for layer in layers), shares, bits if probed else None)
 
 
