@@ -61,20 +61,21 @@ def layer_status(layer: dict) -> str:
     return "scale changed" if worst == "ok" and scale_changed(layer) else worst
 
 
-def audit_section(found: dict) -> str:
-    """The section of the model card."""
-    header, rows = audit_table(found)
-    lines = [
-        "## What each layer kept",
-        "",
+def audit_intro(found: dict) -> str:
+    """What the figures of the table are, in Markdown."""
+    return (
         f"Information in bits on {found['data']['n']:,} held-out inputs of `{found['data']['name']}` "
         f"({found['layers'][0]['pooling']} pooling). I(X; L) is a bracket through a known noise, calibrated on the "
         "dense model and then frozen; 'at own scale' lets the noise follow the scale of the pruned features; V-info is "
         "what a cross-fitted probe can use about the labels. Statuses other than ok say why a figure must not be "
-        "quoted (`audit.json`).",
-        "",
-        *_markdown(header, rows),
-    ]
+        "quoted (`audit.json`)."
+    )
+
+
+def audit_section(found: dict) -> str:
+    """The section of the model card."""
+    header, rows = audit_table(found)
+    lines = ["## What each layer kept", "", audit_intro(found), "", *_markdown(header, rows)]
     header, rows = further_table(found)
     if rows:
         lines += [

@@ -8,6 +8,7 @@ from ibprune.errors import PlanMismatch
 
 REPORT = "report.json"
 CARD = "README.md"  # for people to edit: nothing reads it
+PAGE = "report.html"  # drawn from the report, and may be drawn again
 
 
 def sha256(path: Path) -> str:
@@ -20,10 +21,10 @@ def sha256(path: Path) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below the folder by its relative path, but for the report that holds them and the card."""
+    """SHA-256 of every file below the folder by its relative path, but for report, card and page."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     found = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    return {name: digest for name, digest in found.items() if name not in (REPORT, CARD)}
+    return {name: digest for name, digest in found.items() if name not in (REPORT, CARD, PAGE)}
 
 
 def check_files(folder: Path, *, needed: tuple[str, ...] = ()) -> None:

@@ -15,6 +15,7 @@ from ibprune.flags import (
     VERBS,
     audit_parser,
     bench_parser,
+    compare_parser,
     export_parser,
     legacy_parser,
     mi_parser,
@@ -22,12 +23,14 @@ from ibprune.flags import (
     prune_parser,
     push_parser,
     recipes_parser,
+    report_parser,
     train_parser,
 )
 from ibprune.tables import (
     estimate_line,
     print_audit,
     print_benchmark,
+    print_contrast,
     print_conversion,
     print_estimate,
     print_export,
@@ -57,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(f"ibprune {__version__}\n")
             return 0
         return {
-            "prune": _prune, "plan": _plan, "train": _train, "push": _push, "audit": _audit,
-            "bench": _bench, "export": _export, "convert-legacy": _convert_legacy, "recipes": _recipes,
+            "prune": _prune, "plan": _plan, "train": _train, "compare": _compare, "report": _report, "push": _push,
+            "audit": _audit, "bench": _bench, "export": _export, "convert-legacy": _convert_legacy,
+            "recipes": _recipes,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
     except IBPruneError as error:
@@ -228,6 +232,29 @@ def _train(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
         print_training(report, values.get("output", "trained"))
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    arguments = compare_parser().parse_args(argv)
+    from ibprune.contrast import contrast
+
+    found = contrast(arguments.folders)
+    if arguments.json:
+        import json
+
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        print_contrast(found)
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    arguments = report_parser().parse_args(argv)
+    from ibprune.report_page import write_page
+
+    for path in write_page(arguments.folder):
+        sys.stdout.write(f"written to {path}\n")
     return 0
 
 

@@ -8,6 +8,8 @@ VERBS = {
     "prune": "make a trained model smaller and write a folder that loads (the default verb)",
     "plan": "say what can be cut and what a budget reaches, from the config alone",
     "train": "train a dense model, also from a config alone, and write a folder that loads",
+    "compare": "show finished runs side by side, from their reports",
+    "report": "draw the report.html of a finished run's folder again",
     "push": "send a folder that ibprune wrote to the Hub",
     "export": "write a pruned transformer for ONNX Runtime, OpenVINO or llama.cpp",
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
@@ -177,6 +179,21 @@ def train_parser() -> Parser:
     _saving(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress, only the closing line")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the line")
+    return parser
+
+
+def compare_parser() -> Parser:
+    parser = Parser(prog="ibprune compare", description=VERBS["compare"].capitalize() + ".", allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", help="what runs wrote; one of several budgets stands for those inside")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def report_parser() -> Parser:
+    parser = Parser(prog="ibprune report", description=VERBS["report"].capitalize() + ".", allow_abbrev=False)
+    parser.add_argument("folder", help="what a run wrote; one of several budgets is drawn with the folders inside")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

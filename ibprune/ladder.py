@@ -23,14 +23,14 @@ from ibprune.plans import PruningPlan
 from ibprune.plots import draw_pareto
 from ibprune.processes import on_main, shared
 from ibprune.recipe import Recipe
+from ibprune.report import PARETO, PARETO_SCHEMA
+from ibprune.report_page import write_page
 from ibprune.resuming import open_journal
 from ibprune.saves import rng_state, set_rng_state
 from ibprune.scores import LEARNED
 from ibprune.structure import Structure
 from ibprune.vib import only
 
-SCHEMA = "ibprune.pareto/1"
-PARETO = "pareto.json"
 Rung = tuple[PreTrainedModel, PruningPlan, Budget, Structure]
 
 
@@ -71,6 +71,7 @@ def _collect(reports: list[dict], done: Path, folder: Path, *, kept: str) -> Non
         found = pareto(reports)
         (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
         draw_pareto(found, temporary)
+        write_page(temporary)
         for report in reports:  # last: what fails before leaves them in the state
             name = f"{report['budget']['keep']:g}"
             (done / name).rename(temporary / name)
@@ -86,7 +87,13 @@ def pareto(reports: list[dict]) -> dict:
     ]
     first = reports[0]
     dense = {key: first["dense"][key] for key in keys}
-    return {"schema": SCHEMA, "model": first["model"], "command": first["command"], "dense": dense, "points": points}
+    return {
+        "schema": PARETO_SCHEMA,
+        "model": first["model"],
+        "command": first["command"],
+        "dense": dense,
+        "points": points,
+    }
 
 
 def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Rung]:

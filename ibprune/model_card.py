@@ -86,7 +86,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         *_audit(report, audit),
         "## Limits",
         "",
-        *(f"- {line}" for line in _limits(report, audit)),
+        *(f"- {line}" for line in limits(report, audit)),
         "",
         "## How it was made",
         "",
@@ -164,8 +164,8 @@ def _title(file: str) -> str:
     return Path(file).stem.replace("_", " ")
 
 
-def _limits(report: dict, audit: dict | None) -> Iterable[str]:
-    """What must not be read into the figures."""
+def limits(report: dict, audit: dict | None) -> Iterable[str]:
+    """What must not be read into the figures of a transformer's run, in Markdown."""
     yield (
         f"One run with seed {report['seed']}: another seed gives other figures. Nothing was tested but the metrics "
         f"above, on held-out rows of `{report['data']}`; what was lost on other data is not known, and what is wrong "

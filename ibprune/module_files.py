@@ -18,6 +18,7 @@ from ibprune.models import check_finite
 from ibprune.onnx_files import write_onnx
 from ibprune.plans import PruningPlan
 from ibprune.rebuild import SelectedLinear, resize_
+from ibprune.report_page import write_page
 from ibprune.slicing import select_inputs_
 
 SPEC_FILE = "ibprune.json"
@@ -35,7 +36,8 @@ def save_module(
     latency: LatencyTable | None = None,
     onnx_example: torch.Tensor | None = None,
 ) -> None:
-    """Writes `model.safetensors`, `ibprune.json` and, where given, `report.json` and `latency.json`: all, or nothing.
+    """Writes `model.safetensors`, `ibprune.json` and, where given, a report with its page, and `latency.json`: all, or
+    nothing.
 
     Args:
         onnx_example: An input; with one, `model.onnx` is written too, by `ibprune.onnx_files.write_onnx`.
@@ -64,6 +66,7 @@ def save_module(
         if report is not None:
             report = report | {"sha256": checksums(temporary)}
             (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            write_page(temporary)
 
 
 def is_module_folder(folder: str | Path) -> bool:

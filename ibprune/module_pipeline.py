@@ -25,7 +25,7 @@ from ibprune.pairs import Pairs
 from ibprune.plans import PruningPlan, model_type
 from ibprune.processes import on_main
 from ibprune.recipe import UNFIT, UNTAUGHT
-from ibprune.report import Timer, versions
+from ibprune.report import MODULE_SCHEMA, Timer, versions
 from ibprune.scores import LEARNED, SCORES
 from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_, with_latency, with_memory
@@ -33,7 +33,6 @@ from ibprune.surgery import compact_module_
 from ibprune.timing import time_forward
 from ibprune.trainer import SCHEDULES, TrainSettings, train
 
-SCHEMA = "ibprune.module_report/1"
 Metrics = float | dict[str, float]
 
 
@@ -213,7 +212,7 @@ def prune_module(
         for kept, found_metrics, latency in zip((plan.n_units, plan.kept()), (dense_metrics, metrics), latencies)
     ]
     report = {
-        "schema": SCHEMA,
+        "schema": MODULE_SCHEMA,
         "model": model_type(model),
         "dense": sides[0],
         "pruned": sides[1],

@@ -40,6 +40,7 @@ from ibprune.processes import check_batch_size, on_main
 from ibprune.quantised import bits, flag
 from ibprune.recipe import Recipe
 from ibprune.report import Report, Side, Timer, versions
+from ibprune.report_page import write_page
 from ibprune.resuming import FolderJournal, open_journal
 from ibprune.structure import Costs, Structure
 from ibprune.subject import Subject, fingerprints, known_tokens, load_subject
@@ -318,6 +319,7 @@ def _export(
     report.save(folder / "report.json")
     name = f"{Path(subject.recipe.output).name}/{final.name}" if report.budgets else final.name
     (folder / "README.md").write_text(model_card(report.to_dict(), audited, name=name))
+    write_page(folder)
 
 
 def _audit(

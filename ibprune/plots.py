@@ -67,7 +67,7 @@ def information_plane(found: dict) -> Figure | None:
             axes.add_patch(patch)
             centres.append(((x0 + x1) / 2, (y0 + y1) / 2))
         axes.annotate("", xy=centres[1], xytext=centres[0], arrowprops={"arrowstyle": "->", "color": "0.3"})
-        axes.annotate(_short(layer["name"]), centres[0], fontsize=8, ha="center", va="bottom")
+        axes.annotate(short_name(layer["name"]), centres[0], fontsize=8, ha="center", va="bottom")
     axes.autoscale_view()
     ceiling = layers[0]["I_XL"]["before"]["ceiling"]
     if axes.get_xlim()[1] > 0.7 * ceiling:
@@ -89,7 +89,7 @@ def retained(found: dict) -> Figure | None:
         axes.barh(i, value, color=PRUNED, alpha=0.6, hatch=hatch)
         axes.plot([low, high], [i, i], color="black", linewidth=1.5)
     axes.axvline(1.0, color=DENSE, linewidth=1)
-    axes.set_yticks(range(len(layers)), [_short(layer["name"]) for layer in layers])
+    axes.set_yticks(range(len(layers)), [short_name(layer["name"]) for layer in layers])
     axes.invert_yaxis()
     axes.set(xlabel="share of the dense layer's resolved information (hatched: not to be quoted)")
     return figure
@@ -117,7 +117,7 @@ def resolution_curves(found: dict) -> Figure | None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(0, 1.15 * layer["I_XL"]["before"]["ceiling"])
-        axes.set_title(_short(layer["name"]), fontsize=9)
+        axes.set_title(short_name(layer["name"]), fontsize=9)
     figure.supxlabel("noise, in multiples of the audit's")
     figure.supylabel("bits")
     return figure
@@ -135,7 +135,7 @@ def label_information(found: dict) -> Figure | None:
         marker = "o" if layer["V_LY"]["status"] == "ok" else "x"
         axes.plot(delta["value"], i, marker, color=PRUNED)
     axes.axvline(0.0, color="0.4", linewidth=1)
-    axes.set_yticks(range(len(layers)), [_short(layer["name"]) for layer in layers])
+    axes.set_yticks(range(len(layers)), [short_name(layer["name"]) for layer in layers])
     axes.invert_yaxis()
     axes.set(xlabel="change of V-information, bits (x: status not ok)")
     return figure
@@ -179,7 +179,7 @@ def head_entropy(found: dict) -> Figure | None:
             for head in (head for head, value in enumerate(values) if value is None):
                 axes.add_patch(Rectangle((head - 0.5, row - 0.5), 1, 1, facecolor="0.95", edgecolor="0.5", hatch="///"))
         image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        names = [_short(layer["name"]) + ("" if layer["heads"]["aligned"] else " *") for layer in layers]
+        names = [short_name(layer["name"]) + ("" if layer["heads"]["aligned"] else " *") for layer in layers]
         axes.set_yticks(range(len(layers)), names if i == 0 else [""] * len(names))
         axes.set(title=title, xlabel="head")
     figure.colorbar(image, ax=figure.axes, label="attention entropy, share of the largest")
@@ -218,7 +218,7 @@ def _legend(axes) -> None:
     axes.legend(handles, ["dense", "pruned"], frameon=False)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     head, _, tail = name.rpartition(".")
     plain = head and head.count(".") <= 1 and not any(letter.isdigit() for letter in head)  # one list of blocks
     return f"block {tail}" if tail.isdigit() and plain else name

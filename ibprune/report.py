@@ -9,7 +9,12 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ibprune.checksums import REPORT
+from ibprune.errors import BadRecipe, PlanMismatch
+
 SCHEMA = "ibprune.report/1"
+MODULE_SCHEMA = "ibprune.module_report/1"
+PARETO, PARETO_SCHEMA = "pareto.json", "ibprune.pareto/1"
 PACKAGES = ("ibprune", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
 
@@ -138,6 +143,47 @@ def versions() -> dict[str, str]:
     return found
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file of an output folder.
+
+    Raises:
+        PlanMismatch: It cannot be read, or holds something else than keys and values.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanMismatch(f"could not read {path}: {error}. Get the folder again.") from error
+    if not isinstance(found, dict):
+        raise PlanMismatch(f"expected keys and values in {path}, found {type(found).__name__}. Get the folder again.")
+    return found
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The folders of several budgets that a run wrote into one, the largest first; of any other, the folder itself."""
+    if not (folder / PARETO).is_file():
+        return [folder]
+    return [path.parent for path in sorted(folder.glob(f"*/{REPORT}"), reverse=True)]
+
+
+def read_report(folder: Path) -> dict:
+    """The dict of the report of a pruned model, a transformer or a module.
+
+    Raises:
+        BadRecipe: No report in the folder, or one of something else, such as a trained dense model.
+        PlanMismatch: It cannot be read.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        raise BadRecipe(f"expected a folder that a run wrote, with a {REPORT}, found none in '{folder}'.")
+    found = read_json(path)
+    if found.get("schema") not in (SCHEMA, MODULE_SCHEMA):
+        raise BadRecipe(
+            f"expected the report of a pruned model in '{folder}', {SCHEMA} or {MODULE_SCHEMA}, found "
+            f"'{found.get('schema')}': name what a pruning run of this version wrote."
+        )
+    return found
+
+
 def macs_input(found: dict) -> str:
     """What the MACs of a report or a plan are of."""
     if found["pictures"] is None:
@@ -194,7 +240,8 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
     add(f"MACs ({macs_input(report)})", dense["macs"] / 1e6, pruned["macs"] / 1e6, "{:,.1f} M")
     if blocks:
         add("  in blocks", dense["macs_blocks"] / 1e6, pruned["macs_blocks"] / 1e6, "{:,.1f} M")
-    add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
+    if dense.get("file_bytes"):  # a module's report has none
+        add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
     if dense.get("memory_bytes"):  # reports of an older version have none
         add("memory (weights and cache)", dense["memory_bytes"] / 1e6, pruned["memory_bytes"] / 1e6, "{:,.1f} MB")
     forms = {"rows": ("vocabulary", "{:,}"), "tokens_per_text": ("tokens per held-out text", "{:.2f}")}

@@ -73,6 +73,36 @@ def print_pareto(found: dict, output: str) -> None:
     sys.stdout.write(f"written to {output}: {folders}, each a folder that loads; pareto.json has this table\n")
 
 
+def print_contrast(found: dict) -> None:
+    def pair(values: list[float] | None, form: str, scale: float = 1.0) -> str:
+        if values is None:
+            return "-"
+        dense, pruned = values
+        return f"{form.format(pruned / scale)} ({pruned / dense:.3f})" if dense else form.format(pruned / scale)
+
+    metrics = list(dict.fromkeys(name for run in found["runs"] for name in run["metrics"]))
+    table(
+        "finished runs: pruned (ratio to dense)",
+        ("run", "model", "data", "score", "budget", "parameters", "MACs", "file", "latency", *metrics),
+        [
+            (
+                run["folder"],
+                run["model"].rstrip("/").split("/")[-1],
+                run["data"] or "-",
+                run["score"],
+                f"{run['budget']['keep']:g} {run['budget']['cost']}",
+                pair(run["params"], "{:,.0f}"),
+                pair(run["macs"], "{:,.1f} M", 1e6),
+                pair(run["file_bytes"], "{:,.1f} MB", 1e6),
+                f"({run['latency_ratio']:.3f})",
+                *(pair(run["metrics"].get(name), "{:.4f}") for name in metrics),
+            )
+            for run in found["runs"]
+        ],
+    )
+    sys.stdout.write("".join(f"note: {note}\n" for note in found["notes"]))
+
+
 def print_training(report: dict, output: str) -> None:
     before, after = report["metrics"]["before"], report["metrics"]["after"]
     changes = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)

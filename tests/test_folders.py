@@ -489,6 +489,7 @@ def summed(folder, tmp_path_factory):
     (path / "audit").mkdir()
     (path / "audit" / "plot.png").write_bytes(b"plot")
     (path / "README.md").write_text("card")
+    (path / "report.html").write_text("page")
     (path / "report.json").write_text(json.dumps({"sha256": checksums(path)}))
     return path
 
@@ -496,7 +497,7 @@ def summed(folder, tmp_path_factory):
 def test_one_flipped_byte_of_any_file_is_refused(summed, tmp_path):
     sums = json.loads((summed / "report.json").read_text())["sha256"]
     assert set(sums) >= {"model.safetensors", "config.json", "plan.json", "modeling_ibprune.py", "audit/plot.png"}
-    assert not {"report.json", "README.md"} & set(sums)
+    assert not {"report.json", "report.html", "README.md"} & set(sums)
     assert ibprune.load(summed)
     shutil.copytree(summed, tmp_path / "copy")
     for name in sums:
