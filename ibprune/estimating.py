@@ -16,9 +16,9 @@ from ibprune.errors import BadRecipe, IBPruneError, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.images import input_shape
 from ibprune.losses import Objective
-from ibprune.models import build_model, find_source, load_config, load_processor, model_class
+from ibprune.models import build_model, find_source, load_config, load_processor, model_class, stored_dtype
 from ibprune.processes import n_processes
-from ibprune.quantised import bits, flag
+from ibprune.quantised import bits, check_packable, check_quantised
 from ibprune.rates import block_rate
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.scores import LEARNED
@@ -104,11 +104,13 @@ def estimate(
             raise BadRecipe(f"--{name}: expected a number above 0" + f" and at most {most:g}" * (most == 1.0)
                             + f", found {value:g}.")  # fmt: skip
     if bits(asked):
-        raise BadRecipe(f"{flag(asked)}: what packed layers take is not estimated: leave it, or --estimate, out.")
+        check_quantised(asked)
     if num_processes < 1:
         raise BadRecipe(f"--num-processes: expected at least 1, found {num_processes}.")
     source = find_source(asked.model) if named else None
     config = load_config(source) if source else copy.deepcopy(model)
+    if bits(asked):
+        check_packable(config, asked)
     pictures, trained = reads_pictures(config.model_type), str((config.architectures or [""])[0])
     cls = model_class(config, classify=bool(asked.task) or pictures)
     name = objective_of(asked, cls, config)
@@ -141,7 +143,7 @@ def estimate(
         "memory": max(each.total for each in found),
         "available": None if flops_per_second else free_memory(present_device()),
         "process": 0 if flops_per_second or present_device().type != "cpu" else psutil.Process().memory_info().rss,
-        "disk": disk(work, getattr(config, "dtype", None) or torch.float32),
+        "disk": disk(work, stored_dtype(config)),
         "seconds": sum(seconds),
         "rate": {"flops_per_second": rate, "utilisation": utilisation, "source": source_of_rate},
     }  # fmt: skip
@@ -166,6 +168,7 @@ def phases(work: Work) -> tuple[Phase, ...]:
     batches = max(1, CALIBRATION // recipe.batch_size)
     forward, taught = step.forward_flops / work.rows, step.teacher_flops / work.rows
     small = int(work.small_share * step.flops)
+    student = 0 if work.packed else work.student  # it shares the dense model's weights then
     accum, steps, vocab = recipe.grad_accum, recipe.finetune_steps, "vocab" in recipe.kinds
     found = []
 
@@ -179,24 +182,24 @@ def phases(work: Work) -> tuple[Phase, ...]:
         steps * accum * step.flops, 0)  # fmt: skip
     if recipe.score not in ("magnitude", "random"):
         times = 1 + vocab + (learned and recipe.score == "gradual") * MaskSettings().rescored
-        add("scoring units", times * batches, _memory(work, 0, work.student, score.activation_bytes),
+        add("scoring units", times * batches, _memory(work, 0, student, score.activation_bytes),
             times * batches * score.flops, 0)  # fmt: skip
     compared = most_compared(work.kinds, vocab=vocab) * probed
     if vocab and probed:  # once more, of the other kinds, on the new tokens
         compared += most_compared(work.kinds - 1)
     add("allocating between kinds", compared * max(1, PROBE // recipe.batch_size),
-        _memory(work, 0, work.student, score.activation_bytes),
+        _memory(work, 0, student, score.activation_bytes),
         compared * PROBE * forward, PROBE * taught)  # fmt: skip
     tried = MOST_RECOVERED * probe_steps(recipe.probe_steps, recipe.recover_steps) * accum
     tried *= probed and work.kinds > 1
     judged = MOST_RECOVERED * CALIBRATION if tried else 0
     trained, held = (work.adapters, work.small) if work.adapters else (work.small, 0)
-    memory = _memory(work, trained, held + work.student, step.activation_bytes)
+    memory = _memory(work, trained, held + student, step.activation_bytes)
     add("trying a cut", tried, memory, tried * small + judged * work.small_share * forward,
         tried * step.teacher_flops + judged * taught)  # fmt: skip
     masked = recipe.mask_steps * accum if learned else 0
-    learning = work.masks if recipe.mode == "faster" else work.student + work.masks
-    add("learning masks", masked, _memory(work, learning, work.student + work.masks - learning, step.activation_bytes),
+    learning = work.masks if recipe.mode == "faster" else student + work.masks
+    add("learning masks", masked, _memory(work, learning, student + work.masks - learning, step.activation_bytes),
         masked * step.flops, masked * step.teacher_flops)  # fmt: skip
     recovered = recipe.recover_steps * accum
     best = work.small if recipe.eval_every else 0  # the weights of the best step so far
@@ -213,7 +216,7 @@ def _memory(work: Work, trained: int, held: int, activations: int, *, copies: in
         copies: Of the dense model. Processes that train together hold a second set of gradients, to exchange them.
     """
     return {
-        "dense": copies * WEIGHT * work.dense,
+        "dense": copies * (work.packed or WEIGHT * work.dense),
         "student": WEIGHT * (trained + held),
         "gradients": WEIGHT * trained * (2 if work.processes > 1 else 1),
         "moments": MOMENTS * _moment(work.recipe) * trained,
@@ -223,7 +226,11 @@ def _memory(work: Work, trained: int, held: int, activations: int, *, copies: in
 
 def disk(work: Work, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of the state of a run at the most, while one more save is written, and of the model's file."""
-    student, saves, moment = WEIGHT * (work.student + work.masks), work.recipe.keep_last + 1, _moment(work.recipe)
+    student, saves, moment = (
+        WEIGHT * (work.student * (not work.packed) + work.masks),
+        work.recipe.keep_last + 1,
+        _moment(work.recipe),
+    )
     moments = MOMENTS * moment * (work.masks if work.recipe.mode == "faster" else work.student + work.masks)
     first = WEIGHT * work.dense if work.new_head or work.recipe.finetune_steps else 0
     recovering = saves * (WEIGHT * (work.small + work.adapters) + MOMENTS * moment * (work.adapters or work.small))
@@ -287,7 +294,7 @@ def warn_of_memory(
         shape: Of a picture, where it reads pictures.
     """
     device, params = present_device(), count_params(model)
-    free = None if bits(recipe) else free_memory(device)  # what packed layers take is not estimated
+    free = None if bits(recipe) else free_memory(device)  # its weights are on the device already
     positions = shape[1] * shape[2] if shape else recipe.max_length
     if free is None or WEIGHT * params * (2 * (2 + MOMENTS) + recipe.batch_size * positions) < free:
         return

@@ -161,6 +161,17 @@ def load_config(source: Source) -> PreTrainedConfig:
     return config
 
 
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Of a checkpoint with this config, which `save_pretrained` leaves with the name of one.
+
+    Example:
+        >>> stored_dtype(PreTrainedConfig(dtype="bfloat16"))
+        torch.bfloat16
+    """
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+
+
 def model_class(config: PreTrainedConfig, *, classify: bool, objective: str = "") -> type[PreTrainedModel]:
     """The transformers class to prune: the one the config names, or its classifier for a labelled task and for CNNs.
 
@@ -284,7 +295,7 @@ def load_dense(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     check_finite(model, source.name)
-    dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = stored_dtype(config)
     if reads_pictures(config.model_type):
         return Loaded(model.eval(), None, source, dtype, new, load_processor(source.location))
     tokenizer = load_tokenizer(source)

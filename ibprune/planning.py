@@ -15,7 +15,7 @@ from ibprune.examples import image_shape
 from ibprune.feeding import tokens_read
 from ibprune.folders import tier_of
 from ibprune.images import input_shape
-from ibprune.models import build_model, find_source, load_config, load_processor, model_class
+from ibprune.models import build_model, find_source, load_config, load_processor, model_class, stored_dtype
 from ibprune.recipe import make_recipe
 from ibprune.sites import is_traced
 from ibprune.skeletons import equal_keep, prepare_skeleton_
@@ -74,7 +74,7 @@ def plan(
         raise BadRecipe("expected --cost memory beside --batch-size and --max-length, which size the key-value cache.")
     source = find_source(recipe.model) if named else None
     config = load_config(source) if source else copy.deepcopy(model)
-    cls, dtype = model_class(config, classify=False), getattr(config, "dtype", None) or torch.float32
+    cls, dtype = model_class(config, classify=False), stored_dtype(config)
     shape, refused, whole = None, {}, {}
     if is_traced(config.model_type):
         check_cnn(recipe, config.model_type)

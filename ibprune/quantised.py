@@ -6,8 +6,11 @@ import importlib.util
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from ibprune.costs import count_params
 from ibprune.errors import BadRecipe, UnsupportedModel
+from ibprune.lora import adapted_layers
 from ibprune.processes import n_processes
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
@@ -89,6 +92,22 @@ def quantisation(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | Non
     if recipe.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def packed_bytes(model: PreTrainedModel, bits: int) -> int:
+    """Bytes of a model whose blocks' linear layers are packed and whose other weights stay in float32.
+
+    Four bits come with a float32 scale for every 64 weights (Dettmers et al. 2023, section 3, without their double
+    quantisation), eight with one for every row.
+
+    Args:
+        model: With whole weights, which may be on the device "meta".
+    """
+    layers = [model.get_submodule(path) for path in adapted_layers(model)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    rows = sum(layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers)
+    scales = weights // 64 if bits == 4 else rows
+    return weights * bits // 8 + 4 * (scales + count_params(model) - weights)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, build, inputs_of, outputs
 from safetensors.torch import load_file, save_file
 from test_cli import refused
-from transformers import BitsAndBytesConfig, ResNetConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, ResNetConfig
 
 import ibprune
 from ibprune import quantised
@@ -17,9 +17,10 @@ from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, Stopped
 from ibprune.estimating import estimate
 from ibprune.inject import inject_
+from ibprune.lora import adapted_layers
 from ibprune.models import find_source, load_dense
 from ibprune.plans import PruningPlan
-from ibprune.quantised import check_quantised, copied, whole_skeleton
+from ibprune.quantised import check_quantised, copied, packed_bytes, whole_skeleton
 from ibprune.recipe import make_recipe
 from ibprune.sites import find_sites
 from ibprune.structure import prepare_
@@ -179,12 +180,36 @@ def test_models_that_cannot_be_packed_or_read_are_refused_before_they_are_loaded
     assert "'resnet' keeps its weights in convolutions" in said(tmp_path / "resnet", stories)
 
 
-def test_neither_training_nor_an_estimate_takes_it(classifier, tmp_path):
+def test_training_does_not_take_it(classifier, tmp_path):
     values = {key: classifier[key] for key in ("model", "data", "batch_size", "max_length")}
     with pytest.raises(BadRecipe, match="leaves weights as they are, and here they are trained"):
         ibprune.train(**values, load_in_4bit=True, output=tmp_path / "out")
-    with pytest.raises(BadRecipe, match="what packed layers take is not estimated"):
-        estimate(classifier["model"], 0.5, load_in_4bit=True)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_an_estimate_counts_the_bytes_that_are_held(width, tokenizer, tmp_path):
+    sizes = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(vocab_size=61, num_hidden_layers=2, **sizes)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    how = NF4 if width == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    held = load_dense(find_source(str(tmp_path)), quantisation=how, device=torch.device("cpu")).model
+    size = sum(p.numel() * p.element_size() for p in held.parameters())
+    for layer in adapted_layers(model):
+        weight = held.get_submodule(layer).weight
+        size += 4 * (weight.quant_state.absmax.numel() if width == 4 else weight.SCB.numel())
+    assert packed_bytes(model, width) == size
+    asked = {f"load_in_{width}bit": True} | dict(mode="faster", recovery="lora", recover_steps=4, max_length=16)
+    phases = {
+        each["phase"]: each["memory"] for each in estimate(model.config, 0.6, flops_per_second=1e12, **asked)["phases"]
+    }
+    assert {memory["dense"] for memory in phases.values()} == {size}
+    assert phases["scoring units"]["student"] == 0  # it shares them
+    assert phases["learning masks"]["student"] == phases["learning masks"]["gradients"]
+    adapters = phases["recovering"]["gradients"] // 4
+    plan = ibprune.plan(model.config, 0.6, **{f"load_in_{width}bit": True})["predicted"]
+    assert phases["recovering"]["student"] == 4 * (plan["params"] + adapters)
 
 
 def test_a_plan_says_what_such_a_run_cuts(classifier):
