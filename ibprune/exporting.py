@@ -18,7 +18,7 @@ from ibprune.gguf_files import write_gguf
 from ibprune.images import blank_shape
 from ibprune.loading import load
 from ibprune.losses import Batch
-from ibprune.models import Source, load_processor, load_tokenizer
+from ibprune.models import READ, Source, load_processor, load_tokenizer
 from ibprune.module_files import ONNX, is_module_folder
 from ibprune.onnx_files import (
     Flat,
@@ -122,13 +122,13 @@ def export(
     if to == GGUF:
         if path.exists() or path.is_symlink():
             raise BadRecipe(f"expected a new file, found something at '{path}': choose another --output.")
-        model = load(folder)
+        model = load(folder, needed=READ)
         with _new_file(path) as temporary:
             notes = write_gguf(model, folder, temporary, dtype=dtype)
         return {"to": to, "output": str(path), "notes": notes}
     check_output(path)
     GRAPHS[to].need()
-    model = load(folder)
+    model = load(folder, needed=READ)
     console.say(f"tracing {type(model).__name__.removeprefix('Pruned')}")
     with staged(path) as temporary:
         found = _write_graph(model, folder, GRAPHS[to], temporary, console)

@@ -1,13 +1,11 @@
 """The report of a run: what was asked, what was reached, what it cost, as JSON and as a table."""
 
-import json
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 SCHEMA = "ibprune.report/1"
 PACKAGES = ("ibprune", "torch", "transformers", "accelerate", "datasets", "safetensors")
@@ -60,6 +58,7 @@ class Report:
         chosen: Where `at_least` chose the budget, the metric, its "threshold", what was "tried", and a "note".
         overlap: Held-out rows that also occur in the training data; None where these are too many to look.
         sha256: Checksums of the folder's other files, by `ibprune.checksums`.
+        own_sha256: Of all that the report itself says.
         audit: The file of the audit; None, with the reason in `audit_note`, where there is none.
     """
 
@@ -95,13 +94,11 @@ class Report:
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    own_sha256: str = ""
     schema: str = SCHEMA
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 class Timer:

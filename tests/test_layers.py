@@ -12,7 +12,7 @@ LAYERS = (
     ("mi.critics",),
     ("mi.benchmark",),
     ("mi",),
-    ("errors", "rebuild", "hub", "console", "task_heads", "verdict"),
+    ("errors", "rebuild", "hub", "console", "task_heads", "verdict", "json_files"),
     (
         "groups",
         "metrics",
@@ -24,6 +24,8 @@ LAYERS = (
         "processes",
         "engine",
         "reading",
+        "claims",
+        "markdown",
     ),
     ("families.parts",),
     ("families.encoders", "families.distilbert", "families.modernbert", "families.mpnet"),
