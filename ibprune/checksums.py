@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path, PurePosixPath
 
 from ibprune.errors import PlanMismatch, first_line
@@ -56,8 +57,8 @@ def check_files(folder: Path, *, needed: tuple[str, ...] = (), compared: tuple[s
         PlanMismatch: A file was altered or cut short, or a needed one is gone, or the report is no report.
     """
     path = folder / REPORT
-    if not path.is_file():
-        if path.exists():
+    if not os.path.isfile(path):
+        if os.path.exists(path):
             raise PlanMismatch(f"expected a file {path}, found a folder: get the folder again.")
         return
     try:
@@ -101,5 +102,5 @@ def _inside(name: str) -> bool:
 
 def inside(folder: str | Path) -> str:
     """A hint for who names a folder of several budgets where one model is expected; "" for any other folder."""
-    found = sorted(path.parent.name for path in Path(folder).glob(f"*/{REPORT}")) if Path(folder).is_dir() else []
+    found = sorted(path.parent.name for path in Path(folder).glob(f"*/{REPORT}")) if os.path.isdir(folder) else []
     return f" It holds the folders {', '.join(found)}: name one of them." if found else ""

@@ -1,6 +1,7 @@
 """Text data: GLUE tasks, Hub data sets and local files."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -164,7 +165,7 @@ def find_splits(
         BadData: Nothing there, no training rows, or the Hub cannot be reached.
     """
     path = Path(source)
-    if path.exists():
+    if os.path.exists(source):
         return _from_files(path, names, streaming)
     if path.suffix in READERS or source.startswith((".", "/", "~")):
         raise BadData(f"expected a data file or folder, found nothing at '{source}'.")

@@ -1,6 +1,7 @@
 """The verb export: the model of a folder as files for other runtimes, which appear only if they compute the same."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +121,7 @@ def export(
     source = folder.absolute()
     path = Path(output) if output else source.with_name(source.name + (".gguf" if to == GGUF else f"-{to}"))
     if to == GGUF:
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             raise BadRecipe(f"expected a new file, found something at '{path}': choose another --output.")
         model = load(folder, needed=READ)
         with _new_file(path) as temporary:

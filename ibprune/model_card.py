@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ibprune.audit_output import audit_section, layer_status
 from ibprune.checksums import CARD, REPORT
+from ibprune.console import printable
 from ibprune.markdown import block, code, plain, quoted
 from ibprune.report import SCHEMA, budget_line, kept_names, macs_input, rows
 from ibprune.task_heads import ANSWERS, TAGS, WRITES
@@ -126,7 +127,7 @@ def _metadata(report: dict, name: str) -> ModelCardData:
     repo, _, config = (data or "").partition(":")
     results = [
         EvalResult(
-            task_type=task, dataset_type=repo or report["data"], dataset_name=report["data"],
+            task_type=task, dataset_type=repo or printable(report["data"]), dataset_name=printable(report["data"]),
             dataset_config=config or None, metric_type=metric, metric_value=value,
         )
         for metric, value in report["pruned"]["metrics"].items()
@@ -139,7 +140,7 @@ def _metadata(report: dict, name: str) -> ModelCardData:
         eval_results=results or None,
         library_name="transformers",
         metrics=list(report["pruned"]["metrics"]) or None,
-        model_name=name.rstrip("/").split("/")[-1],
+        model_name=printable(name).rstrip("/").split("/")[-1],
         pipeline_tag=task,
         tags=["ibprune", "pruned"],
     )

@@ -1,6 +1,7 @@
 """Finds the dense model: an alias, a folder, a Hub id, or the packaged MiniLM; loads it strictly."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def find_source(name: str) -> Source:
     Raises:
         BadRecipe: Neither a folder, an alias nor a Hub id; or the Hub is needed and out of reach.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # which says no, where Path raises for a name too long
         if not any((Path(name) / file).exists() for file in ("config.json", ADAPTER)):
             raise BadRecipe(f"expected a model folder with a config.json, found none in '{name}'.{inside(name)}")
         return Source(name.rstrip("/"), name)

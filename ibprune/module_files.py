@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def save_module(
 
 
 def is_module_folder(folder: str | Path) -> bool:
-    return (Path(folder) / SPEC_FILE).is_file()
+    return os.path.isfile(Path(folder) / SPEC_FILE)
 
 
 def load_module(folder: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from ibprune.tables import table
 
 DEEP = "[" * 20_000 + "]" * 20_000
 LONG = "9" * 5_000
+CARDS = Path(__file__).parents[1] / "model_cards"
 HOSTILE = '<img src=x onerror=alert(1)>\n```\n# "quoted" `code` $x$ [a](javascript:b) | \x1b[2J\u202e'
 
 
@@ -167,8 +170,11 @@ def test_a_config_that_claims_what_no_weights_bear_out_reserves_nothing(key, val
         if key in raw.get("ibprune", {}).get("dense", {}):
             raw["ibprune"]["dense"][key] = value
 
-    with pytest.raises(IBPruneError):
-        ibprune.load(edited(folder, claim))
+    params = sum(p.numel() for p in ibprune.load(folder).parameters())
+    try:  # what the folder's shapes overrule is never reserved
+        assert sum(p.numel() for p in ibprune.load(edited(folder, claim)).parameters()) == params
+    except IBPruneError as error:
+        assert value > 2**30 or key == "num_labels", error
     dense = edited(shutil.copytree(folders["BertForMaskedLM"], tmp_path / "dense"), claim)
     with pytest.raises(IBPruneError):
         load_any(str(dense))
@@ -266,6 +272,17 @@ def test_a_report_that_is_a_folder_is_no_report(folder):
         check_files(folder)
 
 
+def test_a_push_sends_nothing_from_beyond_the_folder(folder, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadRecipe, match="link 'notes.txt'"):
+        ibprune.push(str(folder), "me/small")
+    (folder / "notes.txt").unlink()
+    (folder / "notes.txt").symlink_to(folder / "config.json")
+    with pytest.raises(BadRecipe, match="HF_HUB_OFFLINE"):  # the next thing that is asked
+        ibprune.push(str(folder), "me/small")
+
+
 def test_the_longest_names_are_refused_as_others_are():
     for refused, call in (
         (BadRecipe, lambda name: plan(name)),
@@ -277,9 +294,8 @@ def test_the_longest_names_are_refused_as_others_are():
                 call(name)
 
 
-def test_names_in_a_card_are_shown_and_never_markup(monkeypatch):
-    with open("model_cards/minilm-0.3/report.json") as file:
-        report = json.load(file)
+def test_names_in_a_card_are_shown_and_never_markup():
+    report = json.loads((CARDS / "minilm-0.3" / "report.json").read_text())
     report |= {"model": HOSTILE, "data": HOSTILE, "command": f"ibprune --model {HOSTILE}", "device": HOSTILE}
     card = model_card(report, None, name=f"me/{HOSTILE}")
     body = card.split("\n---\n", 1)[1]
@@ -287,10 +303,9 @@ def test_names_in_a_card_are_shown_and_never_markup(monkeypatch):
         quoted(f"me/{HOSTILE}"), ""
     )
     assert "\x1b" not in card and "\u202e" not in card
-    assert [line for line in body.splitlines() if line.startswith("# ")] == [
-        line for line in body.splitlines() if line.endswith("params")
-    ]
-    snippets = [part.split("```")[0] for part in body.split("```python\n")[1:]]
+    (title,) = (line for line in body.splitlines() if line.startswith("# "))
+    assert title.endswith("of its params")
+    snippets = re.findall(r"^```python\n(.*?)\n```$", body, re.DOTALL | re.MULTILINE)
     assert snippets and all(compile(snippet, "card", "exec") for snippet in snippets)
     assert all("alert" not in name for snippet in snippets for name in compile(snippet, "card", "exec").co_names)
 
