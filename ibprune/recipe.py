@@ -292,6 +292,8 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
         return Recipe(**{str(key): value for key, value in (found | values).items()})
     except ValidationError as error:
         raise BadRecipe(_one_line(error)) from error
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise BadRecipe(f"expected text in UTF-8, found {repr(ascii(error.object))}: name it otherwise.") from error
 
 
 def _one_line(error: ValidationError) -> str:

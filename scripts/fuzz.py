@@ -197,8 +197,7 @@ def parser_of(target: str, place: Path) -> tuple[list[bytes], Callable[[bytes], 
 
         def budget(data: bytes) -> None:
             text = data.decode("utf-8", "surrogateescape")
-            make_recipe({"model": "m", "budget": text})
-            make_recipe({"model": "m", "at_least": text})
+            make_recipe({"model": "m", "at_least" if "=" in text else "budget": text})
 
         return [b"0.3", b"0.5,0.3", b"accuracy=99%", b"f1=0.8", b"1e-3"], budget
     if target == "plan":

@@ -12,6 +12,7 @@ from conftest import build, random_keep
 from safetensors.torch import load_file, save_file
 
 import ibprune
+from ibprune import plots
 from ibprune.audit_output import audit_section
 from ibprune.checksums import REPORT, check_files, write_report
 from ibprune.cli import main
@@ -125,6 +126,12 @@ def test_a_value_that_refers_to_itself_a_million_times_is_not_written_out(tmp_pa
         with pytest.raises(BadRecipe) as error:
             make_recipe({"model": "m", "budget": 1} if key == "score" else {}, file=tmp_path / "recipe.yaml")
         assert len(str(error.value)) < 5_000
+
+
+@pytest.mark.parametrize("key", ["model", "budget", "at_least", "kinds", "data"])
+def test_bytes_of_a_command_line_that_are_no_text_are_refused(key):
+    with pytest.raises(BadRecipe):
+        make_recipe({"model": "m", "budget": 0.5} | {key: "x\udcff"})
 
 
 def test_an_argument_of_line_breaks_is_refused():
@@ -323,7 +330,17 @@ def test_a_card_of_a_report_that_lacks_anything_is_left_as_it_is(tmp_path):
         assert renamed_card(tmp_path, "me/small") is None
 
 
-def test_layers_of_any_name_are_drawn_and_tabled(capsys):
+def test_layers_of_any_name_are_drawn(tmp_path, monkeypatch):
+    """A name with two dollars was read as a formula."""
+    found = json.loads((CARDS / "minilm-0.3" / "audit.json").read_text())
+    for layer in found["layers"]:
+        layer["name"] = r"$\frac$ <b>"
+    monkeypatch.setattr(plots, "PLOTS", {"retained": plots.PLOTS["retained"]})
+    assert plots.draw_audit(found, tmp_path) == ["retained"]
+    assert "<b>" not in (tmp_path / "retained.svg").read_text()
+
+
+def test_layers_of_any_name_are_tabled():
     side = {"lower": None, "upper": None, "status": "too_few_samples"}
     layer = {"name": HOSTILE, "pooling": "mean", "I_XL": {"before": side, "after": side, "retained": None},
              "V_LY": {"status": "not_applicable", "before": None, "after": None}, "V_token": None, "V_next": None,

@@ -95,6 +95,25 @@ def test_only_their_owners_do_it():
         assert text.count("torch.load(") == (file.name == "legacy.py") == text.count(", weights_only=True)"), file
 
 
+def test_every_test_asserts_something():
+    """Itself, or through a function of its file that does."""
+
+    def asserts(node: ast.AST, helpers: set[str]) -> bool:
+        return any(
+            isinstance(inner, ast.Assert)
+            or (isinstance(inner, ast.Attribute) and inner.attr == "raises")
+            or (isinstance(inner, ast.Name) and inner.id in helpers)
+            for inner in ast.walk(node)
+        )
+
+    tests = Path(__file__).parent
+    for file in tests.glob("test_*.py"):
+        found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        helpers = {node.name for node in found if not node.name.startswith("test_") and asserts(node, set())}
+        silent = [node.name for node in found if node.name.startswith("test_") and not asserts(node, helpers)]
+        assert not silent, f"{file.name}: {silent}"
+
+
 def test_files_are_small_and_say_what_they_are():
     for file in PACKAGE.rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 500, file
