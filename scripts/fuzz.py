@@ -133,6 +133,7 @@ def parser_of(target: str, place: Path) -> tuple[list[bytes], Callable[[bytes], 
     from ibprune.console import Quiet
     from ibprune.costs import CostModel, Term
     from ibprune.data import find_splits, load_data
+    from ibprune.embeddings import factorize_
     from ibprune.flags import prune_parser
     from ibprune.latency import LatencyTable, device_name, load_latency
     from ibprune.model_card import renamed_card
@@ -201,8 +202,9 @@ def parser_of(target: str, place: Path) -> tuple[list[bytes], Callable[[bytes], 
 
         return [b"0.3", b"0.5,0.3", b"accuracy=99%", b"f1=0.8", b"1e-3"], budget
     if target == "plan":
-        sites = find_sites(ibprune.load(dense))
         model = ibprune.load(dense)
+        factorize_(model)  # as a run does
+        sites = find_sites(model)
         seeds, _ = beside(pruned, "plan.json", lambda folder: None)
         return a_file("plan.json", [seeds[0].decode()], lambda f: check_plan(PruningPlan.load(f), model, sites))
     if target in ("report", "card", "audit"):
@@ -395,9 +397,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(SHARES), help="comma list of parsers")
     parser.add_argument("--prepared", type=Path, help="a folder for what is mutated, which is made if it is not there")
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file, to which records are added")
     settings = parser.parse_args()
-    names, records = settings.only.split(","), {}
+    names = settings.only.split(",")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": f"{folder}/cache"}
         with atheris.instrument_imports(include=[f"ibprune.{name}" for name in READERS]):
@@ -410,15 +412,22 @@ def main() -> None:
             import ibprune.planning  # noqa: F401
         for name in names:
             seconds = settings.seconds * SHARES[name] / sum(SHARES[n] for n in names)
-            records[name] = fuzz(name, base, settings, seconds, Path(folder))
-            print(name, json.dumps(records[name]), flush=True)
-            total = sum(record["executions"] for record in records.values())
-            kinds = sum(len(record["defects"]) for record in records.values())
-            asked = {key: getattr(settings, key) for key in ("seconds", "executions", "seed")}
-            limits = {"memory_bytes": MEMORY, "seconds_each": LONGEST}
-            result = {"asked": asked, "limits": limits, "executions": total, "defects": kinds, "parsers": records}
-            settings.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{total:,} executions, {kinds} kinds of defects")
+            record = {"seed": settings.seed} | fuzz(name, base, settings, seconds, Path(folder))
+            print(name, json.dumps(record), flush=True)
+            add(settings.output, name, record)
+
+
+def add(output: Path, name: str, record: dict) -> None:
+    """Puts a parser's record into the file, in the place of an older one."""
+    records = json.loads(output.read_text())["parsers"] if output.exists() else {}
+    records |= {name: record}
+    result = {
+        "limits": {"memory_bytes": MEMORY, "seconds_each": LONGEST},
+        "executions": sum(record["executions"] for record in records.values()),
+        "defects": sum(len(record["defects"]) for record in records.values()),
+        "parsers": records,
+    }
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
