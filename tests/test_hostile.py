@@ -128,10 +128,17 @@ def test_a_value_that_refers_to_itself_a_million_times_is_not_written_out(tmp_pa
         assert len(str(error.value)) < 5_000
 
 
-@pytest.mark.parametrize("key", ["model", "budget", "at_least", "kinds", "data"])
+@pytest.mark.parametrize("key", ["budget", "at_least", "kinds", "score"])  # a path may be no text
 def test_bytes_of_a_command_line_that_are_no_text_are_refused(key):
     with pytest.raises(BadRecipe):
         make_recipe({"model": "m", "budget": 0.5} | {key: "x\udcff"})
+
+
+def test_bytes_of_a_data_file_that_are_no_text_are_refused(tmp_path):
+    rows = b"".join(b'{"text": "a word \xcd", "label": %d}\n' % (i % 2) for i in range(24))
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    with pytest.raises(BadData, match="UTF-8"):
+        load_data(str(tmp_path / "rows.jsonl"))
 
 
 def test_an_argument_of_line_breaks_is_refused():
@@ -325,8 +332,9 @@ def test_spans_and_blocks_of_code_end_where_the_name_ends():
 
 
 def test_a_card_of_a_report_that_lacks_anything_is_left_as_it_is(tmp_path):
-    (tmp_path / "README.md").write_text('from_pretrained("x")')
-    for report in ({}, {"schema": "ibprune.report/1"}, {"schema": "ibprune.report/1", "audit": None, "budget": 3}, []):
+    (tmp_path / "README.md").write_text('Auto.from_pretrained("x")')
+    whole = json.loads((CARDS / "minilm-0.3" / "report.json").read_text()) | {"audit": None}
+    for report in ({}, {"schema": "ibprune.report/1"}, whole | {"model": 3}, []):
         (tmp_path / REPORT).write_text(json.dumps(report))
         assert renamed_card(tmp_path, "me/small") is None
 
