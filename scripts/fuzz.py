@@ -20,6 +20,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,9 +62,9 @@ def changed(data: bytes, seed: int, atheris_mutate: Callable[[bytes, int], bytes
         value = json.loads(body)
     except (ValueError, RecursionError):
         return atheris_mutate(data, most)
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        value = _changed_value(value, rng)
     try:
+        for _ in range(rng.choice((1, 1, 1, 2, 4))):
+            value = _changed_value(value, rng)
         body = json.dumps(value).encode()
     except (ValueError, RecursionError):
         return atheris_mutate(data, most)
@@ -378,8 +379,11 @@ def fuzz(target: str, base: Path, settings: argparse.Namespace, seconds: float, 
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         os.chdir(place)
-        child(target, place, settings.executions, seconds, settings.seed, found)
-        os._exit(1)
+        try:
+            child(target, place, settings.executions, seconds, settings.seed, found)
+        finally:
+            traceback.print_exc()
+            os._exit(1)  # libFuzzer's own end waits for an interpreter that is gone
     os.waitpid(number, 0)
     said = (found.parent / "said").read_text(errors="replace")
     record = json.loads(found.read_text()) if found.exists() else {"executions": 0, "defects": {"died": said[-300:]}}

@@ -81,7 +81,7 @@ def test_the_figures_of_a_report_are_those_of_the_folder(folders, reviews, tmp_p
     read = tokenizer([text for text, _ in rows], padding=True, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
         found = model(**read).logits.argmax(-1)
-    right = [label == model.config.id2label[int(number)] for number, (_, label) in zip(found, rows)]
+    right = [int(label) == int(number) for number, (_, label) in zip(found, rows)]
     assert report["metrics"]["accuracy"] == pytest.approx(sum(right) / len(rows), abs=1e-9)
 
 
