@@ -26,7 +26,7 @@ def plain(text: str) -> str:
         >>> print(plain("<b>|*x*"))
         &lt;b&gt;\|\*x\*
     """
-    text = re.sub(r"([\\`*_|]|(?<=\])\()", r"\\\1", " ".join(printable(text).split()))
+    text = re.sub(r"([\\`*|]|(?<!\w)_|_(?!\w)|(?<=\])\()", r"\\\1", " ".join(printable(text).split()))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
