@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ibprune.checks import scale_changed
+from ibprune.markdown import code, plain
 from ibprune.plots import draw_audit
 
 
@@ -64,7 +65,7 @@ def layer_status(layer: dict) -> str:
 def audit_intro(found: dict) -> str:
     """What the figures of the table are, in Markdown."""
     return (
-        f"Information in bits on {found['data']['n']:,} held-out inputs of `{found['data']['name']}` "
+        f"Information in bits on {found['data']['n']:,} held-out inputs of {code(found['data']['name'])} "
         f"({found['layers'][0]['pooling']} pooling). I(X; L) is a bracket through a known noise, calibrated on the "
         "dense model and then frozen; 'at own scale' lets the noise follow the scale of the pruned features; V-info is "
         "what a cross-fitted probe can use about the labels. Statuses other than ok say why a figure must not be "
@@ -84,7 +85,7 @@ def audit_section(found: dict) -> str:
             *_markdown(header, rows),
         ]
     if found["headline"]:
-        lines += [found["headline"], ""]
+        lines += [plain(found["headline"]), ""]
     failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
     if failed:
         lines += [f"Failed checks: {', '.join(failed)}.", ""]
@@ -93,7 +94,7 @@ def audit_section(found: dict) -> str:
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return [*lines, *("| " + " | ".join(map(plain, row)) + " |" for row in rows), ""]
 
 
 def _bracket(side: dict) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ibprune.console import Quiet, Terminal
+from ibprune.console import Quiet, Terminal, printable
 from ibprune.errors import BadRecipe, IBPruneError, Stopped, did_you_mean
 from ibprune.flags import (
     VERBS,
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         if _number():
             time.sleep(PATIENCE)  # then this one is ended
             where = f"process {_number()}: "
-        sys.stderr.write(f"ibprune: error: {where}{' '.join(str(error).split())}\n")
+        sys.stderr.write(f"ibprune: error: {where}{printable(' '.join(str(error).split()))}\n")
         return 2
     except RuntimeError as error:
         if not _is_lost_peer(error):
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stopped:
         if not _number():
-            sys.stderr.write(f"ibprune: {stopped}\n")
+            sys.stderr.write(f"ibprune: {printable(str(stopped))}\n")
         return 130
     except KeyboardInterrupt:
         if _number():

@@ -6,6 +6,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def printable(text: str) -> str:
+    """The text with all but its lines and what can be seen written out: a name must not move a terminal's cursor.
+
+    Example:
+        >>> printable("red \x1b[31m, and \u202e backwards")
+        'red \\x1b[31m, and \\u202e backwards'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class Quiet:
     """Says nothing; the default for Python callers.
 
@@ -31,10 +41,10 @@ class Terminal(Quiet):
     def __init__(self):
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(printable(line), soft_wrap=True)
 
     def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
         from rich.progress import (

@@ -1,6 +1,7 @@
 """Text data: GLUE tasks, Hub data sets and local files."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -130,8 +131,17 @@ def find_columns(
     """The splits as texts with labels, or what else their columns hold.
 
     Raises:
-        BadData: A column that is not there, or nothing to train on.
+        BadData: A column that is not there, bytes that are no text, or nothing to train on.
     """
+    try:
+        return _find_columns(source, splits, text_columns, label_column, writes)
+    except UnicodeDecodeError as error:  # Arrow looks at the bytes of a string only when it is asked for
+        raise BadData(f"expected text in UTF-8 in '{source}', found other bytes: {error.reason}.") from error
+
+
+def _find_columns(
+    source: str, splits: dict[str, Dataset], text_columns: tuple[str, ...], label_column: str, writes: bool
+) -> TextData:
     names = splits["train"].column_names
     check_columns((*text_columns, *((label_column,) if label_column else ())), names, source)
     label = label_column or next((c for c in LABEL_COLUMNS if c in names), "")
@@ -164,7 +174,7 @@ def find_splits(
         BadData: Nothing there, no training rows, or the Hub cannot be reached.
     """
     path = Path(source)
-    if path.exists():
+    if os.path.exists(source):
         return _from_files(path, names, streaming)
     if path.suffix in READERS or source.startswith((".", "/", "~")):
         raise BadData(f"expected a data file or folder, found nothing at '{source}'.")

@@ -1,6 +1,7 @@
 """The verb export: the model of a folder as files for other runtimes, which appear only if they compute the same."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from ibprune.gguf_files import write_gguf
 from ibprune.images import blank_shape
 from ibprune.loading import load
 from ibprune.losses import Batch
-from ibprune.models import Source, load_processor, load_tokenizer
+from ibprune.models import READ, Source, load_processor, load_tokenizer
 from ibprune.module_files import ONNX, is_module_folder
 from ibprune.onnx_files import (
     Flat,
@@ -120,15 +121,15 @@ def export(
     source = folder.absolute()
     path = Path(output) if output else source.with_name(source.name + (".gguf" if to == GGUF else f"-{to}"))
     if to == GGUF:
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             raise BadRecipe(f"expected a new file, found something at '{path}': choose another --output.")
-        model = load(folder)
+        model = load(folder, needed=READ)
         with _new_file(path) as temporary:
             notes = write_gguf(model, folder, temporary, dtype=dtype)
         return {"to": to, "output": str(path), "notes": notes}
     check_output(path)
     GRAPHS[to].need()
-    model = load(folder)
+    model = load(folder, needed=READ)
     console.say(f"tracing {type(model).__name__.removeprefix('Pruned')}")
     with staged(path) as temporary:
         found = _write_graph(model, folder, GRAPHS[to], temporary, console)

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments: "):
-            found = message.removeprefix("unrecognized arguments: ").split()[0]
+            found = message.removeprefix("unrecognized arguments: ").strip().partition(" ")[0]
             flags = [option for action in self._actions for option in action.option_strings]
             message = f"unknown flag or argument '{found}': {did_you_mean(found, flags)}"
         raise BadRecipe(message)

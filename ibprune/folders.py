@@ -52,7 +52,7 @@ def check_output(folder: str | Path, *, model: str | None = None) -> Path:
         parent = path.absolute().parent
         while not parent.exists():
             parent = parent.parent
-        if model is not None and Path(model).is_dir() and Path(model).resolve() in path.resolve().parents:
+        if model is not None and os.path.isdir(model) and Path(model).resolve() in path.resolve().parents:
             raise BadRecipe(f"expected an output outside the model's folder, found '{folder}': choose another.")
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent):
             pass  # the same name as `staged` takes

@@ -33,7 +33,7 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
         BadRecipe: Neither a folder nor a repo that can be read.
     """
     folder = Path(name)
-    if isinstance(name, Path) or folder.exists() or not _is_repo_id(name):
+    if isinstance(name, Path) or os.path.exists(name) or not _is_repo_id(name):
         if revision is not None:
             raise BadRecipe(f"expected a Hub repo such as 'user/model' beside revision=, found the folder '{name}'.")
         return folder
@@ -71,16 +71,18 @@ def push(
 
     Raises:
         PlanMismatch: The folder differs from its checksums.
-        BadRecipe: No such folder, no token, no network, a repo that cannot be written or holds other files.
+        BadRecipe: No such folder, a link that leads out of it, no token, no network, a repo that cannot be written or
+            holds other files.
         IBPruneError: The upload was interrupted.
 
     Example:
         >>> push("pruned", "me/bert-small", private=True)  # doctest: +SKIP
     """
     folder = Path(folder)
-    if not (folder / REPORT).is_file():
+    if not os.path.isfile(folder / REPORT):
         raise BadRecipe(f"expected an exported folder with a {REPORT}, found none in '{folder}'.{inside(folder)}")
     check_files(folder, needed=("*",))
+    _check_links(folder)
     check_target(repo, private=private, revision=revision)
     api = HfApi()
     with _staged(folder, repo) as staged:
@@ -178,6 +180,16 @@ def _check_same(there: dict[str, RepoFile], staged: Path, repo: str, revision: s
             f"expected a new or empty repo '{repo}'{_at(revision)} or parts of this folder there, found "
             f"{_some(other)}: name another repo or a --revision, or replace what is there with --overwrite."
         )
+
+
+def _check_links(folder: Path) -> None:
+    """Raises `BadRecipe` for a link to what lies elsewhere: it would be sent, whoever put it there."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and folder.resolve() not in path.resolve().parents:
+            raise BadRecipe(
+                f"expected files of its own in '{folder}', found the link '{path.relative_to(folder)}', which leads "
+                "out of it: put the file itself there."
+            )
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def load_images(source: str, *, label_column: str = "", seed: int = 0) -> ImageD
     path = Path(source)
     if path.suffix == ".npz":
         splits = _from_arrays(path)
-    elif path.is_dir() and not any(file.suffix in READERS for file in path.glob("train.*")):
+    elif os.path.isdir(source) and not any(file.suffix in READERS for file in path.glob("train.*")):
         splits = _from_folders(path)
     else:
         splits = {

@@ -52,8 +52,8 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
             pruned = recover(job, small, plan, budget, structure, job.subject.feed, phase=f"recovering {name}")
             rng = rng_state(journal.data)
             if shared((done / name).is_dir()) and journal.read(f"written {name}") is not None:
-                report = json.loads((done / name / "report.json").read_text())
-                results.append(PruneResult(load(done / name), plan, report))
+                small = load(done / name)  # compares the report with its sums, too
+                results.append(PruneResult(small, plan, json.loads((done / name / "report.json").read_text())))
                 continue
             on_main(lambda place=done / name: shutil.rmtree(place, ignore_errors=True))  # of another plan
             results.append(write(job, pruned, done / name, budgets=list(recipe.budget)))

@@ -18,6 +18,7 @@ from ibprune.console import Quiet
 from ibprune.costs import CostModel, Owners, Product, Term, dimension_owners, parameter_products
 from ibprune.errors import BadRecipe, first_line
 from ibprune.groups import Site
+from ibprune.json_files import read_json
 from ibprune.losses import Batch, forward
 from ibprune.timing import now
 
@@ -27,6 +28,7 @@ PLANS = 16  # compacted models that are timed to fit the formula
 HELD_OUT = 4  # further ones, on which it is judged
 ROUNDS = 5  # runs of each, beside as many of the dense model
 FEMTOSECONDS = 1e15  # of a second: a cost is a whole number
+MOST = 86_400 * FEMTOSECONDS  # a day
 NARROWEST = 0.1  # share of the units that a timed model keeps of a site at the least
 
 
@@ -67,10 +69,12 @@ class LatencyTable:
             raise ValueError(f"expected format '{FORMAT}'")
         n_units = data["model"]["n_units"]
         terms = tuple(Term(int(first), tuple(map(str, sites)), False) for first, *sites in data["model"]["terms"])
-        if any(term.coefficient < 0 for term in terms):
-            raise ValueError("expected times of at least 0")
+        if not all(0 <= term.coefficient < MOST for term in terms):
+            raise ValueError("expected times of at least 0, and below a day")
         for site in (site for term in terms for site in term.sites if site not in n_units):
             raise ValueError(f"it has no site '{site}'")
+        if not all(math.isfinite(float(data[key])) for key in ("dense_ms", "error")):
+            raise ValueError("expected finite numbers")
         rest = {key: value for key, value in data.items() if key != "format"}
         return cls(**rest | {"model": CostModel("latency", terms, n_units), "plans": tuple(data["plans"])})
 
@@ -142,8 +146,8 @@ def load_latency(path: str | Path, everything: dict[str, Site], device: torch.de
         BadRecipe: No table, or one of another model or device, or of inputs of other sizes.
     """
     try:
-        table = LatencyTable.from_dict(json.loads(Path(path).read_text()))
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+        table = LatencyTable.from_dict(read_json(path))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise BadRecipe(f"--latency-table: could not read '{path}': {first_line(error)}.") from error
     n_units = {name: site.n_units for name, site in everything.items()}
     if table.model.n_units != n_units:

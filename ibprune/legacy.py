@@ -1,6 +1,5 @@
 """Turns checkpoints that older tools pruned into usual folders: their shapes or zeros become a plan."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ibprune.checksums import checksums
+from ibprune.checksums import write_report
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.errors import BadRecipe, PlanMismatch, UnsupportedModel, first_line
 from ibprune.folders import check_output, probe_inputs, probe_outputs, staged, verify, write_model
 from ibprune.groups import Site, axis_dims, get_tensor
+from ibprune.markdown import code, plain, quoted
 from ibprune.models import Source, build_model, check_finite, load_config, load_tokenizer, model_class
 from ibprune.plans import PruningPlan
 from ibprune.report import versions
@@ -101,8 +101,7 @@ def convert_legacy(source: str, *, output: str, console: Quiet | None = None) ->
             "verify": verify(model, temporary, tier),
             "versions": versions(),
         }
-        report["sha256"] = checksums(temporary)
-        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        report = write_report(report, temporary)
         (temporary / "README.md").write_text(_card(report, folder.name))
     return report
 
@@ -268,7 +267,7 @@ def _preprocessor(source: Source, model_type: str):
     """The tokenizer or image processor beside the checkpoint, where there is one."""
     try:
         if reads_pictures(model_type):
-            return AutoImageProcessor.from_pretrained(source.location)
+            return AutoImageProcessor.from_pretrained(source.location, trust_remote_code=False)
         return load_tokenizer(source)
     except (BadRecipe, OSError, ValueError, UnsupportedModel):
         return None
@@ -278,12 +277,13 @@ def _card(report: dict, name: str) -> str:
     """The card: where it came from and how it loads."""
     by = "plain transformers" if report["verify"]["tier"] == "vanilla" else "trust_remote_code=True"
     cut = [f"- `{site}`: {kept} of {total}" for site, (kept, total) in report["kept"].items() if kept < total]
+    ours = code(f"ibprune.load({quoted(name)})")
     return "\n".join([
         "---", "library_name: transformers", "tags: [ibprune, pruned]", "---", "",
-        f"# {name}", "",
-        f"Converted by ibprune {report['versions']['ibprune']} from `{report['source']}`, which another tool pruned: "
-        f"{report['pruned']['params']:,} of {report['dense']['params']:,} parameters. Nothing was trained or measured "
-        "here; outputs are those of the source.", "",
-        f"It loads with `{report['verify']['auto_class']}` of transformers ({by}) or `ibprune.load(\"{name}\")`.", "",
+        f"# {plain(name)}", "",
+        f"Converted by ibprune {report['versions']['ibprune']} from {code(report['source'])}, which another tool "
+        f"pruned: {report['pruned']['params']:,} of {report['dense']['params']:,} parameters. Nothing was trained or "
+        "measured here; outputs are those of the source.", "",
+        f"It loads with `{report['verify']['auto_class']}` of transformers ({by}) or {ours}.", "",
         "## What is gone", "", *cut, "",
     ])  # fmt: skip

@@ -1,26 +1,29 @@
 """Loads folders without remote code, and refuses any tensor that does not fit."""
 
-import json
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ibprune.checksums import check_files, inside
-from ibprune.errors import PlanMismatch, first_line
-from ibprune.models import check_finite, find_source, load_dense
+from ibprune.claims import check_claims, check_fits
+from ibprune.errors import IBPruneError, PlanMismatch, first_line
+from ibprune.json_files import read_json
+from ibprune.models import ADAPTER, NEEDED, READ, check_finite, find_source, load_dense
 from ibprune.numbering import renumber_layers_
 from ibprune.rebuild import Pruned
-from ibprune.sites import check_model_type
+from ibprune.sites import check_model_type, check_unquantised
 from ibprune.surgery import FORMAT, SPEC, SPEC_KEYS
 
-NEEDED = ("*.safetensors", "*.safetensors.index.json", "config.json")
+INDEX = "model.safetensors.index.json"
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The pruned model of an exported folder, in eval mode; no code of the folder is run.
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, needed: tuple[str, ...] = NEEDED) -> PreTrainedModel:
+    """The pruned model of an exported folder, in eval mode; no code is run but transformers', nothing read elsewhere.
+
+    Args:
+        needed: Patterns of the files that must be there if the report names them.
 
     Raises:
         PlanMismatch: No such folder, a file that differs from its checksum, an unknown structure, or a tensor missing,
@@ -31,23 +34,32 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     """
     folder = Path(folder)
     path = folder / "config.json"
-    check_files(folder, needed=NEEDED)
+    check_files(folder, needed=needed)
     raw, spec = _read(folder, path)
-    name = spec["architecture"] if spec else (raw.get("architectures") or [""])[0]
+    _check_places(folder)
+    named = raw.get("architectures")
+    name = spec["architecture"] if spec else named[0] if isinstance(named, list) and named else ""
     model_type = spec["model_type"] if spec else raw.get("model_type")
     check_model_type(str(model_type))
+    check_claims(raw, str(folder))
     base = getattr(transformers, str(name), None)
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)) or base.config_class.model_type != model_type:
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel) and base.config_class):
         raise PlanMismatch(f"{path}: expected a transformers class of model type '{model_type}', found '{name}'.")
+    if base.config_class.model_type != model_type:
+        raise PlanMismatch(f"{path}: expected model type '{base.config_class.model_type}' of {name}, found another.")
     cls = type(f"Pruned{name}", (Pruned, base), {}) if spec else base
     known = {key: value for key, value in raw.items() if key != "auto_map"}
     try:
         config = base.config_class.from_dict({**known, "model_type": model_type, "architectures": [name]})
+        check_unquantised(config, str(folder))
+        check_fits(cls, config, folder)
         model, info = cls.from_pretrained(
             folder, config=config, dtype=dtype or "auto", output_loading_info=True, local_files_only=True,
             use_safetensors=True,
         )  # fmt: skip
-    except (OSError, RuntimeError, LookupError, AttributeError, TypeError, ValueError, SafetensorError) as error:
+    except IBPruneError:
+        raise
+    except Exception as error:  # every family checks its config, and fails on what it cannot build, in its own way
         raise PlanMismatch(f"'{folder}' does not load: {first_line(error)}") from error
     if spec and spec["format"] == 1:
         renumber_layers_(model, spec["dense"].get("layer_types"))
@@ -65,22 +77,43 @@ def load_any(name: str) -> PreTrainedModel:
     source = find_source(name)
     config = Path(source.location) / "config.json"
     try:
-        raw = json.loads(config.read_text()) if config.exists() else {}
+        raw = read_json(config) if config.exists() else {}
         pruned = isinstance(raw, dict) and SPEC in raw
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError):
         pruned = False  # the loader of dense models says what is wrong with it
-    return load(source.location) if pruned else load_dense(source).model
+    return load(source.location, needed=READ) if pruned else load_dense(source).model
+
+
+def _check_places(folder: Path) -> None:
+    """Raises `PlanMismatch` where transformers would read weights from beyond the folder."""
+    if (folder / ADAPTER).exists():
+        raise PlanMismatch(
+            f"expected a whole model in '{folder}', found an adapter's {ADAPTER}, which names another: move it."
+        )
+    path = folder / INDEX
+    if not path.exists():
+        return
+    try:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
+        raise PlanMismatch(f"could not read {path}: {first_line(error)}") from error
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise PlanMismatch(f"expected the file of each tensor under 'weight_map' in {path}.")
+    for file in shards.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise PlanMismatch(f"expected names of safetensors files beside it in {path}, found '{file}'.")
 
 
 def _read(folder: Path, path: Path) -> tuple[dict, dict | None]:
     """The raw config and its description of the pruned structure, None for a plain one."""
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
     except OSError as error:
         raise PlanMismatch(
             f"expected an exported folder with a config.json at '{folder}', found none.{inside(folder)}"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise PlanMismatch(f"could not read {path}: {error}") from error
     spec = raw.get(SPEC) if isinstance(raw, dict) else None
     if not isinstance(raw, dict) or not isinstance(spec, dict | None):

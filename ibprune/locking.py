@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, first_line
+from ibprune.json_files import read_json
 
 LOCK = "lock"
 
@@ -57,7 +58,7 @@ def alone(folder: Path, output: Path, console: Quiet) -> Iterator[None]:
 def _holder(path: Path) -> str:
     """Who wrote the lock file, for the middle of a message."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         return f"process {found['pid']} on {found['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -10,10 +10,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ibprune.audit_output import audit_section, layer_status
 from ibprune.checksums import CARD, REPORT
+from ibprune.console import printable
+from ibprune.markdown import block, code, plain, quoted
 from ibprune.report import SCHEMA, budget_line, kept_names, macs_input, rows
 from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
-NAME = re.compile(r'\.from_pretrained\("([^"]+)"')  # what a card calls its folder
+NAME = re.compile(r'\.from_pretrained\(("(?:[^"\\]|\\.)+")')  # what a card calls its folder
 TASKS = {  # by objective, as the Hub calls them
     "classification": "text-classification",
     "regression": "text-classification",
@@ -26,12 +28,12 @@ TASKS = {  # by objective, as the Hub calls them
 }
 LOADING = {
     "vanilla": "It loads with plain transformers, no extra code:\n\n```python\nfrom transformers import {auto}\n\n"
-    'model = {auto}.from_pretrained("{name}")\n```',
+    "model = {auto}.from_pretrained({name})\n```",
     "remote_code": "Its layers differ in width, which transformers expresses through the small file "
     "`modeling_ibprune.py` beside the weights (read it first, and name a commit with `revision=`):\n\n```python\n"
-    'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{name}", trust_remote_code=True)\n```\n\n'
+    "from transformers import {auto}\n\nmodel = {auto}.from_pretrained({name}, trust_remote_code=True)\n```\n\n"
     "Without remote code, and with every file compared to its checksum, through ibprune:\n\n```python\n"
-    'import ibprune\n\nmodel = ibprune.load("{name}")\n```',
+    "import ibprune\n\nmodel = ibprune.load({name})\n```",
 }
 
 
@@ -51,30 +53,30 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
     base = report["model"].rstrip("/").split("/")[-1]
     names = kept_names(report)
     lines = [
-        f"# {base}, pruned to {100 * budget['keep']:g}% of its {budget['cost']}",
+        f"# {plain(base)}, pruned to {100 * budget['keep']:g}% of its {budget['cost']}",
         "",
-        f"Made by ibprune from `{report['model']}` on the data `{report['data']}` (score `{report['score']}`, "
+        f"Made by ibprune from {code(report['model'])} on the data {code(report['data'])} (score `{report['score']}`, "
         f"seed {report['seed']}). The budget counts {where}: {budget_line(budget)}.",
         "",
         "## How to load it",
         "",
-        LOADING[report["verify"]["tier"]].format(auto=report["verify"]["auto_class"], name=name),
+        LOADING[report["verify"]["tier"]].format(auto=report["verify"]["auto_class"], name=quoted(name)),
         "",
         *_pictures(report, name),
         "## What was measured",
         "",
         "| | dense | pruned | ratio |",
         "|---|---|---|---|",
-        *(f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows(report)),
+        *(f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows(report)),
         "",
-        f"Metrics are on held-out data; latency is the median of interleaved runs on {report['device']}, "
+        f"Metrics are on held-out data; latency is the median of interleaved runs on {plain(report['device'])}, "
         "in float32. A MAC is one multiply-accumulate (two FLOPs).",
         "",
         "## What was removed",
         "",
         "| kind | kept | removed |",
         "|---|---|---|",
-        *(f"| {names[kind]} | {share:.1%} | {1 - share:.1%} |" for kind, share in report["kept"].items()),
+        *(f"| {plain(names[kind])} | {share:.1%} | {1 - share:.1%} |" for kind, share in report["kept"].items()),
         "",
         "`plan.json` lists every unit that stayed."
         + (
@@ -90,7 +92,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         "",
         "## How it was made",
         "",
-        f"```bash\n{report['command']}\n```",
+        block(report["command"], "bash"),
         "",
         "`recipe.yaml` holds the same with every default (`ibprune --recipe recipe.yaml`), `report.json` all figures, "
         f"versions and checksums (ibprune {report['versions']['ibprune']}, torch {report['versions']['torch']}, "
@@ -109,9 +111,13 @@ def renamed_card(folder: Path, name: str) -> str | None:
         if found is None or report["schema"] != SCHEMA:
             return None
         audit = json.loads((folder / "audit.json").read_text()) if report["audit"] else None
-        return model_card(report, audit, name=name) if card == model_card(report, audit, name=found[1]) else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-        return None  # no card, or a report of another version
+        return (
+            model_card(report, audit, name=name)
+            if card == model_card(report, audit, name=json.loads(found[1]))
+            else None
+        )
+    except Exception:  # noqa: BLE001 - no card, or a report or audit of another version, which may lack anything
+        return None
 
 
 def _metadata(report: dict, name: str) -> ModelCardData:
@@ -121,7 +127,7 @@ def _metadata(report: dict, name: str) -> ModelCardData:
     repo, _, config = (data or "").partition(":")
     results = [
         EvalResult(
-            task_type=task, dataset_type=repo or report["data"], dataset_name=report["data"],
+            task_type=task, dataset_type=repo or printable(report["data"]), dataset_name=printable(report["data"]),
             dataset_config=config or None, metric_type=metric, metric_value=value,
         )
         for metric, value in report["pruned"]["metrics"].items()
@@ -134,7 +140,7 @@ def _metadata(report: dict, name: str) -> ModelCardData:
         eval_results=results or None,
         library_name="transformers",
         metrics=list(report["pruned"]["metrics"]) or None,
-        model_name=name.rstrip("/").split("/")[-1],
+        model_name=printable(name).rstrip("/").split("/")[-1],
         pipeline_tag=task,
         tags=["ibprune", "pruned"],
     )
@@ -146,7 +152,7 @@ def _pictures(report: dict, name: str) -> list[str]:
         return []
     return [
         f"It reads pictures of {macs_input(report)} (channels, height, width), as "
-        f'`AutoImageProcessor.from_pretrained("{name}")` makes them; mean and deviation are those of '
+        f"{code(f'AutoImageProcessor.from_pretrained({quoted(name)})')} makes them; mean and deviation are those of "
         f"{report['pictures']['normalised_by']}.",
         "",
     ]
@@ -155,7 +161,7 @@ def _pictures(report: dict, name: str) -> list[str]:
 def _audit(report: dict, audit: dict | None) -> list[str]:
     """The audit's table and its plots, or why there is none."""
     if audit is None:
-        return ["## What each layer kept", "", f"Not audited: {report['audit_note']}", ""]
+        return ["## What each layer kept", "", f"Not audited: {plain(report['audit_note'])}", ""]
     plots = [file for file in sorted(report["sha256"]) if file.startswith("audit/") and file.endswith(".png")]
     return [audit_section(audit), *(f"![{_title(file)}]({file})" for file in plots), ""]
 
@@ -168,17 +174,18 @@ def limits(report: dict, audit: dict | None) -> Iterable[str]:
     """What must not be read into the figures of a transformer's run, in Markdown."""
     yield (
         f"One run with seed {report['seed']}: another seed gives other figures. Nothing was tested but the metrics "
-        f"above, on held-out rows of `{report['data']}`; what was lost on other data is not known, and what is wrong "
-        "with the dense model is not mended."
+        f"above, on held-out rows of {code(report['data'])}; what was lost on other data is not known, and what is "
+        "wrong with the dense model is not mended."
     )
     if report.get("chosen"):  # reports of an older version have none
-        yield report["chosen"]["note"]
+        yield plain(report["chosen"]["note"])
     if report.get("overlap"):
         yield f"{report['overlap']:,} held-out rows occur in the training data too, which flatters the metrics."
     dense, pruned = (report[side]["latency_ms"]["median"] for side in ("dense", "pruned"))
     slower = pruned > 0.95 * dense and not report.get("quantised")
     gain = "No speed was gained there: the model is smaller only. " if slower else ""
-    yield f"Latency holds for {report['device']} at the size of input in the table. {gain}Other hardware was not tried."
+    device = plain(report["device"])
+    yield f"Latency holds for {device} at the size of input in the table. {gain}Other hardware was not tried."
     if report.get("quantised"):
         yield (
             f"The dense model was held in {report['quantised']} bits: its metrics and its latency are of that "
@@ -191,6 +198,6 @@ def limits(report: dict, audit: dict | None) -> Iterable[str]:
     if audit is not None:
         doubtful = [layer["name"] for layer in audit["layers"] if layer_status(layer) != "ok"]
         if doubtful:
-            yield f"The audit does not vouch for the figures of {', '.join(doubtful)}: see their status."
+            yield f"The audit does not vouch for the figures of {', '.join(map(plain, doubtful))}: see their status."
     if report["hub"]["model"]:
-        yield f"The licence is that of `{report['hub']['model']}`."
+        yield f"The licence is that of {code(report['hub']['model'])}."

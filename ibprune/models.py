@@ -2,7 +2,7 @@
 
 import importlib.util
 import itertools
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ibprune.checksums import inside, sha256
+from ibprune.checksums import check_files, inside, sha256
+from ibprune.claims import check_claims, check_fits, check_memory
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
+from ibprune.json_files import read_json
 from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
 from ibprune.task_heads import ANSWERS, HEADS, TAGS
 
@@ -44,6 +46,9 @@ ALIASES = {
     "vit-b-16": "google/vit-base-patch16-224",
 }
 ADAPTER = "adapter_config.json"
+NEEDED = ("*.safetensors", "*.safetensors.index.json", "config.json")
+# What gives a text, a picture or a unit its number: without one of these, figures would quietly be others.
+READ = (*NEEDED, "plan.json", "*token*", "vocab*", "merges.txt", "*.model", "*processor*")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -90,7 +95,7 @@ def find_source(name: str) -> Source:
     Raises:
         BadRecipe: Neither a folder, an alias nor a Hub id; or the Hub is needed and out of reach.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # which says no, where Path raises for a name too long
         if not any((Path(name) / file).exists() for file in ("config.json", ADAPTER)):
             raise BadRecipe(f"expected a model folder with a config.json, found none in '{name}'.{inside(name)}")
         return Source(name.rstrip("/"), name)
@@ -144,20 +149,23 @@ def load_config(source: Source) -> PreTrainedConfig:
         )
     if path.exists():
         try:
-            raw = json.loads(path.read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raw = read_json(path)
+        except (OSError, ValueError) as error:
             raise BadRecipe(f"could not read {path}: {error}") from error
         if not isinstance(raw, dict):
             raise BadRecipe(f"expected keys and values in {path}, found {type(raw).__name__}.")
         if "ibprune" in raw:
             raise UnsupportedModel(f"'{source.name}' is pruned already: start from the dense model.")
         check_model_type(str(raw.get("model_type")))
+        check_claims(raw, source.name)
+        check_files(path.parent, needed=(path.name,), compared=(path.name,))
     try:
-        config = AutoConfig.from_pretrained(source.location)
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
     except Exception as error:  # every config class checks its values in its own way
         raise BadRecipe(f"could not read the config of '{source.name}': {first_line(error)}") from error
     check_model_type(config.model_type)
     check_unquantised(config, source.name)
+    check_claims(config.to_dict(), source.name)  # of the Hub's, too
     return config
 
 
@@ -224,8 +232,12 @@ def build_model(config: PreTrainedConfig, cls: type[PreTrainedModel], *, device:
         UnsupportedModel: The config describes no model.
     """
     try:
+        if device == "cpu":
+            check_memory(cls, config)
         with torch.device(device):
             return cls(config).eval()
+    except UnsupportedModel:
+        raise
     except Exception as error:  # impossible sizes fail anywhere
         raise UnsupportedModel(f"the config does not describe a {cls.__name__}: {first_line(error)}") from error
 
@@ -259,6 +271,8 @@ def load_dense(
         IBPruneError: A tensor is missing, of another shape, or holds NaN or infinity.
     """
     config = load_config(source)
+    if Path(source.location).is_dir():
+        check_files(Path(source.location), needed=READ)
     extra = {}
     if not untrained and not has_weights(source):
         raise BadRecipe(
@@ -285,7 +299,7 @@ def load_dense(
     else:
         if quantisation is not None:
             extra |= {"quantization_config": quantisation, "device_map": {"": device}}
-        model, new = _read_checkpoint(source, cls, extra)
+        model, new = _read_checkpoint(source, config, cls, extra)
     if quantisation is not None:
         if new:
             raise BadRecipe(_headless(source))
@@ -311,14 +325,20 @@ def _headless(source: Source) -> str:
     )
 
 
-def _read_checkpoint(source: Source, cls: type[PreTrainedModel], options: dict) -> tuple[PreTrainedModel, bool]:
+def _read_checkpoint(
+    source: Source, config: PreTrainedConfig, cls: type[PreTrainedModel], options: dict
+) -> tuple[PreTrainedModel, bool]:
     """The model of a checkpoint, and whether its task head is new."""
     try:
+        if Path(source.location).is_dir():
+            check_fits(cls, config, Path(source.location))
         model, info = cls.from_pretrained(
             source.location, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except SafetensorError as error:
         raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {first_line(error)}") from error
+    except IBPruneError:
+        raise
     except (OSError, ValueError, RuntimeError, ArithmeticError, TypeError, AttributeError) as error:
         raise BadRecipe(f"could not load '{source.name}': {first_line(error)}") from error
     prefix = model.base_model_prefix
@@ -347,7 +367,7 @@ def load_processor(location: str) -> BaseImageProcessor | None:
     if folder.is_dir() and not any((folder / name).exists() for name in PREPROCESSOR_FILES):
         return None
     try:
-        return AutoImageProcessor.from_pretrained(location, backend="pil")
+        return AutoImageProcessor.from_pretrained(location, backend="pil", trust_remote_code=False)
     except Exception as error:  # the classes of a missing and of a damaged file differ between processors
         if isinstance(error, OSError) and not folder.is_dir():
             return None
@@ -365,7 +385,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not [f for name in ("*token*", "*vocab*", "*.model") for f in folder.glob(name)]:
         raise BadRecipe(missing)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
     except Exception as error:  # tokenizers and transformers raise many classes for a bad folder
         raise BadRecipe(f"could not load the tokenizer of '{source.name}': {first_line(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):

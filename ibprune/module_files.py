@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ibprune.checksums import REPORT, check_files, checksums, sha256
+from ibprune.checksums import check_files, sha256, write_report
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.folders import check_output, staged
+from ibprune.json_files import read_json
 from ibprune.latency import LATENCY, LatencyTable
 from ibprune.models import check_finite
 from ibprune.onnx_files import write_onnx
@@ -64,13 +66,12 @@ def save_module(
         if latency is not None:
             latency.save(temporary / LATENCY)
         if report is not None:
-            report = report | {"sha256": checksums(temporary)}
-            (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            write_report(report, temporary)
             write_page(temporary)
 
 
 def is_module_folder(folder: str | Path) -> bool:
-    return (Path(folder) / SPEC_FILE).is_file()
+    return os.path.isfile(Path(folder) / SPEC_FILE)
 
 
 def load_module(folder: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -117,16 +118,17 @@ def load_module(folder: str | Path, model: nn.Module | Callable[[], nn.Module]) 
 def _read(folder: Path) -> tuple[dict[str, list[int]], list[str], str]:
     path = folder / SPEC_FILE
     try:
-        spec = json.loads(path.read_text())
+        spec = read_json(path)
     except OSError as error:
         raise PlanMismatch(f"expected a folder with {SPEC_FILE} at '{folder}', found none.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise PlanMismatch(f"could not read {path}: {error}") from error
     if not isinstance(spec, dict) or spec.get("format") != FORMAT:
         found = spec.get("format") if isinstance(spec, dict) else type(spec).__name__
         raise PlanMismatch(f"{path}: expected format '{FORMAT}', found {found!r}: was it written by a newer version?")
     shapes, selected, digest = spec.get("shapes"), spec.get("selected"), spec.get("sha256")
-    if not isinstance(shapes, dict) or not isinstance(selected, list) or not isinstance(digest, str):
+    names = isinstance(selected, list) and all(isinstance(name, str) for name in selected)
+    if not isinstance(shapes, dict) or not names or not isinstance(digest, str):
         raise PlanMismatch(f"{path}: expected 'shapes', 'selected' and 'sha256', found {sorted(spec)}.")
     PruningPlan.from_dict(spec.get("plan"), name=str(path))
     return shapes, selected, digest

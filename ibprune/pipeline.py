@@ -11,7 +11,7 @@ from ibprune.audit_output import write_audit
 from ibprune.auditing import Side as AuditSide
 from ibprune.auditing import audit
 from ibprune.budget import Budget
-from ibprune.checksums import checksums
+from ibprune.checksums import write_report
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.cutting import cut, for_adapters, lora_of, loss_with, on_kept_features, phases, timed_inputs
@@ -315,10 +315,10 @@ def _export(
     report.pruned.file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if audited is not None:
         write_audit(audited, folder)
-    report.sha256 = checksums(folder)
-    report.save(folder / "report.json")
+    written = write_report(report.to_dict(), folder)
+    report.sha256, report.own_sha256 = written["sha256"], written["own_sha256"]
     name = f"{Path(subject.recipe.output).name}/{final.name}" if report.budgets else final.name
-    (folder / "README.md").write_text(model_card(report.to_dict(), audited, name=name))
+    (folder / "README.md").write_text(model_card(written, audited, name=name))
     write_page(folder)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ibprune.errors import PlanMismatch, did_you_mean
 from ibprune.groups import Site
+from ibprune.json_files import read_json
 
 FORMAT = "ibprune.plan/1"
 ROTATED = "rotated_stream"  # set on a model whose residual stream was turned (`ibprune.rotation`)
@@ -63,8 +64,8 @@ class PruningPlan:
             PlanMismatch: The file is not a plan of this format.
         """
         try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = read_json(path)
+        except (OSError, ValueError) as error:
             raise PlanMismatch(f"expected a pruning plan in {path}, could not read it: {error}") from error
         return cls.from_dict(data, name=str(path))
 

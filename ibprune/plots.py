@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -11,13 +12,15 @@ from ibprune.checks import scale_changed
 
 DENSE, PRUNED = "#4477aa", "#cc6677"  # told apart by colour-blind readers and in grey print
 FORMATS = ("png", "svg")
+NAMES = {"text.parse_math": False}  # a layer may be called anything, and a dollar is no formula
 
 
 def draw_audit(found: dict, folder: Path) -> list[str]:
     """Writes every plot that the audit has figures for, as PNG and SVG; returns the names without endings."""
     names = []
     for name, draw in PLOTS.items():
-        figure = draw(found)
+        with rc_context(NAMES):
+            figure = draw(found)
         if figure is not None:
             _save(figure, folder, name)
             names.append(name)

@@ -1,6 +1,5 @@
 """Rows that are read as they are trained on, for data that do not fit into memory or on the disk."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 
 from ibprune.errors import BadData, IBPruneError, first_line
+from ibprune.json_files import parse_json
 
 STREAMED = {".csv": "csv", ".tsv": "csv", ".jsonl": "", ".parquet": "parquet", ".txt": ""}  # and datasets' reader
 LONGEST = 16_000_000  # characters of a text
@@ -125,7 +125,7 @@ def _json_lines(file: str) -> Iterator[dict]:
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line) if line.strip() else {}
+                row = parse_json(line) if line.strip() else {}
             except ValueError as error:
                 raise BadData(f"could not read line {number:,} of '{file}' as JSON: {error}") from error
             if not isinstance(row, dict):

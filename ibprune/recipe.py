@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 from pathlib import Path
+from reprlib import repr  # of a value that refers to itself a hundred times, as YAML's may, the whole fills the memory
 from typing import Literal, NamedTuple, Self
 
 import yaml
@@ -160,13 +161,13 @@ class Recipe(BaseModel):
             if any(isinstance(part, bool) for part in parts):
                 raise TypeError
             shares = tuple(sorted({float(part) for part in parts}, reverse=True))
-        except (TypeError, ValueError):
-            raise ValueError(f"expected a share in (0, 1], such as 0.3, or several, found {value!r}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"expected a share in (0, 1], such as 0.3, or several, found {repr(value)}") from None
         for share in shares or (0.0,):
             if not 0 < share <= 1:
                 raise ValueError(f"expected a share in (0, 1], found {share:g}")
         if len({f"{share:g}" for share in shares}) < len(shares):  # folders and phases bear these names
-            raise ValueError(f"expected shares that differ in their first six digits, found {value!r}")
+            raise ValueError(f"expected shares that differ in their first six digits, found {repr(value)}")
         return shares if len(shares) > 1 else shares[0]
 
     @field_validator("at_least")
@@ -290,7 +291,7 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
             file = find(str(file))
         try:
             loaded = yaml.safe_load(Path(file).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except Exception as error:  # YAML's dates, numbers and depths fail in classes of their own
             raise BadRecipe(f"could not read the recipe '{file}': {first_line(error)}") from error
         if not isinstance(loaded, dict):
             raise BadRecipe(f"expected keys and values in the recipe '{file}', found {type(loaded).__name__}.")
@@ -299,6 +300,8 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
         return Recipe(**{str(key): value for key, value in (found | values).items()})
     except ValidationError as error:
         raise BadRecipe(_one_line(error)) from error
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise BadRecipe(f"expected text in UTF-8, found {repr(ascii(error.object))}: name it otherwise.") from error
 
 
 def _one_line(error: ValidationError) -> str:
@@ -314,7 +317,8 @@ def _one_line(error: ValidationError) -> str:
         return f"{reason}."
     if first["type"] == "literal_error":
         expected = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        reason = f"found '{first['input']}': {did_you_mean(str(first['input']), expected)}"
+        found = first["input"] if isinstance(first["input"], str) else repr(first["input"])
+        reason = f"found '{found}': {did_you_mean(found, expected)}"
     elif reason == first["msg"]:
-        reason = f"{reason}, found {first['input']!r}"
+        reason = f"{reason}, found {repr(first['input'])}"
     return f"--{key.replace('_', '-')}: {reason}."

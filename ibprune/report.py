@@ -1,6 +1,5 @@
 """The report of a run: what was asked, what was reached, what it cost, as JSON and as a table."""
 
-import json
 import platform
 import time
 from collections.abc import Iterator
@@ -9,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ibprune.checksums import REPORT
-from ibprune.errors import BadRecipe, PlanMismatch
+from ibprune.checksums import REPORT, check_own
+from ibprune.errors import BadRecipe, PlanMismatch, first_line
+from ibprune.json_files import read_json
 
 SCHEMA = "ibprune.report/1"
 MODULE_SCHEMA = "ibprune.module_report/1"
@@ -66,6 +66,7 @@ class Report:
         chosen: Where `at_least` chose the budget, the metric, its "threshold", what was "tried", and a "note".
         overlap: Held-out rows that also occur in the training data; None where these are too many to look.
         sha256: Checksums of the folder's other files, by `ibprune.checksums`.
+        own_sha256: Of all that the report itself says.
         audit: The file of the audit; None, with the reason in `audit_note`, where there is none.
     """
 
@@ -102,13 +103,11 @@ class Report:
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    own_sha256: str = ""
     schema: str = SCHEMA
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 class Timer:
@@ -143,16 +142,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """A JSON file of an output folder.
 
     Raises:
         PlanMismatch: It cannot be read, or holds something else than keys and values.
     """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlanMismatch(f"could not read {path}: {error}. Get the folder again.") from error
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise PlanMismatch(f"could not read {path}: {first_line(error)}. Get the folder again.") from error
     if not isinstance(found, dict):
         raise PlanMismatch(f"expected keys and values in {path}, found {type(found).__name__}. Get the folder again.")
     return found
@@ -170,12 +169,13 @@ def read_report(folder: Path) -> dict:
 
     Raises:
         BadRecipe: No report in the folder, or one of something else, such as a trained dense model.
-        PlanMismatch: It cannot be read.
+        PlanMismatch: It cannot be read, or its figures are not those that were written.
     """
     path = folder / REPORT
     if not path.is_file():
         raise BadRecipe(f"expected a folder that a run wrote, with a {REPORT}, found none in '{folder}'.")
-    found = read_json(path)
+    found = read_object(path)
+    check_own(found, path)
     if found.get("schema") not in (SCHEMA, MODULE_SCHEMA):
         raise BadRecipe(
             f"expected the report of a pruned model in '{folder}', {SCHEMA} or {MODULE_SCHEMA}, found "

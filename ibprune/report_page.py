@@ -20,7 +20,7 @@ from ibprune.report import (
     PARETO_SCHEMA,
     budget_line,
     kept_names,
-    read_json,
+    read_object,
     read_report,
     recovery_line,
     rows,
@@ -63,14 +63,14 @@ def write_page(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if (folder / PARETO).is_file():
-        found = read_json(folder / PARETO)
+        found = read_object(folder / PARETO)
         return [
             _write(folder, pareto_page, found),
             *(path for each in run_folders(folder) for path in write_page(each)),
         ]
     report = read_report(folder)
     optional = ("plan.json", "audit.json")
-    more = [read_json(folder / name) if (folder / name).is_file() else None for name in optional]
+    more = [read_object(folder / name) if (folder / name).is_file() else None for name in optional]
     return [_write(folder, page, report, *more)]
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, first_line
+from ibprune.json_files import read_json
 from ibprune.locking import LOCK, alone
 from ibprune.processes import n_processes, on_main, process_index, shared
 from ibprune.recipe import WHERE, Recipe
@@ -255,8 +256,8 @@ def _take_up(recipe: Recipe, folder: Path, console: Quiet) -> FolderJournal:
             console.say(f"nothing to resume in {folder}: starting from the beginning")
         return journal
     try:
-        record = json.loads((folder / RECIPE).read_text())
-        theirs = record["recipe"] if record["format"] == FORMAT else None
+        record = read_json(folder / RECIPE)
+        theirs = dict(record["recipe"]) if record["format"] == FORMAT else None
         journal.before = dict(record["subject"]) if theirs is not None else None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / RECIPE, first_line(error), folder=True) from error

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ibprune.errors import first_line
+from ibprune.json_files import parse_json
 
 FORMAT = "ibprune.state/4"  # 1 did not know the model and the data, 2 the number of processes, 3 what came before
 Tensors = dict[str, torch.Tensor]
@@ -55,7 +56,7 @@ def read_entry(path: Path) -> Entry:
         with safe_open(path, "pt") as file:
             text = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        facts, after = json.loads(text["facts"]), text["after"]
+        facts, after = parse_json(text["facts"]), text["after"]
         digest = _digest(tensors, text["facts"], after)
         whole = text["format"] == FORMAT and text["sha256"] == digest
         own = {key: tensors[key] for key in facts["order"]} if whole else {}

@@ -10,6 +10,8 @@ from ibprune.families import FAMILIES, TRACED
 from ibprune.groups import Cut, Family, Group, Site, axis_dims, axis_width
 from ibprune.rebuild import full_path
 
+MOST_UNITS = 2**24  # that scores are held for; Llama 3.1 405B has seven million
+
 
 def find_family(model_type: str) -> Family:
     """The row of `families` for a model type.
@@ -79,6 +81,9 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                 if site is not None:
                     sites[site.name] = site
     _check_coverage(model, modules, family, sites)
+    units = sum(site.n_units for site in sites.values())
+    if units > MOST_UNITS:
+        raise UnsupportedModel(f"expected a model of at most {MOST_UNITS:,} units, found one of {units:,}.")
     return sites
 
 

@@ -2,19 +2,25 @@
 
 import sys
 
+from ibprune.console import printable
+
 WAYS = {"vanilla": "plain transformers", "remote_code": "trust_remote_code=True or ibprune.load"}
+
+
+def _put(text: str) -> None:
+    sys.stdout.write(printable(text))
 
 
 def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=printable(title), title_justify="left")
     for i, name in enumerate(header):
-        drawn.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        drawn.add_column(printable(name), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
-    console = Console(highlight=False)
+        drawn.add_row(*map(printable, row))
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:  # a file or a pipe has no edge to wrap at
         console.width = max(console.width, 160)
     console.print(drawn)
@@ -32,20 +38,20 @@ def print_report(report: dict, output: str) -> None:
     names = kept_names(report)
     kept = ", ".join(f"{names[kind]} {share:.0%}" for kind, share in report["kept"].items())
     loads = WAYS[report["verify"]["tier"]]
-    sys.stdout.write(
+    _put(
         f"budget {budget_line(budget)}; kept: {kept}\n"
         f"written to {output} in {sum(report['timings_s'].values()):.0f} s; loads with {loads} "
         f"(checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
     )
     if recovery_line(report["recovery"]):
-        sys.stdout.write(f"{recovery_line(report['recovery'])}\n")
+        _put(f"{recovery_line(report['recovery'])}\n")
     if report["chosen"]:
-        sys.stdout.write(f"{report['chosen']['note']}\n")
+        _put(f"{report['chosen']['note']}\n")
     if report["quantised"]:
         held = f"metrics and latency of the dense model are those of its form in {report['quantised']} bits"
-        sys.stdout.write(f"note: {held}; the weights written are full-precision.\n")
+        _put(f"note: {held}; the weights written are full-precision.\n")
     elif report["pruned"]["latency_ms"]["median"] > 0.95 * report["dense"]["latency_ms"]["median"]:
-        sys.stdout.write("note: no speed was gained on this device at this input size; the model is smaller only.\n")
+        _put("note: no speed was gained on this device at this input size; the model is smaller only.\n")
 
 
 def print_pareto(found: dict, output: str) -> None:
@@ -70,7 +76,7 @@ def print_pareto(found: dict, output: str) -> None:
         ],
     )
     folders = ", ".join(point["folder"] for point in found["points"])
-    sys.stdout.write(f"written to {output}: {folders}, each a folder that loads; pareto.json has this table\n")
+    _put(f"written to {output}: {folders}, each a folder that loads; pareto.json has this table\n")
 
 
 def print_contrast(found: dict) -> None:
@@ -100,20 +106,20 @@ def print_contrast(found: dict) -> None:
             for run in found["runs"]
         ],
     )
-    sys.stdout.write("".join(f"note: {note}\n" for note in found["notes"]))
+    _put("".join(f"note: {note}\n" for note in found["notes"]))
 
 
 def print_training(report: dict, output: str) -> None:
     before, after = report["metrics"]["before"], report["metrics"]["after"]
     changes = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)
-    sys.stdout.write(f"{changes} in {report['steps']} steps; written to {output}\n")
+    _put(f"{changes} in {report['steps']} steps; written to {output}\n")
 
 
 def print_export(found: dict) -> None:
     checked = f" (checked, max difference {found['max_diff']:.1e} of the outputs)" if "max_diff" in found else ""
-    sys.stdout.write(f"written to {found['output']}{checked}\n")
+    _put(f"written to {found['output']}{checked}\n")
     for note in found["notes"]:
-        sys.stdout.write(f"note: {note}\n")
+        _put(f"note: {note}\n")
 
 
 def print_plan(found: dict) -> None:
@@ -143,7 +149,7 @@ def print_plan(found: dict) -> None:
         *(f"refused    {name}: {reason}" for name, reason in found["refused"].items()),
         *(f"whole      {kind}: {reason}" for kind, reason in found["whole"].items()),
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    _put("\n".join(lines) + "\n")
 
 
 def print_estimate(found: dict) -> None:
@@ -168,7 +174,7 @@ def print_estimate(found: dict) -> None:
     rate, disk = found["rate"], found["disk"]
     there = "" if found["available"] is None else f"; {found['available'] / 1e9:,.1f} GB are free on {found['device']}"
     process = f", and {found['process'] / 1e9:,.1f} GB of the process itself" if found["process"] else ""
-    sys.stdout.write(
+    _put(
         f"memory     {found['memory'] / 1e9:,.1f} GB in the largest phase{process}; runs took up to a third more"
         f"{there}\n"
         f"disk       {disk['state'] / 1e9:,.1f} GB for the state of the run, {disk['folder'] / 1e9:,.1f} GB for the "
@@ -199,13 +205,13 @@ def print_audit(found: dict) -> None:
         table("V-information about frequent tokens, and what both models share (lower bound), in bits", header, rows)
     failed = [check["id"] for check in found["checks"] if check["status"] == "fail"]
     if failed:
-        sys.stdout.write(f"failed checks: {', '.join(failed)}\n")
+        _put(f"failed checks: {', '.join(failed)}\n")
     if found["headline"]:
-        sys.stdout.write(found["headline"] + "\n")
+        _put(found["headline"] + "\n")
 
 
 def print_conversion(report: dict, output: str) -> None:
-    sys.stdout.write(
+    _put(
         f"{report['pruned']['params']:,} of {report['dense']['params']:,} parameters; written to {output}; loads with "
         f"{WAYS[report['verify']['tier']]} (checked, max difference {report['verify']['max_abs_diff']:.1e})\n"
     )
@@ -228,7 +234,7 @@ def print_speeds(found: dict) -> None:
     table(f"{found['dense']['id']} and {found['pruned']['id']}, medians (quartiles)", header, rows)
     params = " -> ".join(f"{s['params']:,}" for s in sides)
     files = " -> ".join("-" if s["file_bytes"] is None else f"{s['file_bytes'] / 1e6:,.1f} MB" for s in sides)
-    sys.stdout.write(
+    _put(
         f"parameters {params}; file {files}\n"
         f"{env['device']}, {env['threads']} thread(s), {env['precision']}; {found['unit']}; peak: {env['memory']}\n"
         + "".join(f"{line}\n" for line in found["verdict"])

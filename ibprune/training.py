@@ -1,13 +1,12 @@
 """Trains a dense model, as a run does before it prunes, and as the verb `train` does for its own sake."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ibprune.checksums import checksums
+from ibprune.checksums import write_report
 from ibprune.console import Quiet
 from ibprune.costs import count_params
 from ibprune.cutting import loss_with, train_settings
@@ -136,6 +135,4 @@ def _write(
         model.to(dtype)
         tier = write_model(model, feed.preprocessor, None, temporary)
         report["verify"] = verify(model, temporary, tier, feed.probe())
-        report["sha256"] = checksums(temporary)
-        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report
+        return write_report(report, temporary)

@@ -12,7 +12,7 @@ LAYERS = (
     ("mi.critics",),
     ("mi.benchmark",),
     ("mi",),
-    ("errors", "rebuild", "hub", "console", "task_heads", "verdict"),
+    ("errors", "rebuild", "hub", "console", "task_heads", "verdict", "json_files"),
     (
         "groups",
         "metrics",
@@ -25,6 +25,8 @@ LAYERS = (
         "engine",
         "reading",
         "recipe_files",
+        "claims",
+        "markdown",
     ),
     ("families.parts",),
     ("families.encoders", "families.distilbert", "families.modernbert", "families.mpnet"),
@@ -92,6 +94,25 @@ def test_only_their_owners_do_it():
         assert ("save_torch_state_dict" in text) <= (file.name == "folders.py"), file
         assert "pickle" not in text, file
         assert text.count("torch.load(") == (file.name == "legacy.py") == text.count(", weights_only=True)"), file
+
+
+def test_every_test_asserts_something():
+    """Itself, or through a function of its file that does."""
+
+    def asserts(node: ast.AST, helpers: set[str]) -> bool:
+        return any(
+            isinstance(inner, ast.Assert)
+            or (isinstance(inner, ast.Attribute) and inner.attr == "raises")
+            or (isinstance(inner, ast.Name) and inner.id in helpers)
+            for inner in ast.walk(node)
+        )
+
+    tests = Path(__file__).parent
+    for file in tests.glob("test_*.py"):
+        found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        helpers = {node.name for node in found if not node.name.startswith("test_") and asserts(node, set())}
+        silent = [node.name for node in found if node.name.startswith("test_") and not asserts(node, helpers)]
+        assert not silent, f"{file.name}: {silent}"
 
 
 def test_files_are_small_and_say_what_they_are():

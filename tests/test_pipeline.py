@@ -1,11 +1,14 @@
 """Whole runs on tiny models: every objective, every score, the folder, the report, and the same run again."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DATA, outputs
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
 import ibprune
 from ibprune import cli
@@ -57,6 +60,30 @@ def test_the_main_job(head, data, score, shares, keep, folders, request, tmp_pat
     out = tmp_path / "out"
     result = ibprune.prune(folders[head], keep, data=source, score=score, shares=shares, output=str(out), **SHORT)
     check(result, out, keep)
+
+
+def test_the_figures_of_a_report_are_those_of_the_folder(folders, reviews, tmp_path):
+    """Counted and measured again from the files alone, by others' code."""
+    steps = dict(finetune_steps=8, mask_steps=0, recover_steps=0, batch_size=16, max_length=16)
+    more = dict(score="magnitude", shares="equal", audit=False, output=str(tmp_path / "out"))
+    report = ibprune.prune(folders["BertForSequenceClassification"], 0.6, data=reviews, **more, **steps).report[
+        "pruned"
+    ]
+    model, weights = ibprune.load(tmp_path / "out"), tmp_path / "out" / "model.safetensors"
+    assert report["params"] == sum(p.numel() for p in model.parameters())
+    assert report["file_bytes"] == weights.stat().st_size
+    model.set_attn_implementation("eager")
+    length = json.loads((tmp_path / "out" / "report.json").read_text())["macs_length"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.ones(1, length, dtype=torch.long))
+    assert report["macs"] == counter.get_total_flops() // 2
+    rows = [line.split("\t") for line in (Path(reviews) / "dev.tsv").read_text().splitlines()[1:]]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    read = tokenizer([text for text, _ in rows], padding=True, truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        found = model(**read).logits.argmax(-1)
+    right = [int(label) == int(number) for number, (_, label) in zip(found, rows)]
+    assert report["metrics"]["accuracy"] == pytest.approx(sum(right) / len(rows), abs=1e-9)
 
 
 @pytest.mark.parametrize("head,data", [("BertForSequenceClassification", "reviews"), ("LlamaForCausalLM", "stories")])
