@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ibprune
 from ibprune import cli
 from ibprune.audit_output import layer_status
-from ibprune.checksums import check_files
+from ibprune.checksums import check_files, own_sum
 from ibprune.drawing import make_axis, make_chart, unit_map
 from ibprune.ladder import pareto
 from ibprune.report import rows
@@ -206,7 +206,7 @@ def test_a_ladder_has_a_page_with_its_curve_and_its_folders(run, tmp_path):
     for each in (report, smaller):
         folder = tmp_path / f"{each['budget']['keep']:g}"
         folder.mkdir()
-        (folder / "report.json").write_text(json.dumps(each))
+        (folder / "report.json").write_text(json.dumps(each | {"own_sha256": own_sum(each)}))
     (tmp_path / "pareto.json").write_text(json.dumps(pareto([report, smaller])))
     assert write_page(tmp_path) == [tmp_path / name / "report.html" for name in ("", "0.5", "0.3")]
     found = check((tmp_path / "report.html").read_text())
@@ -260,6 +260,9 @@ def test_folders_without_a_run_are_refused_in_one_line(run, tmp_path, capsys):
 
     assert "with a report.json, found none in" in refused()
     report = read(run, "report.json")
+    (tmp_path / "report.json").write_text(json.dumps(report | {"seed": report["seed"] + 1}))
+    assert "to be those that were written, found others" in refused()
+    del report["own_sha256"]
     for text, expected in (
         ("{", "could not read"),
         ("[]", "expected keys and values"),
