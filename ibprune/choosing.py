@@ -1,6 +1,7 @@
 """Carries out a score: what it says of every unit, and what it does to those that stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,14 @@ from ibprune.losses import Batch, Objective
 from ibprune.masks import MaskSet
 from ibprune.refit import reconstruct_, rescale_
 from ibprune.resuming import NO_JOURNAL, Journal
-from ibprune.scores import fisher_scores, gate_gradients, magnitude_scores, random_scores, taylor_scores
+from ibprune.scores import (
+    blocks_again,
+    fisher_scores,
+    gate_gradients,
+    magnitude_scores,
+    random_scores,
+    taylor_scores,
+)
 from ibprune.second_order import obs_multipliers, obs_scores, rearrange
 from ibprune.trainer import TrainSettings
 
@@ -63,7 +71,7 @@ def score_units(student: nn.Module, sites: dict[str, Site], masks: MaskSet, choi
     batches, console = choice.batches, choice.console
     if not sites:  # nothing but the vocabulary is cut
         return {}
-    with choice.accelerator.autocast():
+    with _scoring(student, choice):
         match choice.score:
             case "magnitude":
                 return magnitude_scores(student, sites)
@@ -113,10 +121,18 @@ def refit_(
     return keep
 
 
+@contextmanager
+def _scoring(student: nn.Module, choice: Choice) -> Iterator[None]:
+    """The precision of a run, and its way to save memory, while units are scored."""
+    again = blocks_again(student) if choice.settings.checkpointing else nullcontext()
+    with choice.accelerator.autocast(), again:
+        yield
+
+
 def _gradients(student: nn.Module, masks: MaskSet, choice: Choice) -> dict[str, torch.Tensor]:
     """Of each calibration sequence by each unit's multiplier, by site, (sequences, n_units), on the CPU."""
     batches, parts = choice.batches, {name: [] for name in masks}
-    with choice.accelerator.autocast():
+    with _scoring(student, choice):
         for found in gate_gradients(
             student, masks, batches, choice.objective, seed=choice.seed, total=len(batches), console=choice.console
         ):

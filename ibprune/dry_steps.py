@@ -18,7 +18,7 @@ from ibprune.footprint import Watch
 from ibprune.losses import Batch, Objective, forward, training_loss
 from ibprune.masks import MaskSet
 from ibprune.rebuild import full_path
-from ibprune.scores import gate_gradients
+from ibprune.scores import blocks_again, gate_gradients
 from ibprune.sites import block_lists, find_family, is_traced
 from ibprune.task_heads import ANSWERS, TAGS, WRITES
 from ibprune.trainer import checkpoint_blocks_
@@ -171,8 +171,8 @@ def train_step(
 
 def score_step(student: PreTrainedModel, masks: MaskSet, objective: Objective, batch: Batch, how: DryRun) -> Step:
     """One batch of the scores that read gate gradients."""
-    watch = Watch()
-    with _attention(how), mixed(next(student.parameters()).device, how), watch:
+    watch, again = Watch(), blocks_again(student.eval()) if how.checkpointing else nullcontext()
+    with _attention(how), mixed(next(student.parameters()).device, how), again, watch:
         list(gate_gradients(student.eval(), masks, [batch], objective, seed=0, total=1, console=Quiet()))
     return Step(flops=watch.flops, activation_bytes=watch.peak)
 

@@ -287,7 +287,7 @@ def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:
     """
     found: dict = {}
     if file is not None:
-        if Path(file).name == str(file) and not Path(file).suffix and not Path(file).exists():
+        if Path(file).name == str(file) and Path(file).suffix not in (".yaml", ".yml") and not Path(file).exists():
             file = find(str(file))
         try:
             loaded = yaml.safe_load(Path(file).read_text())

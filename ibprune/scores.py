@@ -1,17 +1,48 @@
 """What the loss and the weights say of every unit: the baselines that a learned mask must beat, and where it starts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 
 from ibprune.console import Quiet
 from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.losses import Batch, Objective, forward, sensitivity
 from ibprune.masks import MaskSet
+from ibprune.rebuild import full_path
+from ibprune.sites import block_paths, find_family, is_traced
 
 SCORES = ("vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random")
 LEARNED = ("vib", "gradual")  # these decide while the weights train
+
+
+def _without_cache(forward: Callable, *args: object, **options: object) -> object:
+    """A block's outputs, to be computed again; what it would remember of its keys would be there twice then."""
+    args, options = tree_map(lambda x: None if isinstance(x, Cache) else x, (args, options))
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+@contextmanager
+def blocks_again(model: nn.Module) -> Iterator[None]:
+    """While it is open, a transformer's blocks run again in the backward pass and keep nothing until then.
+
+    transformers' own way needs the training mode, in which dropout would make the scores noisy. A CNN stays as it is.
+    """
+    kind = model.config.model_type
+    paths = [] if is_traced(kind) else block_paths(model, find_family(kind))
+    blocks = {id(block): block for block in (model.get_submodule(full_path(model, path)) for path in paths)}
+    for block in blocks.values():
+        block.forward = partial(_without_cache, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks.values():
+            del block.forward
 
 
 def gate_gradients(
@@ -27,13 +58,17 @@ def gate_gradients(
     """Gradients of the loss of each sequence by each unit's multiplier, batch after batch: by site, (batch, n_units).
 
     Each mask is given one multiplier per (sequence, unit), 1 everywhere, and its gradient is read. Units that are cut
-    already have none. The model should be in eval mode.
+    already have none. The model should be in eval mode. Its weights are frozen meanwhile, so that nothing is kept for
+    gradients of theirs, and autocast keeps no copies of them.
 
     Args:
         total: Number of batches, for the progress bar.
     """
     generator = torch.Generator().manual_seed(seed)
     mixed = any(mask.mixed for _, mask in masks.items())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         for batch in _single(console.track(batches, "scoring units", total), mixed):
             size = len(next(iter(batch.values())))
@@ -50,6 +85,8 @@ def gate_gradients(
     finally:
         for _, mask in masks.items():
             mask.probe = None
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def fisher_scores(

@@ -148,7 +148,8 @@ def test_where_adapters_recover_they_alone_have_gradients_and_moments():
     last, narrow = (found["phases"][-1]["memory"] for found in (full, adapters))
     assert narrow["gradients"] == 4 * counted and narrow["moments"] == 8 * counted
     assert narrow["student"] == last["student"] + 4 * counted
-    assert adapters["phases"][:-2] == full["phases"][:-2]  # but for cuts that are tried and the recovery
+    for one, other in zip(full["phases"], adapters["phases"]):
+        assert (one == other) == (one["phase"] not in ("trying a cut", "recovering"))
 
 
 def test_a_vocabulary_is_searched_for_before_the_rest():

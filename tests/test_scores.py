@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import build, random_keep, token_ids
+from conftest import build, inputs_of, random_keep, token_ids
 from torch.nn import functional as F
 
 from ibprune.console import Quiet
@@ -16,7 +16,7 @@ from ibprune.inject import inject_
 from ibprune.losses import Objective, forward, supervised_loss
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe, make_recipe
-from ibprune.scores import SCORES, fisher_scores, magnitude_scores, random_scores, taylor_scores
+from ibprune.scores import SCORES, blocks_again, fisher_scores, magnitude_scores, random_scores, taylor_scores
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
 
@@ -163,3 +163,40 @@ def test_a_candidate_that_cannot_win_is_not_read_to_its_end():
         read.clear()
         custom = objective.name == "custom"
         assert (loss_of(whole, 0.1) == loss) == custom and len(read) == (3 if custom else 1)
+
+
+@pytest.mark.parametrize(
+    "family,head",
+    [
+        ("bart", "BartForSequenceClassification"),
+        ("albert", "AlbertForSequenceClassification"),
+        ("gpt2", "GPT2ForSequenceClassification"),  # it hands its cache on by place, the others by name
+        ("opt", "OPTForSequenceClassification"),
+        ("vit", "ViTForImageClassification"),
+    ],
+)
+def test_blocks_that_run_again_give_the_same_scores_and_keep_less(family, head):
+    """Some blocks drop out by their own flag of training: it stays as it is."""
+    model = build(family, head).eval()
+    sites = {name: site for name, site in find_sites(model).items() if site.kind in ("heads", "ffn", "layers")}
+    masks, batch = inject_(model, sites), inputs_of(model) | {"labels": torch.tensor([0, 1])}
+    how = dict(seed=0, total=1, console=Quiet())
+    before = {name: module.forward for name, module in model.named_modules()}
+    kept = []
+
+    def scored() -> dict[str, torch.Tensor]:
+        kept.append(0)
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            kept[-1] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            return fisher_scores(model, masks, [batch], Objective("classification"), **how)
+
+    plain = scored()
+    with blocks_again(model):
+        again = scored()
+    assert all(torch.equal(plain[name], again[name]) and plain[name].any() for name in sites)
+    assert kept[1] < 0.7 * kept[0] or family == "albert"
+    assert {name: module.forward for name, module in model.named_modules()} == before
