@@ -242,6 +242,9 @@ def test_a_pruned_folder_brings_its_plan(folders, tmp_path):
     with pytest.raises(PlanMismatch, match="plan.json"):
         ibprune.audit(source, str(small), data=str(data), layers=(block,))
     (small / "plan.json").unlink()
+    with pytest.raises(PlanMismatch, match="expected the file 'plan.json'"):
+        ibprune.audit(source, str(small), data=str(data), layers=(block,))
+    (small / "report.json").unlink()  # nothing says then that there was one
     assert not ibprune.audit(source, str(small), data=str(data), layers=(block,))["layers"][0]["heads"]["aligned"]
 
 
