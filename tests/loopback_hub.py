@@ -43,6 +43,8 @@ class Hub:
         large: Contents of large files by SHA-256.
         seen: "METHOD path" of every request.
         hang_up: Requests whose path contains this lose their connection without an answer.
+        broken: Requests whose path contains this are answered with status 500.
+        halved: Files whose path contains this are cut off in the middle, after the whole length was announced.
     """
 
     url: str = ""
@@ -50,6 +52,8 @@ class Hub:
     large: dict[str, bytes] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
     hang_up: str = ""
+    broken: str = ""
+    halved: str = ""
 
     def create(self, kind: str, name: str, *, private: bool = False) -> Repo:
         repo = self.repos[kind, name] = Repo(private, {"main": [{".gitattributes": b"*.safetensors filter=lfs\n"}]})
@@ -117,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if self.hub.broken and self.hub.broken in path:
+            return self.fail(500, "", "Internal Server Error")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token != TOKEN:
             return self.fail(401, "", "Invalid credentials in Authorization header")
@@ -277,6 +283,8 @@ class Handler(BaseHTTPRequestHandler):
         for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(key, value)
         self.end_headers()
+        if self.hub.halved and self.hub.halved in self.path:
+            content, self.close_connection = content[: len(content) // 2], True
         if self.command != "HEAD":
             self.wfile.write(content)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -70,6 +71,13 @@ def test_every_recipe_parses_and_its_budget_can_be_planned_from_the_published_co
             asked["image_size"] = 32  # its convolutions are really run, for where their channels go
         found = ibprune.plan(AutoConfig.for_model(values.pop("model_type"), **values), recipe.budget, **asked)
         assert 0.95 * found["budget"]["limit"] < found["budget"]["achieved"] <= found["budget"]["limit"], name
+
+
+def test_the_page_of_recipes_has_them_all():
+    """Its figures take minutes to make again (`scripts/recipe_table.py`)."""
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| ([\d.]+) of", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
+    made = {name: make_recipe({}, file=name) for name in recipe_files.shipped()}
+    assert rows == [(name, recipe.model, f"{recipe.budget:g}") for name, recipe in made.items()]
 
 
 def test_recipes_are_listed_shown_and_copied_but_never_over_a_file(tmp_path, capsys):

@@ -281,6 +281,16 @@ def test_a_repo_that_was_tampered_with_is_refused_and_its_code_never_run(loopbac
     assert ibprune.load(f"{USER}/bert") and not ran.exists()
 
 
+@pytest.mark.parametrize("how", ["broken", "halved", "hang_up"])
+def test_a_download_that_fails_is_one_error_and_leaves_nothing_that_a_later_one_would_take(how, loopback, small):
+    ibprune.push(small, f"{USER}/small")
+    setattr(loopback, how, "/model.safetensors")
+    with pytest.raises(BadRecipe, match=f"could not get it from {loopback.url}"):
+        fetch(f"{USER}/small")
+    setattr(loopback, how, "")
+    assert (fetch(f"{USER}/small") / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+
+
 def test_repos_that_cannot_be_loaded(loopback, small, tmp_path, monkeypatch):
     ibprune.push(small, f"{USER}/small")
     fetch(f"{USER}/small")
