@@ -16,6 +16,7 @@ from ibprune.flags import (
     audit_parser,
     bench_parser,
     compare_parser,
+    doctor_parser,
     export_parser,
     legacy_parser,
     mi_parser,
@@ -34,6 +35,7 @@ from ibprune.tables import (
     print_conversion,
     print_estimate,
     print_export,
+    print_machine,
     print_pareto,
     print_plan,
     print_report,
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return {
             "prune": _prune, "plan": _plan, "train": _train, "compare": _compare, "report": _report, "push": _push,
             "audit": _audit, "bench": _bench, "export": _export, "convert-legacy": _convert_legacy,
-            "recipes": _recipes,
+            "recipes": _recipes, "doctor": _doctor,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
     except IBPruneError as error:
@@ -326,6 +328,21 @@ def _convert_legacy(argv: list[str]) -> int:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
         print_conversion(report, values["output"])
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    arguments = doctor_parser().parse_args(argv)
+    _hush()
+    from ibprune.doctor import examine
+
+    found = examine()
+    if arguments.json:
+        import json
+
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        print_machine(found)
     return 0
 
 

@@ -15,6 +15,7 @@ VERBS = {
     "audit": "say what each layer of a dense and of a pruned model knows of its input and labels",
     "bench": "measure speed, memory and size of a dense and a pruned model side by side, and say why it is not more",
     "convert-legacy": "turn a checkpoint that an older tool pruned into a folder that loads",
+    "doctor": "say what this machine has for a run, and what will be slow or is missing",
     "recipes": "list the recipes that come with ibprune, show one, or copy it to start from",
     "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
@@ -279,6 +280,13 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in _names(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a comma list of whole numbers, found '{text}'") from None
+
+
+def doctor_parser() -> Parser:
+    parser = Parser(prog="ibprune doctor", description=VERBS["doctor"].capitalize() + ".", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def recipes_parser() -> Parser:

@@ -54,6 +54,25 @@ def print_report(report: dict, output: str) -> None:
         _put("note: no speed was gained on this device at this input size; the model is smaller only.\n")
 
 
+def print_machine(found: dict) -> None:
+    def listed(versions: dict[str, str | None]) -> str:
+        return ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+
+    disk, hub = found["disk"], found["hub"]
+    devices = [f"{name}, {free / 1e9:.1f} GB free" for name, free in found["devices"].items()]
+    lines = {
+        "packages": listed(found["versions"]),
+        "optional": listed(found["optional"]) or "none",
+        "devices": "; ".join(devices) or f"CPU, {found['cores']} cores",
+        "memory": f"{found['memory'] / 1e9:.1f} GB free",
+        "disk": f"{disk['here'] / 1e9:.1f} GB free here, {disk['cache'] / 1e9:.1f} GB in {hub['cache']}",
+        "Hub": f"{hub['endpoint']} {'answers' if hub['reachable'] else 'does not answer'}, "
+        f"{'a token is' if hub['token'] else 'no token is'} set",
+    }
+    _put("".join(f"{name:<10}{text}\n" for name, text in lines.items()))
+    _put("".join(f"note: {note}\n" for note in found["notes"]))
+
+
 def print_pareto(found: dict, output: str) -> None:
     cost = found["points"][0]["budget"]["cost"]
     names = list(found["dense"]["metrics"])

@@ -44,24 +44,23 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
 def row(name: str, recipe: Recipe) -> str:
     given = {key: getattr(recipe, key) for key in recipe.model_fields_set - {"model", "budget"}}
 
-    def found(rate: float) -> dict:
-        return ibprune.estimate(config_of(recipe), recipe.budget, flops_per_second=rate, **given)
-
-    memory = found(1e12)["memory"]
-    gpu, (_, rate) = next(item for item in GPUS.items() if item[1][0] >= SHORTFALL * memory)
-    estimate = found(rate)
+    found = ibprune.estimate(config_of(recipe), recipe.budget, flops_per_second=1e12, **given)
+    gpu, (_, rate) = next(item for item in GPUS.items() if item[1][0] >= SHORTFALL * found["memory"])
     of = recipe.cost if recipe.scope == "model" else f"{recipe.cost} in blocks"
-    hours = estimate["seconds"] / 3600
+    hours = found["seconds"] * 1e12 / rate / 3600
     hours = f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
-    cells = (name, recipe.model, f"{recipe.budget:g} of {of}", f"{memory / 1e9:.1f} GB", gpu,
-             hours, f"{sum(estimate['disk'].values()) / 1e9:.1f} GB")  # fmt: skip
+    cells = (name, recipe.model, f"{recipe.budget:g} of {of}", f"{found['memory'] / 1e9:.1f} GB", gpu,
+             hours, f"{sum(found['disk'].values()) / 1e9:.1f} GB")  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     head = HEAD.format(shortfall=SHORTFALL, utilisation=UTILISATION, gpus=", ".join(GPUS))
     recipes = {name: make_recipe({}, file=path) for name, path in shipped().items()}
-    print("\n".join([head, *(row(name, recipe) for name, recipe in recipes.items()), ""]))
+    print(head)
+    for name, recipe in recipes.items():
+        print(row(name, recipe), flush=True)
+    print()
     print("\n".join(f"- **{name}**: {purpose(path)}" for name, path in shipped().items()))
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import ibprune
-from ibprune import cli, flags, hub, recipe_files
+from ibprune import cli, doctor, flags, hub, recipe_files
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe
 from ibprune.models import ALIASES
@@ -100,6 +101,26 @@ def test_recipes_are_listed_shown_and_copied_but_never_over_a_file(tmp_path, cap
     assert cli.main(["--recipe", "smok"]) == 2 and "did you mean 'smoke'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["smoke.yaml"]
     assert (tmp_path / "smoke.yaml").read_text() == "mine"
+
+
+def test_the_doctor_says_what_is_there_and_what_it_lacks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__ and found["optional"]["peft"]
+    assert found["disk"]["cache"] > 0 and not found["hub"]["reachable"]  # offline, as all tests are
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "packages" in out and all(f"note: {note}" in out for note in found["notes"])
+    rich = found | {"devices": {"a GPU": 8e10}, "bf16": True, "memory": 1e11, "disk": {"here": 1e12, "cache": 1e12}}
+    rich |= {
+        "hub": found["hub"] | {"reachable": True, "token": True},
+        "optional": dict.fromkeys(found["optional"], "1"),
+    }
+    assert doctor.notes(rich) == []
+    poor = rich | {"disk": {"here": 1e9, "cache": 1e12}, "optional": rich["optional"] | {"peft": None}}
+    full, missing = doctor.notes(poor)
+    assert full == "1.0 GB are free on the disk of this folder." and missing.endswith("peft (--recovery lora).")
 
 
 def test_recipes_are_strict_and_flags_override_them(tmp_path):

@@ -41,7 +41,7 @@ LAYERS = (
     ("embeddings", "latency", "memory", "rotation", "taps", "distillation"),
     ("surgery",),
     ("recipe", "data", "report", "channels", "saves"),
-    ("collating", "prose", "images", "structure", "resuming", "streaming", "quantised", "contrast"),
+    ("collating", "prose", "images", "structure", "resuming", "streaming", "quantised", "contrast", "doctor"),
     ("denoising",),
     ("scores", "second_order", "activations", "refit", "shares", "models"),
     ("feeding", "pairs", "labels", "footprint", "overlaps", "gguf_vocab", "shards"),
