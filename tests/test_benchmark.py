@@ -72,4 +72,5 @@ def test_a_table_is_run_once_and_goes_on(script, folders, reviews, tmp_path, cap
 
 @pytest.mark.parametrize("file", sorted(SCRIPT.parents[1].glob("benchmarks/*.yaml")), ids=lambda file: file.stem)
 def test_every_table_of_the_repo_is_one(script, file):
-    assert len(script["read_table"](file)) >= 2
+    cells = script["read_table"](file)
+    assert cells and all(cell.values["recover_steps"] >= 0 for cell in cells)
