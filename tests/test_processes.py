@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,6 +247,11 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, t
 
     for said in together(2, tiny_batches):
         assert said == "BadData: expected batches to train on with a row for each of 2 processes, found none."
+    odd = dict(data=reviews, batch_size=15, output=str(tmp_path / "wrong"))
+    for run in (partial(ibprune.prune, budget=0.5), ibprune.train):
+        for said in together(2, partial(run, folders["BertForSequenceClassification"], **odd)):
+            assert said.startswith("BadRecipe: --batch-size: expected a multiple of the 2 processes")
+    assert not list(tmp_path.iterdir())
     monkeypatch.setenv("WORLD_SIZE", "2")  # each of them would take itself for the main one
     fake = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO)
     monkeypatch.setattr("ibprune.engine.Accelerator", lambda **_: fake)
@@ -276,20 +282,21 @@ def command(*arguments: str) -> subprocess.Popen:
 
 def test_the_command_line_starts_the_processes(folders, reviews, tmp_path):
     arguments = ("--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16")
-    out, wrong = tmp_path / "out", tmp_path / "wrong"
-    common = ("train", *arguments, "--finetune-steps", "3", "--num-processes", "2", "--json", "--output")
-    run = command(*common, str(out), "--batch-size", "16")
+    out = tmp_path / "out"
+    run = command("train", *arguments, "--finetune-steps", "3", "--num-processes", "2", "--json", "--output", str(out),
+                  "--batch-size", "16")  # fmt: skip
     stdout, stderr = run.communicate(timeout=300)
     assert run.returncode == 0, stderr
     assert json.loads(stdout)["world_size"] == 2 and (out / "model.safetensors").exists()
     assert stderr.count("writing and checking") == 1
-    run = command(*common, str(wrong), "--batch-size", "15", "--quiet")
-    stdout, stderr = run.communicate(timeout=300)
-    assert run.returncode == 2 and stdout == "" and not wrong.exists()
-    assert stderr == (
-        "ibprune: error: --batch-size: expected a multiple of the 2 processes, among which each batch is divided, "
-        "found 15.\n"
-    )
+
+
+def test_what_they_refuse_is_said_once():
+    code = "import sys; from ibprune.launching import launch; sys.exit(launch(['recipes', 'show', 'nope'], 2))"
+    ended = fresh.run([sys.executable, "-c", code])
+    assert ended.returncode == 2 and ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("ibprune: error: no recipe 'nope' comes with ibprune")
 
 
 @pytest.mark.parametrize("n", [1, 2])
