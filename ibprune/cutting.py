@@ -1,9 +1,6 @@
 """Decides which units stay, by score and shares, and compacts a copy of the dense model."""
 
 import copy
-import itertools
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -12,18 +9,19 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from ibprune.budget import Budget, Keep, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import Budget, Keep, fractions_kept, make_budget, solve_by_cost, solve_by_shares
+from ibprune.candidates import probe_loss, reader, recovered_loss
 from ibprune.channels import Found
 from ibprune.choosing import Choice, refit_, score_units
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
-from ibprune.distillation import layers_apart, watched
+from ibprune.distillation import loss_with
 from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
 from ibprune.groups import MODULE_KINDS
 from ibprune.inject import MASKS, inject_
-from ibprune.lora import RANK, Lora, adapted
-from ibprune.losses import Batch, Objective, dense_batch, forward, training_loss
+from ibprune.lora import RANK, Lora
+from ibprune.losses import Batch, Objective
 from ibprune.masks import MaskSet
 from ibprune.models import Source
 from ibprune.plans import PruningPlan
@@ -34,12 +32,12 @@ from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.rotation import principal_axes
 from ibprune.scores import LEARNED
 from ibprune.shards import compact_checkpoint
-from ibprune.shares import equal_pressure, probe_shares
+from ibprune.shares import as_pressure, equal_pressure, probe_shares
 from ibprune.sites import find_family
 from ibprune.structure import Structure, budgeted, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
 from ibprune.surgery import compact_traced_
 from ibprune.timing import timed_text
-from ibprune.trainer import TrainSettings, train
+from ibprune.trainer import TrainSettings
 from ibprune.vanilla import plain_structure
 from ibprune.vib import learn_masks
 from ibprune.vocabulary import RankedRows, keep_rows, rank_rows
@@ -65,7 +63,8 @@ def cut(
     """The pruned model before recovery, its plan, the budget, what could be cut, and the feed of what it reads.
 
     A vocabulary is cut before everything else, because its rows have no masks: candidate cuts of all kinds say how
-    many stay; then the others are scored, shared and learned on what the rewritten tokenizer makes of the texts.
+    many stay, and what the other kinds give; then these are scored and learned on what the rewritten tokenizer makes
+    of the texts.
 
     Args:
         found: The channels of a CNN.
@@ -88,6 +87,7 @@ def cut(
     budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to,
                          ties=structure.ties)  # fmt: skip
     _, _, keep = one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
+    pressure = as_pressure(fractions_kept(keep, sites)) if choice.shares == "probe" else None
     n_units, rows = {name: site.n_units for name, site in structure.everything.items()}, keep["vocab"]
     student = copy.deepcopy(dense)
     if len(rows) < n_units["vocab"]:
@@ -101,7 +101,7 @@ def cut(
     rest = budgeted(prepare_(student, kinds, use, axes=structure.axes), student, recipe, dtype)
     if recipe.vanilla and kinds:
         rest, _ = plain_structure(student, rest, rest.costs.of(recipe.cost), round_to=recipe.round_to)
-    student, plan = choose_and_compact_(student, rest, budget, choice)
+    student, plan = choose_and_compact_(student, rest, budget, choice, pressure=pressure)
     plan = replace(plan, n_units=n_units, keep=plan.keep | {"vocab": rows})  # in the dense model's rows
     return student, plan, budget, structure, feed
 
@@ -202,11 +202,20 @@ def timed_inputs(model: PreTrainedModel, recipe: Recipe, feed: Feed) -> Batch:
 
 
 def choose_and_compact_(
-    student: nn.Module, structure: Structure, budget: Budget, choice: Choice
+    student: nn.Module,
+    structure: Structure,
+    budget: Budget,
+    choice: Choice,
+    *,
+    pressure: dict[str, float] | None = None,
 ) -> tuple[nn.Module, PruningPlan]:
-    """Scores the units, shares the cut between kinds, learns where the score is learned, and cuts."""
+    """Scores the units, shares the cut between kinds, learns where the score is learned, and cuts.
+
+    Args:
+        pressure: The shares, where a search has found them: kind k keeps exp(-t * pressure[k]) of its units.
+    """
     sites = structure.sites
-    masks, scores, keep = one_shot(student, structure, budget, choice) if sites else (None, {}, {})
+    masks, scores, keep = one_shot(student, structure, budget, choice, pressure=pressure) if sites else (None, {}, {})
     if choice.score in LEARNED and sites:
         start = per_cost(scores, structure, budget)
         keep, _ = learn_keep(student, masks, structure, budget, start, keep, choice)
@@ -285,11 +294,13 @@ def one_shot(
     *,
     ranked: RankedRows | None = None,
     feed: Feed | None = None,
+    pressure: dict[str, float] | None = None,
 ) -> tuple[MaskSet, dict[str, torch.Tensor], Keep]:
     """The student's masks, all open, the scores, and the units that one-shot scores would keep under the budget.
 
     Args:
         ranked, feed: The rows of the vocabulary, where they are to be cut, and the texts that a cut is read through.
+        pressure: As in `choose_and_compact_`; nothing is searched then.
     """
     sites, cost_model = structure.sites, structure.costs.of(budget.cost)
     masks = inject_(student, sites)
@@ -303,17 +314,20 @@ def one_shot(
 
     def probed() -> dict[str, torch.Tensor]:
         few = batches[: max(1, PROBE // len(next(iter(batches[0].values()))))]
-        read = None if ranked is None else _reader(feed, len(few) * feed.batch_size, accelerator.device)
+        read = None if ranked is None else reader(feed, CALIBRATION, accelerator.device)
         loss_of = probe_loss(student, masks, choice.judge, few, objective, accelerator, read=read)
         recovered = None
-        if ranked is None and choice.probe_steps:
-            recovered = recovered_loss(student, structure, choice)
+        if choice.probe_steps:
+            settings = for_adapters(replace(choice.settings, steps=choice.probe_steps, after=0), choice.lora)
+            recovered = recovered_loss(student, structure, choice, settings, read=read)
         found = probe_shares(
             loss_of, scores, sites, cost_model, budget, console=choice.console, recovered_loss_of=recovered
         )
         return {name: torch.tensor(units, dtype=torch.int64) for name, units in found.items()}
 
-    if choice.shares == "probe":
+    if pressure is not None:
+        keep = solve_by_shares(scores, sites, cost_model, budget, pressure)
+    elif choice.shares == "probe":
         found = choice.journal.once(f"{first}shares", probed)
         keep = {name: tuple(found[name].tolist()) for name in sites}
     elif choice.shares == "cost":
@@ -324,121 +338,9 @@ def one_shot(
     return masks, scores, keep
 
 
-def _reader(feed: Feed, n_samples: int, device: torch.device) -> Callable[[Keep], list[Batch]]:
-    """Calibration texts as a cut vocabulary reads them, in the ids of the whole one: the rows are still there."""
-    tokenizer = feed.collate.tokenizer
-    known: dict[tuple[int, ...], list[Batch]] = {}
-
-    def read(keep: Keep) -> list[Batch]:
-        rows = keep["vocab"]
-        if rows not in known:
-            batches = feed.retokenised(keep_rows(tokenizer, rows)).calibration(n_samples, device)
-            old = torch.tensor(rows, device=device)
-            known[rows] = [batch | {"input_ids": old[batch["input_ids"]]} for batch in batches]
-        return known[rows]
-
-    return read
-
-
-@torch.no_grad()
-def probe_loss(
-    student: nn.Module,
-    masks: MaskSet,
-    dense: nn.Module | None,
-    batches: list[Batch],
-    objective: Objective,
-    accelerator: Accelerator,
-    *,
-    read: Callable[[Keep], list[Batch]] | None = None,
-) -> Callable[[Keep, float], float]:
-    """A function that cuts by masks and returns the loss on a few batches, to the dense model where there is one.
-
-    Its second argument is a loss above which it is of no use: what the batches so far lost is then enough to stop, and
-    infinity is returned. Only losses of one's own can be negative, and are always summed to the end.
-
-    Args:
-        read: The same batches as the student reads them under a cut, where that changes its tokens.
-    """
-    with accelerator.autocast():
-        teacher = [forward(dense, dense_batch(batch)) if dense is not None else None for batch in batches]
-
-    @torch.no_grad()
-    def loss_of(keep: Keep, at_most: float = math.inf) -> float:
-        masks.set_keep(keep)
-        losses = []
-        with accelerator.autocast():
-            for batch, target in zip(batches if read is None else read(keep), teacher):
-                losses.append(training_loss(objective, forward(student, batch), target, batch))
-                if objective.name != "custom" and float(sum(losses)) > at_most * len(batches):
-                    return shared(math.inf)
-        return shared(float(torch.stack(losses).mean()))
-
-    return loss_of
-
-
 def probe_steps(asked: int | None, recover_steps: int) -> int:
     """Steps of recovery that a candidate cut gets: as asked, or an eighth of the whole recovery."""
     return recover_steps // 8 if asked is None else asked
-
-
-def recovered_loss(student: nn.Module, structure: Structure, choice: Choice) -> Callable[[Keep], float]:
-    """A function that cuts a copy of the student, recovers it for a few steps and returns its loss."""
-    settings = for_adapters(replace(choice.settings, steps=choice.probe_steps, after=0), choice.lora)
-    tries = itertools.count(1)
-
-    def loss_of(keep: Keep) -> float:
-        return float(choice.journal.once(f"cut tried {next(tries)}", lambda: {"loss": loss_after(keep)})["loss"])
-
-    def loss_after(keep: Keep) -> torch.Tensor:
-        plan = structure.plan(student, keep)
-        small = structure.compact(copied(student), plan)
-        objective = on_kept_features(choice.objective, plan)
-        with adapted(small, choice.lora):
-            train(
-                small, loss_with(objective, choice.teacher, choice.accelerator), choice.make_batches, settings,
-                accelerator=choice.accelerator, phase="trying a cut", console=choice.console,
-            )  # fmt: skip
-        judged = loss_with(replace(objective, layers=""), choice.judge, choice.accelerator)
-        with torch.no_grad(), choice.accelerator.autocast():
-            return torch.stack([judged(small.eval(), batch) for batch in choice.batches]).mean()
-
-    return loss_of
-
-
-def on_kept_features(objective: Objective, plan: PruningPlan) -> Objective:
-    """Compares a narrower model with the same features of the dense one, where features are compared."""
-    if objective.name != "encoder" and not objective.layers:
-        return objective
-    cut_dims = {
-        site: plan.keep[site]
-        for site in ("hidden", "pooler")
-        if site in plan.keep and len(plan.keep[site]) < plan.n_units[site]
-    }
-    return replace(objective, dims=cut_dims.get("hidden"), pooler_dims=cut_dims.get("pooler"))
-
-
-def loss_with(
-    objective: Objective, teacher: nn.Module | None, accelerator: Accelerator
-) -> Callable[[nn.Module, Batch], torch.Tensor]:
-    """The training loss as a function of (model, batch), distilled from the teacher where there is one."""
-
-    def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-        target = None
-        if teacher is not None:
-            with torch.no_grad(), accelerator.autocast():
-                target = forward(teacher, dense_batch(batch))
-        return training_loss(objective, forward(model, batch), target, batch)
-
-    def loss_with_layers(model: nn.Module, batch: Batch) -> torch.Tensor:
-        student = accelerator.unwrap_model(model)
-        with torch.no_grad(), accelerator.autocast(), watched(teacher) as theirs:
-            target = forward(teacher, batch)
-        with watched(student) as ours:
-            outputs = forward(model, batch)
-        apart = layers_apart(objective, student, ours, theirs, batch).mean()
-        return training_loss(objective, outputs, target, batch) + apart
-
-    return loss_with_layers if objective.layers and teacher is not None else loss_of
 
 
 def lora_of(recipe: Recipe) -> Lora | None:

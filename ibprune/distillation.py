@@ -1,14 +1,26 @@
-"""What a student learns from the blocks of its teacher: their hidden states, or how these relate tokens."""
+"""What a student learns from its teacher: its outputs, and of its blocks their states or how these relate tokens."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ibprune.inject import MASKS
-from ibprune.losses import Batch, Objective, real_tokens, relations, relations_apart
+from ibprune.losses import (
+    Batch,
+    Objective,
+    dense_batch,
+    forward,
+    real_tokens,
+    relations,
+    relations_apart,
+    training_loss,
+)
+from ibprune.plans import PruningPlan
 from ibprune.rebuild import full_path
 from ibprune.sites import block_paths, find_family
 
@@ -130,3 +142,39 @@ def _apart(objective: Objective, ours: torch.Tensor, theirs: torch.Tensor, real:
     else:  # stages of a Swin
         return ours.new_full((len(ours),), math.inf)
     return (each * real).sum(1) / real.sum(1).clamp_min(1)
+
+
+def on_kept_features(objective: Objective, plan: PruningPlan) -> Objective:
+    """Compares a narrower model with the same features of the dense one, where features are compared."""
+    if objective.name != "encoder" and not objective.layers:
+        return objective
+    cut_dims = {
+        site: plan.keep[site]
+        for site in ("hidden", "pooler")
+        if site in plan.keep and len(plan.keep[site]) < plan.n_units[site]
+    }
+    return replace(objective, dims=cut_dims.get("hidden"), pooler_dims=cut_dims.get("pooler"))
+
+
+def loss_with(
+    objective: Objective, teacher: nn.Module | None, accelerator: Accelerator
+) -> Callable[[nn.Module, Batch], torch.Tensor]:
+    """The training loss as a function of (model, batch), distilled from the teacher where there is one."""
+
+    def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+        target = None
+        if teacher is not None:
+            with torch.no_grad(), accelerator.autocast():
+                target = forward(teacher, dense_batch(batch))
+        return training_loss(objective, forward(model, batch), target, batch)
+
+    def loss_with_layers(model: nn.Module, batch: Batch) -> torch.Tensor:
+        student = accelerator.unwrap_model(model)
+        with torch.no_grad(), accelerator.autocast(), watched(teacher) as theirs:
+            target = forward(teacher, batch)
+        with watched(student) as ours:
+            outputs = forward(model, batch)
+        apart = layers_apart(objective, student, ours, theirs, batch).mean()
+        return training_loss(objective, outputs, target, batch) + apart
+
+    return loss_with_layers if objective.layers and teacher is not None else loss_of

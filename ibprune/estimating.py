@@ -185,8 +185,6 @@ def phases(work: Work) -> tuple[Phase, ...]:
         add("scoring units", times * batches, _memory(work, 0, student, score.activation_bytes),
             times * batches * score.flops, 0)  # fmt: skip
     compared = most_compared(work.kinds, vocab=vocab) * probed
-    if vocab and probed:  # once more, of the other kinds, on the new tokens
-        compared += most_compared(work.kinds - 1)
     add("allocating between kinds", compared * max(1, PROBE // recipe.batch_size),
         _memory(work, 0, student, score.activation_bytes),
         compared * PROBE * forward, PROBE * taught)  # fmt: skip

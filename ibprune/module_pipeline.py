@@ -14,7 +14,8 @@ from ibprune.channels import find_channels
 from ibprune.choosing import Choice
 from ibprune.console import Quiet
 from ibprune.costs import COSTS
-from ibprune.cutting import CALIBRATION, choose_and_compact_, loss_with, mask_and_recovery, probe_steps
+from ibprune.cutting import CALIBRATION, choose_and_compact_, mask_and_recovery, probe_steps
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.latency import LatencyTable

@@ -14,8 +14,9 @@ from ibprune.budget import Budget
 from ibprune.checksums import write_report
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
-from ibprune.cutting import cut, for_adapters, lora_of, loss_with, on_kept_features, phases, timed_inputs
+from ibprune.cutting import cut, for_adapters, lora_of, phases, timed_inputs
 from ibprune.data import TextData, hub_data
+from ibprune.distillation import loss_with, on_kept_features
 from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadData
 from ibprune.estimating import warn_of_memory

@@ -11,6 +11,7 @@ from ibprune.groups import Site
 
 SHARES = ("probe", "cost", "equal")
 MOST_RECOVERED = 6  # candidates that get a short recovery
+SMALL = 1e-6  # a share, or a pressure, that is as good as none
 ROUNDS, FACTORS = 2, (2.0, 0.5)  # of the search, and by which it scales the pressure on a kind
 
 
@@ -18,6 +19,18 @@ def equal_pressure(sites: dict[str, Site]) -> dict[str, float]:
     """The same kept fraction for every kind of width; whole sub-layers stay unless they are all there is."""
     kinds = dict.fromkeys(site.kind for site in sites.values())
     return {kind: 0.0 if kind == "layers" and len(kinds) > 1 else 1.0 for kind in kinds}
+
+
+def as_pressure(kept: dict[str, float]) -> dict[str, float]:
+    """The pressures at which each kind keeps the given share of its units, by kind.
+
+    What stays whole is under a very small one: it gives where nothing else can.
+
+    Example:
+        >>> {kind: round(value, 3) for kind, value in as_pressure({"heads": 0.5, "ffn": 0.25}).items()}
+        {'heads': 0.693, 'ffn': 1.386}
+    """
+    return {kind: max(-math.log(max(share, SMALL)), SMALL) for kind, share in kept.items()}
 
 
 def most_compared(kinds: int, *, vocab: bool = False) -> int:

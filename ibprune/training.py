@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from ibprune.checksums import write_report
 from ibprune.console import Quiet
 from ibprune.costs import count_params
-from ibprune.cutting import loss_with, train_settings
+from ibprune.cutting import train_settings
+from ibprune.distillation import loss_with
 from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadRecipe
 from ibprune.evaluation import evaluate_model

@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 from ibprune.audit_output import write_audit
 from ibprune.auditing import Side, audit
 from ibprune.console import Quiet, Terminal
-from ibprune.cutting import cut, loss_with, train_settings
+from ibprune.cutting import cut, train_settings
 from ibprune.data import load_data
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.feeding import make_feed

@@ -20,8 +20,9 @@ from scipy.stats import rankdata, spearmanr
 from torch.nn import functional as F
 
 from ibprune.console import Quiet
-from ibprune.cutting import cut, loss_with, train_settings
+from ibprune.cutting import cut, train_settings
 from ibprune.data import load_data, read_file
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.features import collect, find_layers
 from ibprune.feeding import make_feed

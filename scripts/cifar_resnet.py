@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import ibprune
 from ibprune.console import Terminal
 from ibprune.costs import count_params, module_macs_model
-from ibprune.cutting import loss_with
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.losses import Objective
 from ibprune.scores import LEARNED

@@ -19,7 +19,8 @@ from stsb import embed
 
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
-from ibprune.cutting import CALIBRATION, loss_with
+from ibprune.cutting import CALIBRATION
+from ibprune.distillation import loss_with
 from ibprune.embeddings import TokenUse, factorize_, gradient_moment
 from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model

@@ -14,8 +14,8 @@ from datasets import Dataset
 from ibprune.budget import make_budget, solve_by_shares
 from ibprune.collating import Collate, make_loader
 from ibprune.console import Quiet
-from ibprune.cutting import loss_with
 from ibprune.data import TextData
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.inject import inject_
 from ibprune.losses import Objective

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ibprune
 from ibprune.console import Quiet, Terminal
 from ibprune.costs import count_params
-from ibprune.cutting import loss_with
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.losses import Objective
 from ibprune.scores import LEARNED

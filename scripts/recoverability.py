@@ -17,7 +17,8 @@ import torch
 from ibprune.budget import fractions_kept, make_budget, solve_by_shares
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
-from ibprune.cutting import CALIBRATION, loss_with, on_kept_features, token_use, train_settings
+from ibprune.cutting import CALIBRATION, token_use, train_settings
+from ibprune.distillation import loss_with, on_kept_features
 from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.inject import inject_

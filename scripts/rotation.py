@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ibprune.console import Quiet
-from ibprune.cutting import CALIBRATION, loss_with
+from ibprune.cutting import CALIBRATION
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.evaluation import evaluate_model
 from ibprune.inject import inject_, remove_

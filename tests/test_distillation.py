@@ -14,8 +14,7 @@ from conftest import HEADS, TINY, build, inputs_of, random_keep
 
 import ibprune
 from ibprune import cli, cutting
-from ibprune.cutting import loss_with, on_kept_features
-from ibprune.distillation import RELATED, TAUGHT, layers_apart, match, watched
+from ibprune.distillation import RELATED, TAUGHT, layers_apart, loss_with, match, on_kept_features, watched
 from ibprune.engine import make_accelerator
 from ibprune.errors import BadRecipe
 from ibprune.flags import prune_parser

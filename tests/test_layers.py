@@ -48,7 +48,7 @@ LAYERS = (
     ("trainer", "evaluation", "folders", "loading", "features", "inputs"),
     ("onnx_files", "gguf_files", "walls"),
     ("vib", "choosing", "verify", "vanilla", "checks", "measures", "attention", "openvino_files"),
-    ("dry_steps", "plots"),
+    ("dry_steps", "plots", "candidates"),
     ("auditing", "audit_output", "head_patterns", "rates"),
     ("cutting", "model_card", "skeletons", "drawing"),
     ("sizing", "report_page"),

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from ibprune.budget import make_budget, solve_by_shares
 from ibprune.channels import find_channels
 from ibprune.console import Quiet
-from ibprune.cutting import loss_with
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.inject import inject_
 from ibprune.losses import Objective

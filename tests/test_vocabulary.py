@@ -1,8 +1,10 @@
 """Cut vocabularies: rewritten tokenizers, exact rows in every family, and whole runs."""
 
 import json
+import math
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 import ibprune
-from ibprune import cli
+from ibprune import candidates, cli, cutting
+from ibprune.candidates import probe_loss
 from ibprune.collating import Collate
 from ibprune.costs import count_params, macs_model, params_model
 from ibprune.data import TextData, load_data
 from ibprune.embeddings import cut_vocab_, factorize_, named_rows
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel
 from ibprune.folders import tier_of, verify, write_model
-from ibprune.inject import inject_
+from ibprune.inject import MASKS, inject_
 from ibprune.inputs import encode_inputs
 from ibprune.losses import Objective, _word_means, dense_batch, distill_loss, forward
 from ibprune.plans import PruningPlan
@@ -346,6 +349,33 @@ def test_a_run_that_cuts_the_vocabulary(head, kinds, shares, keep, spelt, tmp_pa
     with torch.no_grad():
         assert torch.allclose(ibprune.load(out)(**batch)[0], result.model(**batch)[0], atol=1e-5)
     assert report["verify"]["tier"] == ("vanilla" if kinds == "vocab" else "remote_code")
+
+
+def test_a_short_recovery_says_how_many_rows_stay(spelt, tmp_path, monkeypatch):
+    """Candidates are the masked model at first, rows and all; the one with the least loss is what the run cuts."""
+    tried, masked = [], []
+
+    def recovered_loss(student, structure, choice, settings, *, read):
+        at_once = candidates.recovered_loss(student, structure, choice, replace(settings, steps=0), read=read)
+        masks, batches = getattr(student, MASKS), choice.batches
+        loss_of = probe_loss(student, masks, choice.judge, batches, choice.objective, choice.accelerator, read=read)
+
+        def fewest_rows(keep):
+            tried.append(keep)
+            masked.append((at_once(keep), loss_of(keep, math.inf)))
+            return len(keep["vocab"])
+
+        return fewest_rows
+
+    monkeypatch.setattr(cutting, "recovered_loss", recovered_loss)
+    options = SHORT | {"kinds": "heads,ffn,vocab", "probe_steps": 2, "score": "fisher", "audit": False, "round_to": 1}
+    head = "BertForSequenceClassification"
+    plan = ibprune.prune(spelt[head], 0.7, data=spelt["data"], output=str(tmp_path / "out"), **options).plan
+    least = min(tried, key=lambda keep: len(keep["vocab"]))
+    assert len({len(keep["vocab"]) for keep in tried}) > 2 and plan.keep["vocab"] == least["vocab"]
+    for kind in ("heads", "ffn"):  # which of them is asked again, on the new tokens
+        assert len({sum(len(keep[x]) for x in keep if x.endswith(kind)) for keep in (plan.keep, least)}) == 1
+    assert [one for one, _ in masked] == pytest.approx([other for _, other in masked], rel=1e-4)
 
 
 @pytest.mark.parametrize("kinds", ["ffn,vocab", "vocab"])
