@@ -13,7 +13,7 @@ from cnn_models import build_net, pictures, save_pictures
 from conftest import HEADS, TINY, build, inputs_of, random_keep
 
 import ibprune
-from ibprune import cli, cutting
+from ibprune import cli, distillation
 from ibprune.distillation import RELATED, TAUGHT, layers_apart, loss_with, match, on_kept_features, watched
 from ibprune.engine import make_accelerator
 from ibprune.errors import BadRecipe
@@ -313,7 +313,7 @@ def test_a_run_learns_from_blocks_while_masks_learn_and_while_it_recovers(
         assert (objective.axes is not None) == more.get("rotate", False)
         return layers_apart(objective, *rest)
 
-    monkeypatch.setattr(cutting, "layers_apart", noted)
+    monkeypatch.setattr(distillation, "layers_apart", noted)
     out = tmp_path / "out"
     result = ibprune.prune(
         folders[head], 0.6, data=request.getfixturevalue(data), mask_steps=6, recover_steps=4, batch_size=8,

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import ibprune
-from ibprune import cutting, pipeline, training, vib
+from ibprune import candidates, pipeline, training, vib
 from ibprune.console import Quiet
 from ibprune.engine import make_accelerator
 from ibprune.errors import BadData, BadRecipe, IBPruneError
@@ -92,7 +92,7 @@ def pruned(model: str, data: str, output: Path, values: dict) -> dict:
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cutting, pipeline, training, vib):
+        for module in (candidates, pipeline, training, vib):
             patch.setattr(module, "train", watched)
         report = ibprune.prune(model, data=data, output=str(output), **values).report
     return {"report": report, "losses": losses, "count": n_processes()}

@@ -129,7 +129,7 @@ def test_candidate_cuts_are_tried_with_what_the_recovery_trains(classifier, tmp_
         tried.append((more["phase"], settings.lr, all("lora_" in name for name in own)))
         return train(model, loss_of, batches, settings, **more)
 
-    monkeypatch.setattr("ibprune.cutting.train", watched)
+    monkeypatch.setattr("ibprune.candidates.train", watched)
     values = classifier | dict(shares="probe", probe_steps=1, recover_steps=1, lr=1e-3, finetune_steps=1)
     ibprune.prune(**values, recovery="lora", output=tmp_path / "out")
     assert len(tried) > 1 and set(tried) == {("trying a cut", 1e-2, True)}
