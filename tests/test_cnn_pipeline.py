@@ -206,11 +206,11 @@ def test_pictures_that_the_model_cannot_read_are_refused_before_anything_is_trai
     assert "shape (2, 3, 8, 8)" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_example_of_the_readme_runs(data, tmp_path, capsys, monkeypatch):
+def test_the_example_of_the_page_on_cnns_runs(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     transformers.ResNetConfig(embedding_size=8, hidden_sizes=[12], depths=[1]).save_pretrained("my-resnet")
     (tmp_path / "photos").symlink_to(data)
-    lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    lines = (Path(__file__).parents[1] / "docs" / "howto" / "cnn.md").read_text().splitlines()
     commands = [line for line in lines if line.startswith("ibprune") and "--data photos" in line]
     *runs, audit = commands
     assert len(runs) == 2 and audit.startswith("ibprune audit dense small")  # test_picture_audit.py runs it
