@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ibprune.console import Quiet, Terminal, printable
-from ibprune.errors import BadRecipe, IBPruneError, Stopped, did_you_mean
+from ibprune.errors import BadRecipe, IBPruneError, Stopped, did_you_mean, first_line, is_out_of_memory
 from ibprune.flags import (
     VERBS,
     audit_parser,
@@ -76,15 +76,18 @@ def main(argv: list[str] | None = None) -> int:
             where = f"process {_number()}: "
         sys.stderr.write(f"ibprune: error: {where}{printable(' '.join(str(error).split()))}\n")
         return 2
-    except RuntimeError as error:
-        if not _is_lost_peer(error):
-            raise
-        sys.stderr.write(f"ibprune: error: process {_number()}: lost a process that trains with it.\n")
-        return 1
     except Stopped as stopped:
         if not _number():
             sys.stderr.write(f"ibprune: {printable(str(stopped))}\n")
         return 130
+    except Exception as error:
+        if is_out_of_memory(error) and "--debug" not in argv:
+            sys.stderr.write(f"ibprune: error: {printable(_ran_out(error, verb))}\n")
+            return 2
+        if not isinstance(error, RuntimeError) or not _is_lost_peer(error):
+            raise
+        sys.stderr.write(f"ibprune: error: process {_number()}: lost a process that trains with it.\n")
+        return 1
     except KeyboardInterrupt:
         if _number():
             return 130
@@ -96,6 +99,16 @@ def main(argv: list[str] | None = None) -> int:
 def _number() -> int:
     """Of this process, where several train together: `ibprune.processes` knows too, but takes torch to import."""
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+
+
+def _ran_out(error: Exception, verb: str) -> str:
+    """What is said where memory ran out."""
+    said = " ".join(first_line(error).split())
+    again = "; --resume goes on from the last state saved" if verb in ("prune", "train") else ""
+    return (
+        f"memory ran out ({said.removesuffix('.')}), and nothing half-written was left: a smaller --batch-size or "
+        f"--max-length takes less, and `ibprune plan --estimate` says what a run takes{again}."
+    )
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

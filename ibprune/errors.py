@@ -45,3 +45,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, and the next where it ends in a colon, for the middle of another's."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on a GPU, under a limit, or on the whole machine.
+
+    Python, torch and the libraries that map files each have a class, or words, of their own for it.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+        True
+    """
+    said = str(error)
+    words = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(word in said for word in words)

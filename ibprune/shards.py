@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from ibprune.surgery import compact_
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-AT_ONCE = 2**27  # bytes of tensors that are read at once, or a single larger one
+AT_ONCE = 2**26  # bytes of tensors that are read at once, or a single larger one
 
 
 def checkpoint_files(source: Source) -> dict[str, Path]:
@@ -69,7 +70,8 @@ def compact_checkpoint(
 
     A few tensors are loaded into the skeleton, whose others stay on the device "meta"; `compact_` cuts all of it; those
     that are no longer on "meta" go into the pruned model. So it is the same cut, tensor by tensor. At once are held
-    the pruned model, and the tensors that are cut (`AT_ONCE`), in the dtype of their file, about three times.
+    the pruned model, and the tensors that are cut, from one file where the model allows it (`AT_ONCE`; a larger one
+    alone), in the dtype of their file, up to twice: as they are read, and with one of their axes cut.
 
     Args:
         skeleton: The dense architecture on the device "meta", in the dtype of the result; buffers that are in no
@@ -89,7 +91,7 @@ def compact_checkpoint(
     tied = small.get_expanded_tied_weights_keys(all_submodels=True)
     parts = _parts(skeleton, headers)
     stored = _as_stored(skeleton, parts, headers, folded)
-    for names in _batches(parts, headers):
+    for names in _batches(parts, headers, files):
         part = copy.deepcopy(stored)
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in {files[name] for name in names}}
@@ -99,7 +101,7 @@ def compact_checkpoint(
         for name, tensor in part.state_dict().items():
             if tensor.is_meta or name in tied:
                 continue
-            if not torch.isfinite(tensor).all():
+            if not _finite(tensor):
                 raise IBPruneError(
                     f"expected finite weights in '{source.name}', found NaN or infinity in '{name}': mend the model."
                 )
@@ -187,13 +189,23 @@ def _parts(model: PreTrainedModel, headers: dict[str, torch.Tensor]) -> dict[str
     return parts
 
 
-def _batches(parts: dict[str, list[str]], headers: dict[str, torch.Tensor]) -> Iterator[list[str]]:
-    """The checkpoint's names, those of one tensor of the model together, up to `AT_ONCE` bytes at a time."""
+def _batches(
+    parts: dict[str, list[str]], headers: dict[str, torch.Tensor], files: dict[str, Path]
+) -> Iterator[list[str]]:
+    """The checkpoint's names, up to `AT_ONCE` bytes at a time: those of one tensor of the model together, and no two
+    files that it does not need at once, because a file is mapped whole, which counts under a limit of `ulimit`.
+    """
     batch, size = [], 0
-    for names in parts.values():
+    for names in (names for names in parts.values() if names):
         more = sum(headers[name].nbytes for name in names)
-        if batch and size + more > AT_ONCE:
+        elsewhere = {files[name] for name in names} != {files[name] for name in batch}
+        if batch and (size + more > AT_ONCE or elsewhere):
             yield batch
             batch, size = [], 0
         batch, size = batch + names, size + more
     yield batch
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a copy of the tensor, which `torch.isfinite` makes."""
+    return not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor))

@@ -2,14 +2,17 @@
 
     python scripts/shard_memory.py --scratch /tmp/shards --output benchmarks/shard_memory.json
 
-The peak is the resident memory of a process of its own, mapped pages of the files included, beyond what it held before
-the cut and beyond the pruned model that it leaves. Nothing of the dense model is ever whole in memory, not even when it
-is made.
+A process of its own cuts it and writes the folder, under a limit that the system enforces (RLIMIT_DATA, as by
+`ulimit -d`): the pruned model, 1.3 of the largest file, and `CONSTANT`, beyond what the process held before. Mapped
+files count in full there, read or not. The peak is its resident memory, mapped pages of the files included, beyond what
+it held before and beyond the pruned model. Then another gets `TOO_LITTLE` of the largest file instead, which has to end
+in a line. Nothing of the dense model is ever whole in memory, not even when it is made.
 """
 
 import argparse
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,8 @@ import transformers
 from safetensors.torch import save_file
 
 from ibprune.costs import count_params, params_model
+from ibprune.errors import first_line, is_out_of_memory
+from ibprune.folders import staged, write_model
 from ibprune.models import Source, build_model
 from ibprune.plans import PruningPlan
 from ibprune.report import versions
@@ -28,6 +33,8 @@ from ibprune.shards import AT_ONCE, INDEX, compact_checkpoint
 from ibprune.sites import find_sites
 
 FILES, SEED, SHARE = 8, 0, 0.5
+MOST, TOO_LITTLE = 1.3, 0.5  # of the largest file, beside the pruned model
+CONSTANT = 64 * 2**20  # bytes: stacks of the threads that read, and what the allocator rounds up
 CONFIG = transformers.LlamaConfig(
     hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192,
     vocab_size=32000, dtype="bfloat16", architectures=["LlamaForCausalLM"],
@@ -70,45 +77,69 @@ def random_plan(model) -> tuple[PruningPlan, float]:
     return PruningPlan("llama", n_units, keep), cost(kept) / cost.of_dense()
 
 
-def resident(key: str) -> int:
-    """Bytes of this process by /proc: "VmRSS" now, "VmHWM" the most so far."""
+def memory(key: str) -> int:
+    """Bytes of this process by /proc: "VmRSS" is resident now, "VmHWM" was at most, "VmData" counts for a limit."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def cut(source: Path) -> dict:
-    """Runs the cut in this process and says what it took."""
+def cut(source: Path, output: Path, share_of_file: float) -> dict:
+    """Runs the cut in this process, under a limit, and says what it took."""
     transformers.logging.disable_progress_bar()
     model = skeleton()
     plan, share = random_plan(model)
     means = {name: torch.ones(units) for name, units in plan.n_units.items() if not name.endswith("vocab")}
-    before, start = resident("VmRSS"), time.perf_counter()
+    files = [file.stat().st_size for file in source.glob("*.safetensors")]
+    result = 4 * int(share * count_params(model))
+    more = result + int(share_of_file * max(files)) + CONSTANT
+    resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + more, resource.RLIM_INFINITY))
+    before, start = memory("VmRSS"), time.perf_counter()
     small = compact_checkpoint(Source(str(source), str(source)), model, plan, means=means)
-    seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
-    files, result = [file.stat().st_size for file in source.glob("*.safetensors")], 4 * count_params(small)
+    seconds, peak, result = time.perf_counter() - start, memory("VmHWM") - before, 4 * count_params(small)
+    with staged(output) as temporary:
+        write_model(small.to(torch.bfloat16), None, plan, temporary)
     return {
         "dense_params": count_params(model), "pruned_params": count_params(small), "share": share, "files": len(files),
         "source_bytes": sum(files), "largest_file_bytes": max(files), "at_once_bytes": AT_ONCE,
+        "limit_beyond_start_bytes": more, "constant_bytes": CONSTANT,
         "pruned_bytes": result, "peak_bytes": peak, "beyond_pruned_bytes": peak - result,
         "beyond_pruned_per_largest_file": (peak - result) / max(files), "seconds": round(seconds, 1),
+        "written_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        "peak_with_writing_bytes": memory("VmHWM") - before,
     }  # fmt: skip
+
+
+def in_its_own_process(scratch: Path, share_of_file: float) -> subprocess.CompletedProcess:
+    command = [sys.executable, __file__, "--scratch", str(scratch), "--measure", str(share_of_file)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", type=Path, required=True, help="a new folder, which is removed")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", type=float, help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args()
-    source = arguments.scratch / "dense"
-    if arguments.measure:
-        arguments.output.write_text(json.dumps(cut(source)))
+    source, output = arguments.scratch / "dense", arguments.scratch / "pruned"
+    if arguments.measure is not None:
+        try:
+            print(json.dumps(cut(source, output, arguments.measure)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            sys.stderr.write(first_line(error))
+            sys.exit(2)
         return
     make(source)
-    result = arguments.scratch / "result.json"
-    command = [sys.executable, __file__, "--scratch", str(arguments.scratch), "--output", str(result), "--measure"]
-    subprocess.run(command, check=True)
-    found = json.loads(result.read_text()) | {"seed": SEED, "versions": versions()}
+    enough = in_its_own_process(arguments.scratch, MOST)
+    assert enough.returncode == 0 and (output / "model.safetensors").exists(), enough.stderr
+    shutil.rmtree(output)
+    short = in_its_own_process(arguments.scratch, TOO_LITTLE)
+    left = sorted(path.name for path in arguments.scratch.iterdir())
+    record = {"exit": short.returncode, "said": short.stderr, "left": left}
+    found = json.loads(enough.stdout) | {
+        "under_too_little": {"share_of_largest_file": TOO_LITTLE} | record, "seed": SEED, "versions": versions()
+    }  # fmt: skip
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     shutil.rmtree(arguments.scratch)
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 import ibprune
 from ibprune import cli, doctor, flags, hub, recipe_files
 from ibprune.console import Quiet
-from ibprune.errors import BadRecipe
+from ibprune.errors import BadRecipe, is_out_of_memory
 from ibprune.models import ALIASES
 from ibprune.recipe import Recipe, make_recipe
 
@@ -171,6 +171,22 @@ def test_bad_flags(flags, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert expected in refused(capsys, *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_is_said_in_a_line(folders, reviews, capsys, tmp_path, monkeypatch):
+    def too_much(*_, **__):
+        torch.empty(2**45)  # the allocator's own error
+
+    monkeypatch.setattr("ibprune.training.evaluate_model", too_much)
+    line = refused(
+        capsys, "train", "--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16",
+        "--output", tmp_path / "out", "--quiet",
+    )  # fmt: skip
+    assert line.startswith("ibprune: error: memory ran out (") and "tried to allocate" in line and "--resume" in line
+    assert list(tmp_path.iterdir()) == []
+    for error in (MemoryError(), torch.OutOfMemoryError("no"), OSError(12, "Cannot allocate memory")):
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_bad_models_data_and_folders(folders, reviews, stories, capsys, tmp_path, monkeypatch):
