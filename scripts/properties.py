@@ -2,8 +2,8 @@
 
     python scripts/properties.py --rounds 3 --cases 4 --output benchmarks/properties.json
 
-Every round tries so many cases of each property for each tiny row, with Hypothesis and another seed. The record is written
-after every round. A case that fails is kept as Hypothesis reduced it; the exit code is then 1.
+Every round tries so many cases of each property for each tiny row, with Hypothesis and another seed. The record is
+written after every round. A case that fails is kept as Hypothesis reduced it; the exit code is then 1.
 """
 
 import argparse
