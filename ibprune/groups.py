@@ -267,14 +267,20 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
         case nn.Embedding(), "out":
             dims = (("weight", 1),)
         case _, "own":
-            named = [*module.named_parameters(recurse=False)]
-            wide = ((name, [d for d, size in enumerate(p.shape) if size > 1]) for name, p in named)
-            dims = tuple((name, axes[-1]) for name, axes in wide if axes)
+            named = [(name, p) for name, p in module.named_parameters(recurse=False) if p.ndim]
+            wide = [(name, p) for name, p in named if p.numel() > 1] or named  # a stream may have one feature left
+            dims = tuple((name, _feature_dim(p.shape)) for name, p in wide)
         case _, "out" if is_norm(module):
             dims = (("weight", 0), ("bias", 0))
         case _:
             dims = ()
     return tuple((name, dim) for name, dim in dims if get_tensor(module, name) is not None)
+
+
+def _feature_dim(shape: torch.Size) -> int:
+    """Where the features of a module's own tensor are: last, but first in a scale over a map, (C, 1, 1)."""
+    over_map = len(shape) > 2 and shape[0] > 1 and set(shape[1:]) == {1}
+    return 0 if over_map else len(shape) - 1
 
 
 def axis_width(model: nn.Module, cut: Cut) -> int:

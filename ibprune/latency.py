@@ -28,6 +28,7 @@ PLANS = 16  # compacted models that are timed to fit the formula
 HELD_OUT = 4  # further ones, on which it is judged
 ROUNDS = 5  # runs of each, beside as many of the dense model
 FEMTOSECONDS = 1e15  # of a second: a cost is a whole number
+LARGEST = 1e300  # of any figure in a file
 MOST = 86_400 * FEMTOSECONDS  # a day
 NARROWEST = 0.1  # share of the units that a timed model keeps of a site at the least
 
@@ -68,19 +69,32 @@ class LatencyTable:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"expected format '{FORMAT}'")
         n_units = data["model"]["n_units"]
-        terms = tuple(Term(int(first), tuple(map(str, sites)), False) for first, *sites in data["model"]["terms"])
+        terms = tuple(
+            Term(int(_number(first)), tuple(map(str, sites)), False) for first, *sites in data["model"]["terms"]
+        )
         if not all(0 <= term.coefficient < MOST for term in terms):
             raise ValueError("expected times of at least 0, and below a day")
         for site in (site for term in terms for site in term.sites if site not in n_units):
             raise ValueError(f"it has no site '{site}'")
-        if not all(math.isfinite(float(data[key])) for key in ("dense_ms", "error")):
-            raise ValueError("expected finite numbers")
+        for value in (data["dense_ms"], data["error"], *n_units.values()):
+            _number(value)
         rest = {key: value for key, value in data.items() if key != "format"}
         return cls(**rest | {"model": CostModel("latency", terms, n_units), "plans": tuple(data["plans"])})
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def _number(value: object) -> float:
+    """A finite figure; JSON may hold one as text.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise ValueError(f"expected a finite number, found {value!r}")
+    return value
 
 
 Clock = Callable[[nn.Module, Batch], tuple[float, dict[str, float]]]

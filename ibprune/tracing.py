@@ -186,4 +186,4 @@ def _widths(module: nn.Module) -> dict[str, int]:
             return {}
         case _:
             own = axis_width(module, Cut("", "own"))
-            return {"own": own} if own else {}
+            return {"own": own} if own > 1 else {}

@@ -147,7 +147,16 @@ def test_an_argument_of_line_breaks_is_refused():
 
 
 @pytest.mark.parametrize(
-    "change", [{"error": "x"}, {"dense_ms": math.nan}, {"model": {"n_units": {}, "terms": [[10**400]]}}]
+    "change",
+    [
+        {"error": "x"},
+        {"error": "0.1"},
+        {"dense_ms": math.nan},
+        {"dense_ms": True},
+        {"model": {"n_units": {}, "terms": [[10**400]]}},
+        {"model": {"n_units": {}, "terms": [["5"]]}},
+        {"model": {"n_units": {"a": "5"}, "terms": [[5, "a"]]}},
+    ],
 )
 def test_latency_tables_of_another_kind_are_refused(change):
     good = {"format": "ibprune.latency/1", "device": "cpu", "shape": {}, "model": {"n_units": {}, "terms": [[5]]},
