@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def _common(parser: Parser) -> None:
     _model(parser)
-    parser.add_argument("--budget", help="share of the dense cost to keep, in (0, 1]; several: 0.5,0.3,0.2")
+    parser.add_argument("--budget", help="share of the dense cost to keep, in (0, 1]; several: 0.5,0.3 or 0.1..0.9")
     parser.add_argument("--cost", help="what the budget counts: params (default), macs, memory or latency")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
