@@ -354,7 +354,7 @@ def test_the_width_is_cut_by_default_where_there_is_a_head():
 def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():
     code = "import sys, ibprune; ibprune.__version__; from ibprune import cli, flags; "
     code += "flags.prune_parser().format_help(); "
-    code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich', 'shtab') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
