@@ -16,6 +16,7 @@ from ibprune.flags import (
     audit_parser,
     bench_parser,
     compare_parser,
+    completion_parser,
     doctor_parser,
     export_parser,
     legacy_parser,
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return {
             "prune": _prune, "plan": _plan, "train": _train, "compare": _compare, "report": _report, "push": _push,
             "audit": _audit, "bench": _bench, "export": _export, "convert-legacy": _convert_legacy,
-            "recipes": _recipes, "doctor": _doctor,
+            "recipes": _recipes, "doctor": _doctor, "completion": _completion,
             "mi-benchmark": _mi_benchmark,
         }[verb](argv)  # fmt: skip
     except IBPruneError as error:
@@ -380,6 +381,15 @@ def _recipes(argv: list[str]) -> int:
     else:
         for name, path in recipe_files.shipped().items():
             sys.stdout.write(f"{name:<20} {recipe_files.purpose(path)}\n")
+    return 0
+
+
+def _completion(argv: list[str]) -> int:
+    arguments = completion_parser().parse_args(argv)
+    _hush()
+    from ibprune.completion import script
+
+    sys.stdout.write(script(arguments.shell) + "\n")
     return 0
 
 

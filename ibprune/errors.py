@@ -33,12 +33,13 @@ def did_you_mean(name: str, valid: Iterable[str], *, listed: Iterable[str] | Non
 
     Example:
         >>> did_you_mean("fischer", ["vib", "fisher"])
-        "did you mean 'fisher'? Valid: fisher, vib"
+        "did you mean 'fisher'? Expected one of fisher, vib"
     """
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}Valid: {', '.join(valid if listed is None else listed)}"
+    names = ", ".join(valid if listed is None else listed)
+    return f"{hint}Expected one of {names}" if hint else f"expected one of {names}"
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ VERBS = {
     "convert-legacy": "turn a checkpoint that an older tool pruned into a folder that loads",
     "doctor": "say what this machine has for a run, and what will be slow or is missing",
     "recipes": "list the recipes that come with ibprune, show one, or copy it to start from",
+    "completion": "print what makes a shell complete verbs, flags and their values: bash, zsh or fish",
     "mi-benchmark": "compare information estimators on known distributions, or estimate a pair of arrays",
 }
 
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 def _common(parser: Parser) -> None:
     _model(parser)
-    parser.add_argument("--budget", help="share of the dense cost to keep, in (0, 1]; several: 0.5,0.3,0.2")
+    parser.add_argument("--budget", help="share of the dense cost to keep, in (0, 1]; several: 0.5,0.3 or 0.1..0.9")
     parser.add_argument("--cost", help="what the budget counts: params (default), macs, memory or latency")
     parser.add_argument("--scope", help="model (default) or blocks, which leaves embeddings and heads out")
     kinds = "heads, kv_groups, experts, ffn, layers, hidden, embedding_rank, vocab; channels"
@@ -297,6 +298,17 @@ def recipes_parser() -> Parser:
     add("name", nargs="?", help="of a recipe, for show and copy")
     add("target", nargs="?", default=".", help="file or folder to copy to (default: here)")
     add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def completion_parser() -> Parser:
+    parser = Parser(prog="ibprune completion", description=VERBS["completion"].capitalize() + ".", allow_abbrev=False)
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose script is printed")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.epilog = (
+        "Into a file that the shell reads: ~/.local/share/bash-completion/completions/ibprune, _ibprune in a folder of "
+        "zsh's fpath, or ~/.config/fish/completions/ibprune.fish."
+    )
     return parser
 
 

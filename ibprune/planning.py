@@ -5,28 +5,30 @@ import os
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ibprune.budget import least_cost, make_budget
+from ibprune.budget import fractions_kept, least_cost, make_budget
 from ibprune.channels import find_channels
 from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
 from ibprune.feeding import tokens_read
 from ibprune.folders import tier_of
+from ibprune.groups import Site
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class, stored_dtype
-from ibprune.recipe import make_recipe
+from ibprune.recipe import Recipe, make_recipe
 from ibprune.sites import is_traced
 from ibprune.skeletons import equal_keep, prepare_skeleton_
-from ibprune.structure import budgeted, check_cnn, check_vocab, prepare_traced_
+from ibprune.structure import Structure, budgeted, check_cnn, check_vocab, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.task_heads import WRITES, keeps_cache
+from ibprune.ties import tied_names
 
 
 def plan(
     model: str | os.PathLike | PreTrainedConfig,
-    budget: float = 1.0,
+    budget: float | tuple[float, ...] | str = 1.0,
     *,
     cost: str = "params",
     scope: str = "model",
@@ -48,11 +50,19 @@ def plan(
     With `vanilla`, the result says under "whole" which kinds cannot be cut for plain transformers, and why. With
     `rotate`, a stream behind LayerNorms is refused here; what only weights show (as in Gemma 2), in a run alone.
 
+    Args:
+        budget: A share of the dense cost, or several, also as text ("0.5,0.3", "0.1..0.9"). Then the result has under
+            "budgets" what one share gives at its top ("budget", "predicted", "kept", "tier") once for each, the
+            largest first; those below what can be reached have "keep" and "unreachable", the reason.
+
+    Under "groups" the result says of each kind which share of the dense cost bears its units ("owns": parameters that
+    two kinds of units multiply count for both), and the least share that is left when it is cut alone ("alone").
+
     Of the cost "memory", `batch_size` and `max_length` say how many sequences of how many tokens a key-value cache
     holds, by default those of a run. A model that a run loads in 4 or 8 bits keeps the directions of its embedding.
 
     Raises:
-        IBPruneError: An unknown model or kind, or a budget that cannot be reached.
+        IBPruneError: An unknown model or kind, or no budget that can be reached.
 
     Example:
         >>> from transformers import BertConfig
@@ -65,9 +75,7 @@ def plan(
                           "image_size": image_size, "max_length": max_length,
                           "load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit,
                           **({} if batch_size is None else {"batch_size": batch_size})})  # fmt: skip
-    if isinstance(recipe.budget, tuple):
-        raise BadRecipe(f"--budget: expected one share to plan for, found {len(recipe.budget)}.")
-    cost, scope, kinds = recipe.cost, recipe.scope, recipe.kinds
+    cost, scope = recipe.cost, recipe.scope
     if cost == "latency":
         raise BadRecipe("--cost: a latency is measured in the run itself: plan with params or macs.")
     if cost != "memory" and (batch_size or max_length):
@@ -100,24 +108,9 @@ def plan(
     cost_model = costs.of(cost)
     if "vocab" in sites:
         check_vocab(cost_model, recipe)
-    target = make_budget(cost_model, sites, keep=recipe.budget, scope=scope, round_to=round_to, ties=structure.ties)
-    scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
-    if "vocab" in sites:
-        scores["vocab"][fixed] += sites["vocab"].n_units
-    found_plan = structure.plan(skeleton, equal_keep(replace(structure, sites=sites), target, scores))
-    structure.compact(skeleton, found_plan)
-    kept = found_plan.kept()
-    full = cost_model.n_units
-    dense_cost = cost_model.of_dense(scope=scope)
-    groups = {}
-    for site in everything.values():
-        group = groups.setdefault(
-            site.kind, {"sites": 0, "units": 0, "min_units": 0, "cost_per_unit": 0, "cut": site.name in sites}
-        )
-        group["sites"] += 1
-        group["units"] += site.n_units
-        group["min_units"] += site.min_units
-        group["cost_per_unit"] = max(group["cost_per_unit"], int(cost_model.unit_cost(full, site.name, scope=scope)))
+    structure = replace(structure, sites=sites)
+    points = _points(recipe, structure, skeleton, fixed)
+    least = least_cost(cost_model, sites, scope=scope, round_to=recipe.round_to, ties=structure.ties)
     return {
         "model_type": config.model_type,
         "macs_length": costs.macs.length,
@@ -125,10 +118,65 @@ def plan(
         "refused": refused,
         "whole": whole,
         "dense": {"params": costs.params.of_dense(), "macs": costs.macs.of_dense()},
-        "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
-        "budget": costs.achieved(target, found_plan),
-        "reachable_keep": least_cost(cost_model, sites, scope=scope, round_to=round_to, ties=structure.ties)
-        / dense_cost,
-        "tier": tier_of(skeleton),
-        "groups": groups,
-    }
+        "reachable_keep": least / cost_model.of_dense(scope=scope),
+        "groups": _groups(recipe, structure, everything),
+    } | ({"budgets": points} if isinstance(recipe.budget, tuple) else points[0])
+
+
+def _points(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel, fixed: list[int]) -> list[dict]:
+    """What each budget gives, or why it cannot be reached; that of the largest is raised where none can.
+
+    Args:
+        fixed: Rows of the vocabulary that stay.
+    """
+    shares = recipe.budget if isinstance(recipe.budget, tuple) else (recipe.budget,)
+    costs, sites = structure.costs, structure.sites
+    scores = {name: torch.arange(site.n_units, 0.0, -1.0) for name, site in sites.items()}
+    if "vocab" in sites:
+        scores["vocab"][fixed] += sites["vocab"].n_units
+    points, first = [], None
+    for keep in shares:
+        try:
+            target = make_budget(costs.of(recipe.cost), sites, keep=keep, scope=recipe.scope,
+                                 round_to=recipe.round_to, ties=structure.ties)  # fmt: skip
+        except BadRecipe as error:
+            first = first or error
+            points.append({"keep": keep, "unreachable": str(error)})
+            continue
+        found = structure.plan(skeleton, equal_keep(structure, target, scores))
+        small = structure.compact(copy.deepcopy(skeleton), found)
+        kept = found.kept()
+        points.append({
+            "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
+            "budget": costs.achieved(target, found),
+            "kept": fractions_kept(found.keep, sites),
+            "tier": tier_of(small),
+        })  # fmt: skip
+    if all("unreachable" in point for point in points):
+        raise first
+    return points
+
+
+def _groups(recipe: Recipe, structure: Structure, everything: dict[str, Site]) -> dict[str, dict]:
+    """How many units of each kind there are, what they cost, and what cutting them alone reaches."""
+    cost_model, sites, scope = structure.costs.of(recipe.cost), structure.sites, recipe.scope
+    full = cost_model.n_units
+    dense = cost_model(full, scope=scope)
+    groups = {}
+    for kind in dict.fromkeys(site.kind for site in everything.values()):
+        members = {name: site for name, site in everything.items() if site.kind == kind}
+        cut = {name for name in members if name in sites}
+        ties = tuple(tie for tie in structure.ties if cut & set(tied_names(tie)))
+        cut |= {name for tie in ties for name in tied_names(tie)}
+        alone = least_cost(cost_model, {name: sites[name] for name in sites if name in cut}, scope=scope,
+                           round_to=recipe.round_to, ties=ties)  # fmt: skip
+        groups[kind] = {
+            "sites": len(members),
+            "units": sum(site.n_units for site in members.values()),
+            "min_units": sum(site.min_units for site in members.values()),
+            "cost_per_unit": max(int(cost_model.unit_cost(full, name, scope=scope)) for name in members),
+            "owns": 1 - cost_model(full | dict.fromkeys(members, 0), scope=scope) / dense,
+            "alone": alone / cost_model.of_dense(scope=scope) if cut else None,
+            "cut": bool(cut),
+        }
+    return groups

@@ -55,6 +55,49 @@ def parse_goal(text: str) -> Goal:
     return Goal(metric, number, relative)
 
 
+def parse_shares(value: object) -> tuple[float, ...]:
+    """Reads one share in (0, 1] or several: a number, a list, or text such as 0.5,0.3 or 0.1..0.9 (steps of 0.1).
+
+    Returns:
+        They, the largest first, each once.
+
+    Raises:
+        ValueError: Anything else, or shares that look the same in six digits: folders and phases bear them as names.
+
+    Example:
+        >>> parse_shares("0.5,0.3"), parse_shares("0.2..0.4,0.9")
+        ((0.5, 0.3), (0.9, 0.4, 0.3, 0.2))
+    """
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        if any(isinstance(part, bool) for part in parts):
+            raise TypeError
+        shares = tuple(sorted({share for part in parts for share in _steps(part)}, reverse=True))
+    except (TypeError, ValueError, OverflowError):
+        expected = "a share in (0, 1], such as 0.3, or several, such as 0.5,0.3 or 0.1..0.9"
+        raise ValueError(f"expected {expected}, found {repr(value)}") from None
+    for share in shares or (0.0,):
+        if not 0 < share <= 1:
+            raise ValueError(f"expected a share in (0, 1], found {share:g}")
+    if len({f"{share:g}" for share in shares}) < len(shares):
+        raise ValueError(f"expected shares that differ in their first six digits, found {repr(value)}")
+    return shares
+
+
+def _steps(part: object) -> list[float]:
+    """A number, or those from one end of FIRST..LAST to the other, both ends among them."""
+    low, dots, high = part.partition("..") if isinstance(part, str) else (part, "", part)
+    if not dots:
+        return [float(low)]
+    low, high = sorted((float(low), float(high)))
+    if not (0 < low and high <= 1):
+        return [low, high]  # the one that lies outside is named
+    steps = round((high - low) / 0.1)
+    if abs(low + 0.1 * steps - high) > 1e-9:
+        raise ValueError
+    return [round(low + 0.1 * step, 9) for step in range(steps + 1)]
+
+
 class Recipe(BaseModel):
     """One field per idea; the YAML key, the flag and the argument of `ibprune.prune` are the same word.
 
@@ -156,18 +199,7 @@ class Recipe(BaseModel):
     def _budget(cls, value):
         if value is None:
             return None
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        try:
-            if any(isinstance(part, bool) for part in parts):
-                raise TypeError
-            shares = tuple(sorted({float(part) for part in parts}, reverse=True))
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"expected a share in (0, 1], such as 0.3, or several, found {repr(value)}") from None
-        for share in shares or (0.0,):
-            if not 0 < share <= 1:
-                raise ValueError(f"expected a share in (0, 1], found {share:g}")
-        if len({f"{share:g}" for share in shares}) < len(shares):  # folders and phases bear these names
-            raise ValueError(f"expected shares that differ in their first six digits, found {repr(value)}")
+        shares = parse_shares(value)
         return shares if len(shares) > 1 else shares[0]
 
     @field_validator("at_least")

@@ -36,7 +36,7 @@ def purpose(path: Path) -> str:
 
     Example:
         >>> purpose(find("smoke")).split(":")[0]
-        'Half a minute on two CPU cores'
+        'About a minute on two CPU cores'
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     first = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))

@@ -142,33 +142,62 @@ def print_export(found: dict) -> None:
 
 
 def print_plan(found: dict) -> None:
-    from ibprune.report import budget_line, macs_input
+    from ibprune.report import macs_input
 
-    unit = {"memory": "bytes"}.get(found["budget"]["cost"], found["budget"]["cost"])
+    several = "budgets" in found
+    points = found["budgets"] if several else [found]
+    reached = [point for point in points if "budget" in point]
+    cost, scope = reached[0]["budget"]["cost"], reached[0]["budget"]["scope"]
+    unit = "bytes" if cost == "memory" else cost
     table(
         f"what can be cut in this {found['model_type']} model",
-        ("kind", "sites", "units", "at least", f"{unit} per unit", "cut"),
+        ("kind", "sites", "units", "at least", f"{unit} per unit", f"owns of the {unit}", "alone down to", "cut"),
         [
             (
                 kind,
                 *(f"{g[k]:,}" for k in ("sites", "units", "min_units", "cost_per_unit")),
+                f"{g['owns']:.1%}",
+                "-" if g["alone"] is None else f"{g['alone']:.1%}",
                 "yes" if g["cut"] else "no",
             )
             for kind, g in found["groups"].items()
         ],
     )
-    budget = found["budget"]
+    if several:
+        table(
+            f"shares of the {cost} ({scope}), with equal shares of each kind",
+            ("budget", "parameters", "MACs", *reached[0]["kept"], "loads with"),
+            [_reached(point) for point in reached],
+        )
     lines = [
         f"dense      {found['dense']['params']:,} parameters, {found['dense']['macs'] / 1e6:,.1f} M MACs "
         f"({macs_input(found)})",
-        f"predicted  {found['predicted']['params']:,} parameters, {found['predicted']['macs'] / 1e6:,.1f} M MACs",
-        f"budget     {budget_line(budget)} ({budget['scope']})",
-        f"reachable  {found['reachable_keep']:.4f} of the dense {budget['cost']} at the least",
-        f"loading    {WAYS[found['tier']]} (with equal shares)",
+        *([] if several else _one_budget(found)),
+        f"reachable  {found['reachable_keep']:.4f} of the dense {cost} at the least",
+        *(f"too small  {point['unreachable']}" for point in points if "unreachable" in point),
+        *([] if several else [f"loading    {WAYS[found['tier']]} (with equal shares)"]),
         *(f"refused    {name}: {reason}" for name, reason in found["refused"].items()),
         *(f"whole      {kind}: {reason}" for kind, reason in found["whole"].items()),
     ]
     _put("\n".join(lines) + "\n")
+
+
+def _reached(point: dict) -> tuple[str, ...]:
+    size = point["predicted"]
+    kept = (f"{share:.0%}" for share in point["kept"].values())
+    return (f"{point['budget']['keep']:g}", f"{size['params']:,}", f"{size['macs'] / 1e6:,.1f} M", *kept,
+            WAYS[point["tier"]])  # fmt: skip
+
+
+def _one_budget(found: dict) -> list[str]:
+    from ibprune.report import budget_line
+
+    kept = ", ".join(f"{kind} {share:.0%}" for kind, share in found["kept"].items())
+    return [
+        f"predicted  {found['predicted']['params']:,} parameters, {found['predicted']['macs'] / 1e6:,.1f} M MACs",
+        f"kept       {kept}",
+        f"budget     {budget_line(found['budget'])} ({found['budget']['scope']})",
+    ]
 
 
 def print_estimate(found: dict) -> None:

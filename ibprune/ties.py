@@ -50,6 +50,11 @@ def _stand_in(name: str, kind: str, counts: tuple[int, ...]) -> Site:
     return Site(name, group, "", (), group.mask_at, counts[-1], counts=counts)
 
 
+def tied_names(tie: Tie) -> tuple[str, ...]:
+    """The sites that a tie speaks for."""
+    return tie.members + tuple(name for block in tie.blocks for name in block)
+
+
 def tied_sites(ties: tuple[Tie, ...], sites: dict[str, Site]) -> dict[str, Site]:
     """The sites that are in no tie, and one for each tie."""
     tied = set(_places(ties))

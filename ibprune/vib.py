@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,6 +49,159 @@ class MaskSettings:
     rescored: int = 8
 
 
+class MaskLearning:
+    """Masks from step to step while the weights train: the ramp of the budget, the noise and the KL, whoever trains.
+
+    The masks start from a ranking. The hard mask is the exact top-k of the present -log_alpha
+    within each kind, as many units as fit under a limit that follows a ramp from the dense cost down to
+    the budget, cut between kinds as in the target; so no controller is needed. When the noise ends, the
+    exact budget is taken once, rounding and all, and the last steps train what stays. The loss is
+
+        loss + sum_j beta_j * KL_j,   beta_j = beta * cost_j / dense cost   (VIBNet eq. 10 with gamma = cost)
+
+    Noise acts on heads, FFN units, sub-layers and channels that one layer reads; the shared residual
+    mask, channels that several layers read and the embedding directions learn their means only.
+
+    A trainer calls `to_step` before each step, `draw` before each forward pass, adds `penalty` to the loss, trains
+    `groups` beside the weights, and in the end takes `keep`.
+
+    Args:
+        start: Scores by which the masks start, by site, (n_units,).
+        target: The units that these would keep: it says how the cut is shared between kinds.
+        steps, seed: Of the training.
+        rescore, within: As for `learn_masks`.
+        share: Which part of a batch's rows is here, and of how many.
+        tell: Takes what `facts` says whenever the units were chosen anew.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: MaskSet,
+        sites: dict[str, Site],
+        cost_model: CostModel,
+        budget: Budget,
+        start: dict[str, torch.Tensor],
+        target: Keep,
+        *,
+        steps: int,
+        seed: int,
+        settings: MaskSettings = MaskSettings(),
+        rescore: Callable[[], dict[str, torch.Tensor]] | None = None,
+        within: Keep | None = None,
+        share: tuple[int, int] = (0, 1),
+        tell: Callable[[dict[str, float]], None] | None = None,
+    ):
+        self.model, self.masks, self.sites, self.cost_model, self.budget = model, masks, sites, cost_model, budget
+        self.target, self.steps, self.seed, self.settings = target, steps, seed, settings
+        self.rescore, self.within, self.share, self.tell = rescore, within, share, tell
+        self.pressure = {kind: -float(np.log(max(part, 1e-9))) for kind, part in fractions_kept(target, sites).items()}
+        self.noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
+        self.ranks = dict(start)  # of a gradual score
+        self.dense = self.top = cost_model(cost_model.n_units, scope=budget.scope)
+        if within is not None:
+            kept = {name: len(units) for name, units in within.items()}
+            self.top = cost_model(cost_model.n_units | kept, scope=budget.scope)
+        elif rescore is None:
+            _start_from_ranks_(masks, sites, start, settings)
+        self.beta = torch.cat(
+            [
+                torch.full(
+                    (site.n_units,), cost_model.unit_cost(cost_model.n_units, name, scope=budget.scope) / self.dense
+                )
+                for name, site in sites.items()
+            ]
+        ).mul(settings.beta)
+        self.beta = self.beta.to(next(model.parameters()).device)
+        self.settled_at = math.ceil(settings.settle * steps)
+        self.settled: Keep = {}  # what stays, from `settled_at` on
+        self.started = False
+        self.now, self.passes = 0, 0  # the step, and the forward passes of it
+        masks.set_noise(0.0, sites=[name for name in sites if name not in self.noisy])
+        for name in sites:
+            masks[name].log_var.requires_grad_(name in self.noisy)
+            masks[name].mu.requires_grad_(rescore is None)
+
+    def to_step(self, step: int) -> None:
+        """Moves the ramp on: which units are in the model, and whether under noise, in this step."""
+        self.now, self.passes = step, 0
+        if not self.started:  # where the run was resumed, the units in the model come from a file
+            self.masks.set_keep(self.masks.kept())
+            self.started = True
+        if step >= self.settled_at:
+            if not self.settled:
+                self.masks.set_noise(0.0, sites=self.noisy)
+                self.settled.update(self._final_keep() if step == self.settled_at else self.masks.kept())
+                self.masks.set_keep(self.settled)
+            return
+        self.masks.set_noise(1.0, sites=self.noisy)
+        ramp = self.settings.ramp * self.steps
+        again = max(1, int(ramp) // self.settings.rescored)
+        if self.rescore is not None and 0 < step < ramp and step % again == 0:
+            self.model.eval()
+            for name, score in self.rescore().items():  # what is cut stays behind, in its order
+                self.ranks[name] = torch.where(self.masks[name].hard.cpu() > 0, score, self.ranks[name] * 1e-12)
+            self.model.train()
+        if step % 5 == 0:
+            limit = int(self.top - min(1.0, (step + 1) / max(1, ramp)) * (self.top - self.budget.limit))
+            ramped = replace(self.budget, limit=limit, round_to=1)
+            # t = 1 is the target: no need to look far, or closely
+            self.masks.set_keep(
+                keep_within(self.scores(), self.sites, self.cost_model, ramped, self.pressure, most=4.0, halvings=12)
+            )
+            if self.tell is not None:
+                self.tell(self.facts(limit))
+
+    def draw(self) -> None:
+        """Keys the noise of the next forward pass: by the seed, the step and the passes of it."""
+        self.masks.set_draw(self.seed, self.now, self.passes, share=self.share)
+        self.passes += 1
+
+    def penalty(self) -> torch.Tensor:
+        """sum_j beta_j * KL_j of the step, a scalar: 0 without a gradient where nothing is learned any more."""
+        if self.settled or self.rescore is not None:
+            return self.beta.new_zeros(())
+        return (self.beta * torch.cat([mask.kl() for _, mask in self.masks.items()])).sum()
+
+    def groups(self) -> list[dict]:
+        """What learns of the masks, as optimiser groups with rates of their own (Adam, no decay, constant)."""
+        groups = [
+            {
+                "params": [mask.mu for _, mask in self.masks.items() if self.rescore is None],
+                "lr": self.settings.lr_mu,
+            },
+            {"params": [self.masks[name].log_var for name in self.noisy], "lr": self.settings.lr_log_var},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def keep(self) -> Keep:
+        """The units that stay, exactly within the budget; the others are cut from here on."""
+        keep = self.masks.kept() if self.settled_at < self.steps else self._final_keep()
+        self.masks.set_keep(keep)
+        return keep
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Of the units as the masks are now, by site, (n_units,)."""
+        return only(_scores(self.masks) if self.rescore is None else self.ranks, self.within)
+
+    def facts(self, limit: int) -> dict[str, float]:
+        """Of the masks as they are: shares of the dense cost, units by site, and KL by kind in nats."""
+        kept = {name: mask.n_kept for name, mask in self.masks.items()}
+        cost = self.cost_model(self.cost_model.n_units | kept, scope=self.budget.scope)
+        found = {"masks/cost": cost / self.dense, "masks/limit": limit / self.dense}
+        found |= {f"masks/kept/{name}": float(n) for name, n in kept.items()}
+        for kind in dict.fromkeys(site.kind for site in self.sites.values()):
+            of_kind = [mask.kl().detach() for name, mask in self.masks.items() if self.sites[name].kind == kind]
+            found[f"masks/kl/{kind}"] = torch.cat(of_kind).sum().item()
+        return found
+
+    def _final_keep(self) -> Keep:
+        try:
+            return solve_by_shares(self.scores(), self.sites, self.cost_model, self.budget, self.pressure)
+        except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
+            return self.target
+
+
 def learn_masks(
     model: nn.Module,
     masks: MaskSet,
@@ -71,15 +225,7 @@ def learn_masks(
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
     """Learns masks, with the weights unless these are `frozen`; returns (kept units, scores, training state).
 
-    The masks start from the Fisher ranking. The hard mask is the exact top-k of the present -log_alpha
-    within each kind, as many units as fit under a limit that follows a ramp from the dense cost down to
-    the budget, cut between kinds as in the target; so no controller is needed. When the noise ends, the
-    exact budget is taken once, rounding and all, and the last steps train what stays. The loss is
-
-        loss + sum_j beta_j * KL_j,   beta_j = beta * cost_j / dense cost   (VIBNet eq. 10 with gamma = cost)
-
-    Noise acts on heads, FFN units, sub-layers and channels that one layer reads; the shared residual
-    mask, channels that several layers read and the embedding directions learn their means only.
+    How they learn says `MaskLearning`; the ranking is by Fisher information, or a score of one's own.
     With `train_settings.steps` 0 the target is returned as it is.
 
     Args:
@@ -92,93 +238,16 @@ def learn_masks(
     """
     if train_settings.steps == 0:
         return target, start, TrainState(phase)
-    pressure = {kind: -float(np.log(max(share, 1e-9))) for kind, share in fractions_kept(target, sites).items()}
-    noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
-    ranks = dict(start)  # of a gradual score
-    dense = top = cost_model(cost_model.n_units, scope=budget.scope)
-    if within is not None:
-        top = cost_model(cost_model.n_units | {name: len(units) for name, units in within.items()}, scope=budget.scope)
-    elif rescore is None:
-        _start_from_ranks_(masks, sites, start, settings)
-
-    def scores() -> dict[str, torch.Tensor]:
-        return only(_scores(masks) if rescore is None else ranks, within)
-
-    beta = torch.cat(
-        [
-            torch.full((site.n_units,), cost_model.unit_cost(cost_model.n_units, name, scope=budget.scope) / dense)
-            for name, site in sites.items()
-        ]
-    ).mul(settings.beta)
-    device = next(model.parameters()).device
-    beta = beta.to(device)
-    steps = train_settings.steps
-    settled_at = math.ceil(settings.settle * steps)
-    again = max(1, int(settings.ramp * steps) // settings.rescored)
-    settled: Keep = {}  # what stays, from `settled_at` on
-    started = False
-    share, now, passes = (process_index(), n_processes()), 0, 0  # the step, and the batches of it that were read
-
-    def before_step(step: int) -> None:
-        nonlocal started, now, passes
-        now, passes = step, 0
-        if not started:  # where the run was resumed, the units in the model come from a file
-            masks.set_keep(masks.kept())
-            started = True
-        if step >= settled_at:
-            if not settled:
-                masks.set_noise(0.0, sites=noisy)
-                settled.update(final_keep() if step == settled_at else masks.kept())
-                masks.set_keep(settled)
-            return
-        masks.set_noise(1.0, sites=noisy)
-        if rescore is not None and 0 < step < settings.ramp * steps and step % again == 0:
-            model.eval()
-            for name, score in rescore().items():  # what is cut stays behind, in its order
-                ranks[name] = torch.where(masks[name].hard.cpu() > 0, score, ranks[name] * 1e-12)
-            model.train()
-        if step % 5 == 0:
-            progress = min(1.0, (step + 1) / max(1, settings.ramp * steps))
-            ramped = replace(budget, limit=int(top - progress * (top - budget.limit)), round_to=1)
-            # t = 1 is the target: no need to look far, or closely
-            masks.set_keep(keep_within(scores(), sites, cost_model, ramped, pressure, most=4.0, halvings=12))
-            if accelerator.trackers:
-                draw(accelerator, facts(ramped.limit))
-
-    def facts(limit: int) -> dict[str, float]:
-        """Of the masks as they are: shares of the dense cost, units by site, and KL by kind in nats."""
-        kept = {name: mask.n_kept for name, mask in masks.items()}
-        cost = cost_model(cost_model.n_units | kept, scope=budget.scope)
-        found = {"masks/cost": cost / dense, "masks/limit": limit / dense}
-        found |= {f"masks/kept/{name}": float(n) for name, n in kept.items()}
-        for kind in dict.fromkeys(site.kind for site in sites.values()):
-            of_kind = [mask.kl().detach() for name, mask in masks.items() if sites[name].kind == kind]
-            found[f"masks/kl/{kind}"] = torch.cat(of_kind).sum().item()
-        return found
-
-    def final_keep() -> Keep:
-        try:
-            return solve_by_shares(scores(), sites, cost_model, budget, pressure)
-        except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
-            return target
+    learning = MaskLearning(
+        model, masks, sites, cost_model, budget, start, target, steps=train_settings.steps, seed=train_settings.seed,
+        settings=settings, rescore=rescore, within=within, share=(process_index(), n_processes()),
+        tell=partial(draw, accelerator) if accelerator.trackers else None,
+    )  # fmt: skip
 
     def loss_with_kl(prepared: nn.Module, batch: Batch) -> torch.Tensor:
-        nonlocal passes
-        masks.set_draw(train_settings.seed, now, passes, share=share)
-        passes += 1
-        loss = loss_of(prepared, batch)
-        if settled or rescore is not None:
-            return loss
-        return loss + (beta * torch.cat([mask.kl() for _, mask in masks.items()])).sum()
+        learning.draw()
+        return loss_of(prepared, batch) + learning.penalty()
 
-    masks.set_noise(0.0, sites=[name for name in sites if name not in noisy])
-    groups = [
-        {"params": [mask.mu for _, mask in masks.items() if rescore is None], "lr": settings.lr_mu},
-        {"params": [masks[name].log_var for name in noisy], "lr": settings.lr_log_var},
-    ]
-    for name in sites:
-        masks[name].log_var.requires_grad_(name in noisy)
-        masks[name].mu.requires_grad_(rescore is None)
     state = train(
         model,
         loss_with_kl,
@@ -187,14 +256,12 @@ def learn_masks(
         accelerator=accelerator,
         phase=phase,
         console=console,
-        extra_groups=[group for group in groups if group["params"]],
-        before_step=before_step,
+        extra_groups=learning.groups(),
+        before_step=learning.to_step,
         frozen=frozen,
         journal=journal if rescore is None else NO_JOURNAL,  # the newest scores are in no file: from its start again
     )
-    keep = masks.kept() if settled_at < steps else final_keep()
-    masks.set_keep(keep)
-    return keep, scores(), state
+    return learning.keep(), learning.scores(), state
 
 
 def is_noisy(site: Site) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import TINY, build
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from ibprune import cli, doctor, flags, hub, recipe_files
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, is_out_of_memory
 from ibprune.models import ALIASES
-from ibprune.recipe import Recipe, make_recipe
+from ibprune.recipe import Recipe, make_recipe, parse_shares
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,13 +152,13 @@ def test_recipes_are_strict_and_flags_override_them(tmp_path):
         (["--model", "minilm", "--budget", "nan"], "(0, 1]"),
         (
             ["--model", "minilm", "--budget", "half"],
-            "expected a share in (0, 1], such as 0.3, or several, found 'half'",
+            "expected a share in (0, 1], such as 0.3, or several, such as 0.5,0.3 or 0.1..0.9, found 'half'",
         ),
         (["--model", "minilm"], "--budget"),
         (["--budget", "0.5"], "--model"),
         (["--model", "minilm", "--budget", "0.5", "--scor", "vib"], "did you mean '--score'"),
         (["--model", "minilm", "--budget", "0.5", "--score", "fischer"], "did you mean 'fisher'"),
-        (["--model", "minilm", "--budget", "0.5", "--cost", "flops"], "Valid: latency, macs, memory, params"),
+        (["--model", "minilm", "--budget", "0.5", "--cost", "flops"], "expected one of latency, macs, memory, params"),
         (["--model", "minilm", "--budget", "0.5", "--kinds", "head"], "did you mean 'heads'"),
         (["--model", "minilm", "--budget", "0.5", "--batch-size", "0"], "--batch-size"),
         (["--model", "minilm", "--budget", "0.5", "--seed", "99999999999"], "--seed"),
@@ -287,6 +288,64 @@ def test_plan_from_the_config_alone(tmp_path, capsys):
     assert "kv_groups" in capsys.readouterr().out
 
 
+def test_a_plan_of_several_budgets_is_a_line_for_each(tmp_path, capsys):
+    TINY["bert"]().save_pretrained(tmp_path)
+    model, kinds = str(tmp_path), ("heads", "ffn", "layers")
+    assert cli.main(["plan", "--model", model, "--budget", "0.1..0.9", "--kinds", ",".join(kinds), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    points = {point["keep"]: point for point in found["budgets"] if "unreachable" in point}
+    reached = [point for point in found["budgets"] if "budget" in point]
+    assert [*(p["budget"]["keep"] for p in reached), *points] == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert all(share < found["reachable_keep"] for share in points) and points
+    assert all(point["budget"]["keep"] >= found["reachable_keep"] for point in reached)
+    for point in reached[:2]:  # as it is planned alone
+        alone = ibprune.plan(model, point["budget"]["keep"], kinds=kinds)
+        assert point == {key: alone[key] for key in point} and set(point["kept"]) == set(kinds)
+    assert cli.main(["plan", "--model", model, "--budget", "0.7,1", "--kinds", ",".join(kinds)]) == 0
+    said = capsys.readouterr().out
+    assert "trust_remote_code" in said and "plain transformers" in said  # what is cut by layers, and what is whole
+    assert cli.main(["plan", "--model", model, "--budget", "0.001,0.002"]) == 2
+    assert "the budget 0.002 allows" in capsys.readouterr().err
+
+
+def test_a_plan_says_what_each_kind_owns_and_reaches_alone(tmp_path):
+    TINY["bert"]().save_pretrained(tmp_path)
+    model = str(tmp_path)
+    groups = ibprune.plan(model)["groups"]
+    for kind in ("heads", "ffn", "layers", "embedding_rank"):
+        assert groups[kind]["alone"] == ibprune.plan(model, kinds=(kind,))["reachable_keep"] < 1
+    assert groups["hidden"]["alone"] is None and groups["hidden"]["owns"] > 0.9  # is not cut here, and is in all
+    bert = transformers.BertModel(TINY["bert"]())
+    ffn = sum(
+        p.numel() for layer in bert.encoder.layer for p in (*layer.intermediate.parameters(), layer.output.dense.weight)
+    )
+    assert groups["ffn"]["owns"] == pytest.approx(ffn / bert.num_parameters())
+    config = TINY["bert"]()
+    config.architectures = ["BertForMaskedLM"]
+    head = ibprune.plan(config, vanilla=True)["groups"]
+    assert head["heads"]["alone"] == head["hidden"]["alone"] < head["ffn"]["alone"] < 1  # tied: they go together
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("0.3", (0.3,)), ("0.3,0.5,0.3", (0.5, 0.3)), ("0.2..0.4", (0.4, 0.3, 0.2)), ("0.4..0.2", (0.4, 0.3, 0.2)),
+    ("0.1..0.3,0.25", (0.3, 0.25, 0.2, 0.1)), ("0.15..0.35", (0.35, 0.25, 0.15)), ("0.7..1", (1.0, 0.9, 0.8, 0.7)),
+    ([0.5, "0.3"], (0.5, 0.3)), (1, (1.0,)), ("0.3..0.3", (0.3,)),
+])  # fmt: skip
+def test_shares_are_read_in_one_way(text, expected):
+    assert parse_shares(text) == expected
+
+
+@pytest.mark.parametrize("text,expected", [
+    *((text, "expected a share in (0, 1], such as 0.3, or several, such as 0.5,0.3 or 0.1..0.9, found ")
+      for text in ("0.1..0.95", "0.1..", "..", "0.1..0.2..0.3", "half", True, {"a": 1})),
+    ("0..0.5", "found 0"), ("0.5..1e300", "found 1e+300"), ("0.5..inf", "found inf"), ("nan..nan", "found nan"),
+    ("nan", "found nan"), ((), "found 0"),
+])  # fmt: skip
+def test_other_shares_are_refused(text, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        parse_shares(text)
+
+
 def test_a_vision_model_is_planned_from_its_config_and_asks_for_pictures(stories, tmp_path, capsys):
     build("vit", "ViTForImageClassification", dtype=torch.float32).save_pretrained(tmp_path / "vit")
     assert cli.main(["plan", "--model", str(tmp_path / "vit"), "--budget", "0.5", "--json"]) == 0
@@ -311,7 +370,7 @@ def test_the_width_is_cut_by_default_where_there_is_a_head():
 def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():
     code = "import sys, ibprune; ibprune.__version__; from ibprune import cli, flags; "
     code += "flags.prune_parser().format_help(); "
-    code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'numpy', 'transformers', 'pydantic', 'rich', 'shtab') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -163,7 +163,7 @@ def test_bad_input_is_one_line_and_writes_nothing(bert, tmp_path, monkeypatch, c
         assert error.count("\n") == 1 and expected in error, error
 
     out = ("--output", str(tmp_path / "out"))
-    refused("unknown --to 'onx': did you mean 'onnx'? Valid: onnx, openvino, gguf", bert, "--to", "onx", *out)
+    refused("unknown --to 'onx': did you mean 'onnx'? Expected one of onnx, openvino, gguf", bert, "--to", "onx", *out)
     refused("expected an exported folder with a config.json", tmp_path / "none", "--to", "onnx", *out)
     refused("expected --dtype with --to gguf only", bert, "--to", "onnx", "--dtype", "f16", *out)
     refused("required: --to", bert)

@@ -223,7 +223,7 @@ def test_what_llama_cpp_cannot_hold_is_refused_whole(sentencepiece, tokenizer, t
     refused(folder, "has layers of different widths, and 'deci', the architecture for those, has no norms")
     bert, plan = pruned("bert", "BertModel", lambda sites: uniform(sites))
     saved(bert, tokenizer, plan, tmp_path / "bert")
-    refused(tmp_path / "bert", "'bert' has no GGUF architecture here: Valid: llama, mistral, qwen2, qwen3")
+    refused(tmp_path / "bert", "'bert' has no GGUF architecture here: expected one of llama, mistral, qwen2, qwen3")
     base, plan = pruned("llama", "LlamaModel", lambda sites: uniform(sites, ffn=8), factorize=False)
     saved(base, tokenizer, plan, tmp_path / "base")
     refused(tmp_path / "base", "expected a causal language model for GGUF, found LlamaModel")

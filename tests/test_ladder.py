@@ -194,15 +194,9 @@ def test_what_cannot_be_kept_or_is_no_metric(classifier, folders, stories, tmp_p
         assert "expected METRIC=VALUE" in refused("--at-least", text)
     assert "the dense model itself has" in refused("--at-least", "accuracy=1.01", "--finetune-steps", "0")
     assert list(tmp_path.iterdir()) == []
-    assert "expected one share to plan for" in refused_plan(capsys, classifier["model"])
     assert "differ in their first six digits" in refused("--budget", "0.5,0.50000001")
     assert "push a folder of the several" in refused("--budget", "0.5,0.3", "--push-to-hub", "me/small")
     assert "'vocab' is cut for one budget" in refused("--budget", "0.5,0.3", "--kinds", "ffn,vocab")
-
-
-def refused_plan(capsys, model: str) -> str:
-    assert cli.main(["plan", "--model", model, "--budget", "0.5,0.3"]) == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text,dense,good,bad", [

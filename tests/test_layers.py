@@ -60,6 +60,7 @@ LAYERS = (
     ("smallest",),
     ("api",),
     ("tables", "flags", "launching"),
+    ("completion",),
     ("", "cli"),
     ("__main__",),
 )

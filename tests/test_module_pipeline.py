@@ -217,7 +217,7 @@ def test_bad_arguments_say_what_to_do(resnet):
     attempt(BadRecipe, "cost: found 'mac': did you mean 'macs'", cost="mac")
     attempt(BadRecipe, "schedule: found 'cosin': did you mean 'cosine'", schedule="cosin")
     attempt(BadRecipe, "divergence: found 'both'", divergence="both")
-    attempt(BadRecipe, "distill: found 'hidden': Valid: logits, none", distill="hidden")
+    attempt(BadRecipe, "distill: found 'hidden': expected one of logits, none", distill="hidden")
     attempt(BadRecipe, "and distill none that they are not", distill=False, divergence="reverse")
     attempt(BadRecipe, "recover_steps: expected a whole number of at least 0, found -1", recover_steps=-1)
     attempt(BadRecipe, "lr: expected a number above 0", lr=float("nan"))
