@@ -5,12 +5,12 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
 from huggingface_hub import constants, get_token
 
 from ibprune.engine import native_bf16
 from ibprune.hub import hub_reachable
+from ibprune.limits import free_bytes
 from ibprune.report import versions
 
 OPTIONAL = {  # package: what needs it
@@ -41,7 +41,7 @@ def examine() -> dict:
         },
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "bf16": native_bf16(),
-        "memory": psutil.virtual_memory().available,
+        "memory": free_bytes(),
         "disk": {"here": _free(Path.cwd()), "cache": _free(cache)},
         "hub": {
             "endpoint": constants.ENDPOINT, "reachable": hub_reachable(), "token": get_token() is not None,

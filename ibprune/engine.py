@@ -43,6 +43,9 @@ def make_accelerator(
     set_seed(seed)
     AcceleratorState._reset_state()  # a second run in one process may ask for other settings
     GradientState._reset_state()
+    for name in SHARDED:  # on CPUs Accelerate passes over some of them in silence
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            _check_whole(name)
     mixed = "bf16" if multiplies_in(precision) == torch.bfloat16 else "no"
     # A step is always grad_accum batches, also across the end of an epoch.
     accumulation = GradientAccumulationPlugin(num_steps=grad_accum, sync_with_dataloader=False)
@@ -55,11 +58,7 @@ def make_accelerator(
         project_dir=logs,
         kwargs_handlers=[wrapping, InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if accelerator.distributed_type.name in SHARDED:
-        raise IBPruneError(
-            f"expected processes that each hold the model, found {accelerator.distributed_type.name}, which divides "
-            "it: launch without its configuration."
-        )
+    _check_whole(accelerator.distributed_type.name)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise IBPruneError(
@@ -70,6 +69,15 @@ def make_accelerator(
     if accelerator.device.type == "cpu" and sys.platform == "linux":
         _reuse_freed_memory()
     return accelerator
+
+
+def _check_whole(name: str) -> None:
+    """Raises `IBPruneError` where processes do not each hold the model."""
+    if name in SHARDED:
+        raise IBPruneError(
+            f"expected processes that each hold the model, found {name}, which divides it: launch without its "
+            "configuration (docs/scaling.md says why)."
+        )
 
 
 def check_tracker(name: str) -> str:

@@ -15,6 +15,7 @@ from ibprune.dry_steps import DryRun
 from ibprune.errors import BadRecipe, IBPruneError, UnsupportedModel
 from ibprune.examples import image_shape
 from ibprune.images import input_shape
+from ibprune.limits import free_bytes
 from ibprune.losses import Objective
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class, stored_dtype
 from ibprune.processes import n_processes
@@ -158,7 +159,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device; None where it does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available if device.type == "cpu" else None
+    return free_bytes() if device.type == "cpu" else None
 
 
 def phases(work: Work) -> tuple[Phase, ...]:

@@ -12,7 +12,7 @@ LAYERS = (
     ("mi.critics",),
     ("mi.benchmark",),
     ("mi",),
-    ("errors", "rebuild", "hub", "console", "task_heads", "verdict", "json_files"),
+    ("errors", "rebuild", "hub", "console", "task_heads", "verdict", "json_files", "limits"),
     (
         "groups",
         "metrics",

@@ -260,6 +260,12 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, folders, reviews, t
     fake.distributed_type = DistributedType.FSDP
     with pytest.raises(IBPruneError, match="found FSDP, which divides it"):
         make_accelerator("fp32")
+    fake.distributed_type = DistributedType.MULTI_CPU  # what Accelerate makes of these on CPUs, where it goes on
+    for name in ("FSDP", "DEEPSPEED"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+        with pytest.raises(IBPruneError, match=f"found {name}, which divides it"):
+            make_accelerator("fp32")
+        monkeypatch.delenv(f"ACCELERATE_USE_{name}")
 
 
 def test_a_state_of_another_number_of_processes_is_refused(monkeypatch, folders, tmp_path):
