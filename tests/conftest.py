@@ -282,15 +282,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Any connection but to this machine fails the test that tried it."""
-    connect = socket.socket.connect
+    """Any connection but to this machine fails the test that tried it, even if what is tested hides the error."""
+    tried = []
 
-    def guarded(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test tried to reach {address}")
-        return connect(self, address)
+    def guarded(connect):
+        def run(self, address):
+            if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+                tried.append(address)
+                raise AssertionError(f"a test tried to reach {address}")
+            return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+        return run
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+    yield tried
+    assert not tried, f"a test tried to reach {tried}"
 
 
 @pytest.fixture(scope="session", autouse=True)
