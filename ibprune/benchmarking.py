@@ -23,7 +23,7 @@ from ibprune.losses import Batch, forward
 from ibprune.models import find_source, load_dense, load_processor
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, is_traced, reads_pictures
-from ibprune.task_heads import ANSWERS, HEADS, TAGS, auto_class
+from ibprune.task_heads import ANSWERS, HEADS, TAGS, auto_of, dense_name
 from ibprune.timing import interleave, now, quartiles, share_of_layers, stopwatch
 from ibprune.verdict import verdict
 from ibprune.walls import macs_per_ms, operation_ms, read_ms, width_times
@@ -155,7 +155,7 @@ def _models(dense: str, pruned: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     types = [model.config.model_type for model in (large, small)]
     if types[0] != types[1]:
         raise BadData(f"expected two models of one family, found '{types[0]}' and '{types[1]}'.")
-    names = [type(model).__name__.removeprefix("Pruned") for model in (large, small)]
+    names = [dense_name(model) for model in (large, small)]
     if names[0] != names[1]:
         objective = next((o for o, ends in HEADS.items() if names[1].endswith(ends)), None)
         if objective is None:
@@ -202,7 +202,7 @@ def _inputs(
 
 
 def _writes(model: PreTrainedModel) -> bool:
-    return auto_class(type(model).__name__.removeprefix("Pruned"), model.config.model_type) == "AutoModelForCausalLM"
+    return auto_of(model) == "AutoModelForCausalLM"
 
 
 def _size(name: str, model: PreTrainedModel) -> dict:

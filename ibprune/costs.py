@@ -13,7 +13,7 @@ from ibprune.errors import UnsupportedModel, first_line
 from ibprune.examples import example_inputs, image_shape
 from ibprune.groups import Cut, Family, Site, axis_dims, axis_width, get_tensor
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, full_path
-from ibprune.sites import block_paths, find_family
+from ibprune.sites import block_paths, came_factorized, find_family
 from ibprune.task_heads import reads_end
 
 COSTS = ("params", "macs", "memory", "latency")
@@ -150,7 +150,7 @@ def params_model(model: nn.Module, sites: dict[str, Site]) -> CostModel:
     """
     dims, whole = dimension_owners(model, sites)
     n_units = {name: site.n_units for name, site in sites.items()}
-    rank = _rank_site(sites)
+    rank = _rank_site(model, sites)
     terms = []
     for name, parameter in model.named_parameters():
         if name.startswith("vib_masks"):
@@ -185,7 +185,7 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
     dims, whole = dimension_owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
     n_units = {name: site.n_units for name, site in sites.items()}
-    rank = _rank_site(sites)
+    rank = _rank_site(model, sites)
     family = find_family(model.config.model_type)
     terms = []
     row_counts, products = _dry_run(model, length)
@@ -209,7 +209,7 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
                 in_rank = rank if rank in cutters else ""
                 factors = (*cutters, *whole.get(path, ()))
                 terms.append(Term(rows * coefficient, factors, _in_blocks(sites, path), in_rank))
-        if isinstance(module, FactorizedUnembedding):
+        if rank and isinstance(module, FactorizedUnembedding):
             merged = names[id(module.projection.weight)], names[id(weight)]
             width, hidden = _hidden(merged[0], module.projection.weight.shape[0], n_units, dims)
             ((tokens, vocab),) = parameter_products(merged[1], weight.shape[:1], n_units, dims)
@@ -399,7 +399,10 @@ def _skeleton(model: nn.Module, device: str) -> nn.Module:
     return skeleton
 
 
-def _rank_site(sites: dict[str, Site]) -> str:
+def _rank_site(model: nn.Module, sites: dict[str, Site]) -> str:
+    """The directions that are one matrix while none is cut; "" where some are gone already, so that factors stay."""
+    if came_factorized(model):
+        return ""
     return next((site.name for site in sites.values() if site.mask_at.side == "rank"), "")
 
 

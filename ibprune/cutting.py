@@ -33,7 +33,7 @@ from ibprune.rotation import principal_axes
 from ibprune.scores import LEARNED
 from ibprune.shards import compact_checkpoint
 from ibprune.shares import as_pressure, equal_pressure, probe_shares
-from ibprune.sites import find_family
+from ibprune.sites import came_factorized, find_family
 from ibprune.structure import Structure, budgeted, check_vocab, choose_kinds, prepare_, prepare_traced_, with_latency
 from ibprune.surgery import compact_traced_
 from ibprune.timing import timed_text
@@ -190,6 +190,8 @@ def token_use(
 ) -> TokenUse | None:
     """What the data make of the token embedding, where its directions are cut; None for models that read no tokens."""
     if counts is None or "embedding_rank" not in kinds or not find_family(model.config.model_type).factorizes:
+        return None
+    if came_factorized(model):  # its directions are in order already
         return None
     return TokenUse(counts, gradient_moment(model, batches, objective))
 

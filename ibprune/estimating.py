@@ -274,7 +274,7 @@ def check_weights(config: PreTrainedConfig, cls: type[PreTrainedModel], *, bits:
     copied = "" if bits else " and of the copy that is cut"
     if free is not None and needed > free:
         raise IBPruneError(
-            f"expected {_gb(needed)} for the weights of a {cls.__name__}{copied}, found "
+            f"expected {_gb(needed)} for the weights of a {cls.__name__.removeprefix('Pruned')}{copied}, found "
             f"{_gb(free)} free on '{device}': take a device with more memory."
         )
 

@@ -34,7 +34,7 @@ from ibprune.onnx_files import (
 from ibprune.openvino_files import need_openvino, openvino_runtime, write_openvino
 from ibprune.sites import find_family, is_traced
 from ibprune.surgery import SPEC
-from ibprune.task_heads import complete
+from ibprune.task_heads import complete, dense_name
 from ibprune.timing import interleave, stopwatch
 
 OPENVINO = "openvino_model.xml"
@@ -193,7 +193,7 @@ def _write_config(model: PreTrainedModel, into: Path) -> None:
     raw = model.config.to_dict()
     for key in (SPEC, "auto_map", "_name_or_path"):
         raw.pop(key, None)
-    raw["architectures"] = [type(model).__name__.removeprefix("Pruned")]
+    raw["architectures"] = [dense_name(model)]
     (into / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 

@@ -32,7 +32,7 @@ from ibprune.reading import Stream, limited
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
 from ibprune.streaming import stream_data
-from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_class, is_headless
+from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_of, dense_name, is_headless
 from ibprune.thinning import hold_back, thin
 from ibprune.vocabulary import check_tokenizer
 
@@ -235,8 +235,7 @@ def objective_name(model: PreTrainedModel, data: TextData) -> str:
     Raises:
         BadData: A task head that the data cannot feed.
     """
-    name = type(model).__name__
-    auto = auto_class(name, model.config.model_type)
+    name, auto = dense_name(model), auto_of(model)
     if data.objective:  # the model was loaded for them
         return data.objective
     if auto in ANNOTATED:

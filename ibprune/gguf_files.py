@@ -15,6 +15,7 @@ from ibprune.errors import BadRecipe, PlanMismatch, UnsupportedModel, did_you_me
 from ibprune.gguf_vocab import Vocabulary, vocabulary
 from ibprune.models import Source, load_tokenizer
 from ibprune.rebuild import NoAttention, Zeros
+from ibprune.task_heads import dense_name
 
 UNEVEN = "deci"  # llama.cpp's only architecture of this kind with widths by layer
 BLOCK = 256  # features of a row that a k-quant packs together
@@ -124,7 +125,7 @@ def write_gguf(model: PreTrainedModel, folder: Path, path: str | Path, *, dtype:
 
 def _check_model(model: PreTrainedModel) -> None:
     """Raises where llama.cpp would compute something else."""
-    config, name = model.config, type(model).__name__.removeprefix("Pruned")
+    config, name = model.config, dense_name(model)
     if config.model_type not in ARCHITECTURES:
         raise UnsupportedModel(
             f"'{config.model_type}' has no GGUF architecture here: {did_you_mean(config.model_type, ARCHITECTURES)}."

@@ -19,6 +19,7 @@ from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.markdown import code, plain, quoted
 from ibprune.models import Source, build_model, check_finite, load_config, load_tokenizer, model_class
 from ibprune.plans import PruningPlan
+from ibprune.pruned_config import is_pruned
 from ibprune.report import versions
 from ibprune.sites import find_sites, reads_pictures
 from ibprune.surgery import compact_
@@ -63,6 +64,8 @@ def convert_legacy(source: str, *, output: str, console: Quiet | None = None) ->
     state, dtype = read_state(Path(source))
     origin = Source(source, source)
     config = load_config(origin)
+    if is_pruned(config):
+        raise BadRecipe(f"'{source}' is a folder of ibprune already: it loads as it is, and needs no conversion.")
     heads = config.__dict__.pop("pruned_heads", None) or {}
     config.architectures = [name.removeprefix("CoFi") for name in config.architectures or []] or None
     cls = model_class(config, classify=False)

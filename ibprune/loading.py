@@ -3,18 +3,17 @@
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from ibprune.checksums import check_files, inside
-from ibprune.claims import check_claims, check_fits
+from ibprune.claims import check_fits
 from ibprune.errors import IBPruneError, PlanMismatch, first_line
 from ibprune.json_files import read_json
 from ibprune.models import ADAPTER, NEEDED, READ, check_finite, find_source, load_dense
 from ibprune.numbering import renumber_layers_
-from ibprune.rebuild import Pruned
-from ibprune.sites import check_model_type, check_unquantised
-from ibprune.surgery import FORMAT, SPEC, SPEC_KEYS
+from ibprune.pruned_config import built_class, plain_class, plain_config, read_spec
+from ibprune.sites import check_unquantised
+from ibprune.surgery import SPEC
 
 INDEX = "model.safetensors.index.json"
 
@@ -35,22 +34,13 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, needed: tuple[
     folder = Path(folder)
     path = folder / "config.json"
     check_files(folder, needed=needed)
-    raw, spec = _read(folder, path)
+    raw = _read(folder, path)
+    spec = read_spec(raw, path)
     _check_places(folder)
-    named = raw.get("architectures")
-    name = spec["architecture"] if spec else named[0] if isinstance(named, list) and named else ""
-    model_type = spec["model_type"] if spec else raw.get("model_type")
-    check_model_type(str(model_type))
-    check_claims(raw, str(folder))
-    base = getattr(transformers, str(name), None)
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel) and base.config_class):
-        raise PlanMismatch(f"{path}: expected a transformers class of model type '{model_type}', found '{name}'.")
-    if base.config_class.model_type != model_type:
-        raise PlanMismatch(f"{path}: expected model type '{base.config_class.model_type}' of {name}, found another.")
-    cls = type(f"Pruned{name}", (Pruned, base), {}) if spec else base
-    known = {key: value for key, value in raw.items() if key != "auto_map"}
+    base = plain_class(raw, path)
     try:
-        config = base.config_class.from_dict({**known, "model_type": model_type, "architectures": [name]})
+        config = plain_config(raw, base)
+        cls = built_class(base, config)
         check_unquantised(config, str(folder))
         check_fits(cls, config, folder)
         model, info = cls.from_pretrained(
@@ -105,26 +95,16 @@ def _check_places(folder: Path) -> None:
             raise PlanMismatch(f"expected names of safetensors files beside it in {path}, found '{file}'.")
 
 
-def _read(folder: Path, path: Path) -> tuple[dict, dict | None]:
-    """The raw config and its description of the pruned structure, None for a plain one."""
+def _read(folder: Path, path: Path) -> dict | list:
+    """The JSON of the config."""
     try:
-        raw = read_json(path)
+        return read_json(path)
     except OSError as error:
         raise PlanMismatch(
             f"expected an exported folder with a config.json at '{folder}', found none.{inside(folder)}"
         ) from error
     except ValueError as error:
         raise PlanMismatch(f"could not read {path}: {error}") from error
-    spec = raw.get(SPEC) if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or not isinstance(spec, dict | None):
-        raise PlanMismatch(f"expected keys and values in {path}, found another kind of JSON.")
-    missing = [] if spec is None else [key for key in SPEC_KEYS if key not in spec]
-    if missing or (spec is not None and spec["format"] not in (1, FORMAT)):
-        raise PlanMismatch(
-            f"expected '{SPEC}' of format {FORMAT} in {path}, found "
-            + (f"none of {', '.join(missing)}." if missing else f"format {spec['format']}: use a newer ibprune.")
-        )
-    return raw, spec
 
 
 def check_loaded(info: dict, name: str) -> None:

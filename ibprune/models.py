@@ -27,7 +27,9 @@ from ibprune.claims import check_claims, check_fits, check_memory
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.json_files import read_json
-from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
+from ibprune.pruned_config import as_dense_class_, built_class, is_pruned, plain_class, plain_config, read_spec
+from ibprune.sites import check_model_type, check_unquantised, find_family, find_sites, is_traced, reads_pictures
+from ibprune.surgery import FORMAT, SPEC
 from ibprune.task_heads import ANSWERS, HEADS, TAGS
 
 ALIASES = {
@@ -154,8 +156,8 @@ def load_config(source: Source) -> PreTrainedConfig:
             raise BadRecipe(f"could not read {path}: {error}") from error
         if not isinstance(raw, dict):
             raise BadRecipe(f"expected keys and values in {path}, found {type(raw).__name__}.")
-        if "ibprune" in raw:
-            raise UnsupportedModel(f"'{source.name}' is pruned already: start from the dense model.")
+        if SPEC in raw:
+            return _pruned_config(source, raw, path)
         check_model_type(str(raw.get("model_type")))
         check_claims(raw, source.name)
         check_files(path.parent, needed=(path.name,), compared=(path.name,))
@@ -166,6 +168,24 @@ def load_config(source: Source) -> PreTrainedConfig:
     check_model_type(config.model_type)
     check_unquantised(config, source.name)
     check_claims(config.to_dict(), source.name)  # of the Hub's, too
+    return config
+
+
+def _pruned_config(source: Source, raw: dict, path: Path) -> PreTrainedConfig:
+    """The config of a folder that loads by code, which is not run: the model is what the next one starts from."""
+    spec = read_spec(raw, path)
+    if spec is None or spec["format"] != FORMAT:
+        raise UnsupportedModel(
+            f"'{source.name}' was pruned by an older ibprune, which left open how its attentions are numbered: start "
+            "from the dense model."
+        )
+    base = plain_class(raw, path)
+    check_files(path.parent, needed=(path.name,), compared=(path.name,))
+    try:
+        config = plain_config(raw, base)
+    except Exception as error:  # every config class checks its values in its own way
+        raise BadRecipe(f"could not read the config of '{source.name}': {first_line(error)}") from error
+    check_unquantised(config, source.name)
     return config
 
 
@@ -181,11 +201,38 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def model_class(config: PreTrainedConfig, *, classify: bool, objective: str = "") -> type[PreTrainedModel]:
-    """The transformers class to prune: the one the config names, or its classifier for a labelled task and for CNNs.
+    """The class to prune: the one the config names, or its classifier for a labelled task and for CNNs.
+
+    Of a model that is pruned already it is one that builds its shapes (`pruned_config.built_class`).
 
     Args:
         objective: That of the data (`TextData.objective`), which decides what is classified.
+
+    Raises:
+        UnsupportedModel: No such class, or a head that a pruned model has no place for.
     """
+    cls = _named_class(config, classify, objective)
+    if is_pruned(config):
+        _check_head(config, cls)
+    return built_class(cls, config)
+
+
+def _check_head(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> None:
+    """Raises `UnsupportedModel` where a model was pruned with another head, and a new one would read its old width."""
+    spec, pruned_as = getattr(config, SPEC), getattr(config, SPEC)["architecture"]
+    if cls.__name__ == pruned_as or is_traced(config.model_type):
+        return
+    key = find_family(config.model_type).config_keys.get("hidden", "")
+    sites = find_sites(build_model(config, cls, device="meta"))
+    if "hidden" in sites and sites["hidden"].n_units != spec["dense"].get(key):
+        raise UnsupportedModel(
+            f"the model was pruned as a {pruned_as}, in its width too, and these data need a new head, of "
+            f"{cls.__name__}: prune the dense model with these data."
+        )
+
+
+def _named_class(config: PreTrainedConfig, classify: bool, objective: str) -> type[PreTrainedModel]:
+    """The transformers class of `model_class`, of the dense architecture."""
     names = config.architectures or [transformers.MODEL_MAPPING[type(config)].__name__]
     found = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)) or found.config_class is not type(config):
@@ -226,7 +273,7 @@ def model_class(config: PreTrainedConfig, *, classify: bool, objective: str = ""
 
 
 def build_model(config: PreTrainedConfig, cls: type[PreTrainedModel], *, device: str) -> PreTrainedModel:
-    """The architecture with random weights, or with none on the device "meta".
+    """The architecture with random weights, or with none on the device "meta"; pruned where the config says so.
 
     Raises:
         UnsupportedModel: The config describes no model.
@@ -235,7 +282,7 @@ def build_model(config: PreTrainedConfig, cls: type[PreTrainedModel], *, device:
         if device == "cpu":
             check_memory(cls, config)
         with torch.device(device):
-            return cls(config).eval()
+            return as_dense_class_(built_class(cls, config)(config).eval())
     except UnsupportedModel:
         raise
     except Exception as error:  # impossible sizes fail anywhere
@@ -329,12 +376,18 @@ def _read_checkpoint(
     source: Source, config: PreTrainedConfig, cls: type[PreTrainedModel], options: dict
 ) -> tuple[PreTrainedModel, bool]:
     """The model of a checkpoint, and whether its task head is new."""
+    labelled = "num_labels" in options
     try:
         if Path(source.location).is_dir():
             check_fits(cls, config, Path(source.location))
+        if is_pruned(config):  # what AutoConfig reads would run the folder's code
+            for key, value in options.items():
+                setattr(config, key, value)
+            options = {"config": config, "use_safetensors": True, "local_files_only": True}
         model, info = cls.from_pretrained(
             source.location, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+        as_dense_class_(model)
     except SafetensorError as error:
         raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {first_line(error)}") from error
     except IBPruneError:
@@ -347,7 +400,7 @@ def _read_checkpoint(
         prefix = blocks.partition(".")[0]
     backbone = f"{prefix}."
     heads = [key for key in info["missing_keys"] if not key.startswith(backbone) or ".pooler." in key]
-    fresh = heads if "num_labels" in options else []
+    fresh = heads if labelled else []
     broken = sorted({*info["missing_keys"], *(str(k[0]) for k in info["mismatched_keys"])} - set(fresh))
     if broken:
         raise PlanMismatch(

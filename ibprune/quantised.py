@@ -12,6 +12,7 @@ from ibprune.costs import count_params
 from ibprune.errors import BadRecipe, UnsupportedModel
 from ibprune.lora import adapted_layers
 from ibprune.processes import n_processes
+from ibprune.pruned_config import is_pruned
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
 
@@ -74,6 +75,10 @@ def check_quantised(recipe: Recipe) -> None:
 def check_packable(config: PreTrainedConfig, recipe: Recipe) -> None:
     """Raises `UnsupportedModel` where most of a model is in no linear layer, which is all that bitsandbytes packs."""
     kind = config.model_type
+    if is_pruned(config):
+        raise UnsupportedModel(
+            f"{flag(recipe)} is for a dense model that does not fit otherwise, and this one is pruned: leave it out."
+        )
     if is_traced(kind) or find_family(kind).experts:
         where = "convolutions" if is_traced(kind) else "the stacked weights of experts"
         raise UnsupportedModel(

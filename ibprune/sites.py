@@ -87,6 +87,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
+def came_factorized(model: nn.Module) -> bool:
+    """Whether the embedding was factorised by an earlier cut, which took directions: then it is never one matrix."""
+    return bool((getattr(model.config, "ibprune", None) or {}).get("embedding"))
+
+
 def is_counted(site: Site, name: str) -> bool:
     """Whether a name in `Family.config_keys` speaks for a site."""
     start, _, last = name.rpartition(".")

@@ -18,6 +18,7 @@ from ibprune.inject import inject_
 from ibprune.lora import count_adapters
 from ibprune.losses import Objective
 from ibprune.models import build_model, stored_dtype
+from ibprune.pruned_config import is_pruned
 from ibprune.quantised import bits, packed_bytes
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced, reads_pictures
@@ -86,7 +87,7 @@ def objective_of(recipe: Recipe, cls: type[PreTrainedModel], config: PreTrainedC
         return "classification"
     if recipe.task:
         return "regression" if recipe.task == "stsb" else "classification"
-    return OBJECTIVES.get(auto_class(cls.__name__, config.model_type), "encoder")
+    return OBJECTIVES.get(auto_class(cls.__name__.removeprefix("Pruned"), config.model_type), "encoder")
 
 
 def measure(
@@ -112,6 +113,8 @@ def measure(
             f"which experts of a '{config.model_type}' a token takes depends on what is read: there is no estimate for "
             "it."
         )
+    if is_pruned(config):
+        raise UnsupportedModel("the blocks of a pruned model differ from each other: there is no estimate for it.")
     defaults = name if not reads_pictures(config.model_type) else "images" if traced else "images by patches"
     recipe = filled_in(recipe, defaults, config)
     objective = Objective(name, divergence=recipe.divergence)

@@ -20,9 +20,10 @@ from ibprune.losses import Batch
 from ibprune.memory import Memory, measure_memory
 from ibprune.plans import PruningPlan, is_rotated, model_type
 from ibprune.processes import on_main
+from ibprune.pruned_config import is_pruned
 from ibprune.recipe import CNN_KINDS, Recipe
 from ibprune.rotation import rotate_
-from ibprune.sites import find_family, find_sites
+from ibprune.sites import came_factorized, find_family, find_sites
 from ibprune.surgery import compact_
 from ibprune.task_heads import is_headless
 from ibprune.ties import Tie
@@ -166,6 +167,8 @@ def choose_kinds(
     """
     family = find_family(model.config.model_type)
     known = tuple(dict.fromkeys(group.kind for group in family.groups))
+    if vanilla and is_pruned(model.config):
+        raise BadRecipe("--vanilla: the model is pruned already, in shapes that take code to load: leave it out.")
     if "kv_groups" in known:
         kinds = tuple("kv_groups" if kind == "heads" else kind for kind in kinds)
     for kind in kinds:
@@ -244,7 +247,7 @@ def prepare_(
         if use is not None and use.metric is not None:
             turn = axes.to(use.metric)
             use = replace(use, metric=turn.T @ use.metric @ turn)
-    if "embedding_rank" in kinds and find_family(model.config.model_type).factorizes:
+    if "embedding_rank" in kinds and find_family(model.config.model_type).factorizes and not came_factorized(model):
         factorize_(model, use)
     everything = find_sites(model)
     chosen = {name: site for name, site in everything.items() if site.kind in kinds}

@@ -1,6 +1,8 @@
 """Compacts a model by a plan: folds its masks, cuts what goes, and describes the result in the config."""
 
 import copy
+import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from ibprune.rebuild import (
     replace_module,
     set_sizes,
 )
-from ibprune.sites import block_lists, block_paths, find_family, find_sites
+from ibprune.sites import block_lists, block_paths, came_factorized, find_family, find_sites
 from ibprune.slicing import restore_inputs_, slice_
 
 SPEC = "ibprune"
@@ -77,7 +79,7 @@ def compact_(model: nn.Module, plan: PruningPlan, *, means: dict[str, torch.Tens
                 replace_module(model, cut.path, STUBS[cut.stub]())
     slice_(model, sites, plan)
     set_sizes(model, sizes)
-    if rank and len(plan.keep[rank[0]]) == plan.n_units[rank[0]]:
+    if rank and not came_factorized(model) and len(plan.keep[rank[0]]) == plan.n_units[rank[0]]:
         merge_(model)
     modules = dict(model.named_modules())
     owners = {path: modules.get(path.rpartition(".")[0]) for path in sizes}
@@ -125,7 +127,9 @@ def compact_traced_(model: PreTrainedModel, sites: dict[str, Site], plan: Prunin
     """
     before = _shapes(model)
     compact_module_(model, sites, plan)
-    model.config.ibprune = _spec(model, before, full_path(model, ""))
+    old = getattr(model.config, SPEC, None) or {"shapes": {}}
+    spec = _spec(model, before, full_path(model, ""))
+    model.config.ibprune = spec | {"shapes": old["shapes"] | spec["shapes"]}
     return model
 
 
@@ -251,9 +255,11 @@ def _describe_(
     config = model.config
     family = find_family(config.model_type)
     old = getattr(config, SPEC, None) or {"dense": dense, "shapes": {}, "stubs": {}, "dropped_blocks": []}
-    if old["dropped_blocks"] or (old["shapes"] and dropped):
-        raise PlanMismatch("expected a model with all its blocks, found one pruned of whole blocks: start from dense.")
     backbone = full_path(model, "")
+    before = {
+        full_path(model, new): before[full_path(model, path)]
+        for path, new in _moved((_spec_path(name, backbone) for name in before), dropped).items()
+    }
     factors = dict(model.named_modules()).get(full_path(model, family.embedding))
     embedding = None
     if isinstance(factors, FactorizedEmbedding):
@@ -263,20 +269,58 @@ def _describe_(
             "rank": factors.weight.shape[1],
             "output": family.output if tied else None,
         }
-    stubs = dict(old["stubs"])
+    stubs = {new: old["stubs"][path] for path, new in _moved(old["stubs"], dropped).items()}
     for path, module in model.named_modules():
         stub = next((key for key, cls in STUBS.items() if type(module) is cls and module not in native), None)
         if stub:
             stubs[_spec_path(path, backbone)] = stub
     spec = _spec(model, before, backbone)
+    there, sized = _shapes(model), old.get("sizes", {})
+    shapes = {new: old["shapes"][path] for path, new in _moved(old["shapes"], dropped).items()}
     config.ibprune = spec | {
         "dense": old["dense"],
-        "dropped_blocks": dropped,
+        "dropped_blocks": [*old["dropped_blocks"], *_as_in_dense(dropped, old["dropped_blocks"])],
         "stubs": stubs,
         "embedding": embedding,
-        "shapes": old["shapes"] | spec["shapes"],
-        "sizes": old.get("sizes", {}) | {_spec_path(path, backbone): size for path, size in sizes.items()},
+        "shapes": {path: shape for path, shape in shapes.items() if full_path(model, path) in there} | spec["shapes"],
+        "sizes": {new: sized[path] for path, new in _moved(sized, dropped).items()}
+        | {_spec_path(path, backbone): size for path, size in sizes.items()},
     }
+
+
+def _moved(paths: Iterable[str], dropped: list[str]) -> dict[str, str]:
+    """Where the paths of the spec stand once blocks have gone from their lists; those inside such a block nowhere.
+
+    Example:
+        >>> _moved(["layers.0.norm", "layers.1.norm", "layers.2.norm"], ["layers.1"])
+        {'layers.0.norm': 'layers.0.norm', 'layers.2.norm': 'layers.1.norm'}
+    """
+    found = {}
+    for path in paths:
+        new = path
+        for parent in {block.rpartition(".")[0] for block in dropped}:
+            number, dot, rest = path.removeprefix(f"{parent}.").partition(".")
+            if path.startswith(f"{parent}.") and number.isdigit():
+                gone = [int(block.rpartition(".")[2]) for block in dropped if block.rpartition(".")[0] == parent]
+                new = None if int(number) in gone else f"{parent}.{int(number) - sum(i < int(number) for i in gone)}"
+                new = new and f"{new}{dot}{rest}"
+        if new is not None:
+            found[path] = new
+    return found
+
+
+def _as_in_dense(dropped: list[str], before: list[str]) -> list[str]:
+    """Blocks by their numbers in the dense model, of which those in `before` had gone already.
+
+    Example:
+        >>> _as_in_dense(["layers.1"], ["layers.0", "layers.2"])
+        ['layers.3']
+    """
+    found = []
+    for parent, _, number in (block.rpartition(".") for block in dropped):
+        left = (i for i in itertools.count() if f"{parent}.{i}" not in before)
+        found.append(f"{parent}.{next(itertools.islice(left, int(number), None))}")
+    return found
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -42,8 +42,14 @@ def auto_class(cls_name: str, model_type: str) -> str:
     return "AutoModel"
 
 
-def _auto(model: PreTrainedModel) -> str:
-    return auto_class(type(model).__name__.removeprefix("Pruned"), model.config.model_type)
+def dense_name(model: torch.nn.Module) -> str:
+    """The name of the transformers class that a model is of, where it was loaded in pruned shapes too."""
+    return type(model).__name__.removeprefix("Pruned")
+
+
+def auto_of(model: PreTrainedModel) -> str:
+    """The transformers Auto class that serves a model, pruned or not."""
+    return auto_class(dense_name(model), model.config.model_type)
 
 
 def writes(config: PreTrainedConfig) -> bool:
@@ -60,17 +66,17 @@ def writes(config: PreTrainedConfig) -> bool:
 
 def is_headless(model: PreTrainedModel) -> bool:
     """Whether a model ends in hidden states. T5 has heads without a backbone of its own."""
-    return model.base_model is model and _auto(model) in ("AutoModel", "AutoModelForTextEncoding")
+    return model.base_model is model and auto_of(model) in ("AutoModel", "AutoModelForTextEncoding")
 
 
 def keeps_cache(model: PreTrainedModel) -> bool:
     """Whether a model writes text, so that it keeps keys and values of what it has read."""
-    return _auto(model) in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    return auto_of(model) in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 def reads_end(model: PreTrainedModel) -> bool:
     """Whether a model decides by the state at the last end token, of which all its inputs have equally many."""
-    return model.config.is_encoder_decoder and _auto(model) == "AutoModelForSequenceClassification"
+    return model.config.is_encoder_decoder and auto_of(model) == "AutoModelForSequenceClassification"
 
 
 def with_end(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

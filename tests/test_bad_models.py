@@ -18,7 +18,7 @@ from ibprune.folders import write_model
 from ibprune.models import Source, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_sites
-from ibprune.surgery import compact_
+from ibprune.surgery import SPEC_KEYS, compact_
 
 
 def set_config(folder: Path, **values: object) -> None:
@@ -46,6 +46,7 @@ def forget_embeddings(folder: Path) -> None:
     set_config(folder, vocab_size=12)
 
 
+OLD = dict.fromkeys(SPEC_KEYS, {}) | {"format": 1, "model_type": "bert", "architecture": "BertModel"}
 FOLDERS = {
     "renamed tensor": (rename_a_tensor, "2 are missing or of another shape, such as"),
     "unknown type": (lambda folder: set_config(folder, model_type="robertta"), "did you mean 'roberta'"),
@@ -53,7 +54,8 @@ FOLDERS = {
         lambda folder: set_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
         "is quantised: prune the full-precision model",
     ),
-    "pruned already": (lambda folder: set_config(folder, ibprune={"format": 1}), "start from the dense model"),
+    "half a structure": (lambda folder: set_config(folder, ibprune={"format": 2}), "found none of model_type"),
+    "pruned by the first ibprune": (lambda folder: set_config(folder, ibprune=OLD), "start from the dense model"),
     "adapter beside its base": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
         "is a PEFT adapter: merge it",

@@ -40,7 +40,7 @@ LAYERS = (
     ("slicing", "budget", "stages", "timing", "lora"),
     ("embeddings", "latency", "memory", "rotation", "taps", "distillation"),
     ("surgery",),
-    ("recipe", "data", "report", "channels", "saves"),
+    ("recipe", "data", "report", "channels", "saves", "pruned_config"),
     ("collating", "prose", "images", "structure", "resuming", "streaming", "quantised", "contrast", "doctor"),
     ("denoising",),
     ("scores", "second_order", "activations", "refit", "shares", "models"),
