@@ -79,7 +79,8 @@ def commands() -> str:
     made = [make() for name, make in vars(flags).items() if name.endswith("_parser")]
     parsers = {parser.prog.removeprefix("ibprune").strip() or "prune": parser for parser in made}
     for verb, purpose in flags.VERBS.items():
-        lines += [f"## `ibprune {verb}`", "", f"{purpose.capitalize()}.", "", "| flag or argument | |", "|---|---|"]
+        lines += [f"## `ibprune {verb}`", "", f"{purpose[0].upper()}{purpose[1:]}.", ""]
+        lines += ["| flag or argument | |", "|---|---|"]
         for action in parsers[verb]._actions:
             if not isinstance(action, argparse._HelpAction):
                 lines.append(f"| {called(action)} | {(action.help or '').replace('%%', '%')} |")

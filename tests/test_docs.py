@@ -43,7 +43,7 @@ def commands(path: Path) -> list[list[str]]:
     for line in "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             if part.split()[:1] in (["ibprune"], ["torchrun"]):
-                words = shlex.split(part, comments=True)
+                words = shlex.split(re.split(" [|>] ", part)[0], comments=True)
                 found.append(words[words.index("ibprune") + 1 :])
     return found
 
