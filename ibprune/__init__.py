@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
+    "MaskedTraining",
     "ModuleResult",
     "PruneResult",
     "audit",
@@ -24,6 +25,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ibprune.api import (
+        MaskedTraining,
         ModuleResult,
         PruneResult,
         audit,
