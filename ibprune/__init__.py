@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
+    "MaskCallback",
     "MaskedTraining",
     "ModuleResult",
     "PruneResult",
@@ -39,9 +40,14 @@ if TYPE_CHECKING:
         push,
         train,
     )  # fmt: skip
+    from ibprune.callback import MaskCallback
 
 
 def __getattr__(name: str):
+    if name == "MaskCallback":  # alone takes transformers' Trainer to import
+        from ibprune.callback import MaskCallback
+
+        return MaskCallback
     if name in __all__:
         from ibprune import api
 

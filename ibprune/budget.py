@@ -247,7 +247,8 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
     inside = {name: _inner_sites(model, sites, name) for name in layers}
     dormant = {inner for name, inners in inside.items() if not keep[name] for inner in inners}
     for name in dormant:
-        keep[name] = tuple(sorted(order[name][: allowed_width(0, sites[name], budget.round_to, up=True)].tolist()))
+        least = max(sites[name].min_units, allowed_width(0, sites[name], budget.round_to, up=True))
+        keep[name] = tuple(sorted(order[name][:least].tolist()))
     kept = np.array([len(keep[name]) if name in keep else model.n_units[name] for name in table.names])
     left = {n: order[n][~np.isin(order[n], keep[n]) & may_stay[n][order[n]]].tolist() for n in sites}
     closed: set[str] = set()

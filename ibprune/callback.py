@@ -7,11 +7,16 @@ from ibprune.masked_training import MaskedTraining
 
 
 class MaskCallback(TrainerCallback):
-    """Made by `MaskedTraining.callback`. The Trainer's loss, optimiser and clipping stay as they are.
+    """Begins and moves on a `MaskedTraining`. The Trainer's loss, optimiser and clipping stay as they are.
 
     Raises:
         BadRecipe: As the training begins: what cannot be had with masks (several processes or devices, fp16, torch
             compilation, a checkpoint to resume from or to go back to), another model, or an optimiser made before.
+
+    Example:
+        >>> masked = MaskedTraining(model, 0.5, batches=few)  # doctest: +SKIP
+        >>> Trainer(model, args, train_dataset=data, callbacks=[MaskCallback(masked)]).train()  # doctest: +SKIP
+        >>> masked.save("small", tokenizer)  # doctest: +SKIP
     """
 
     def __init__(self, masked: MaskedTraining):

@@ -1,5 +1,6 @@
 """The folder of a model that was cut in a training loop of one's own; its report says what it cannot know."""
 
+import copy
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def _call(recipe: Recipe, steps: int) -> str:
 
 
 def _dense_config(model: PreTrainedModel) -> PreTrainedConfig:
-    config = type(model.config).from_dict(model.config.to_dict())
+    config = copy.deepcopy(model.config)
     for key, value in config.__dict__.pop(SPEC)["dense"].items():
         setattr(config, key, value)
     return config

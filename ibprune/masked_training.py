@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,15 +28,12 @@ from ibprune.structure import choose_kinds, prepare_
 from ibprune.surgery import SPEC
 from ibprune.vib import MaskLearning
 
-if TYPE_CHECKING:
-    from ibprune.callback import MaskCallback
-
 COSTS = ("params", "macs")
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 class MaskedTraining:
-    """VIB masks in a transformer that trains in a loop of one's own, or in `transformers.Trainer`.
+    """VIB masks in a transformer that trains in a loop of one's own, or in `transformers.Trainer` (`MaskCallback`).
 
     The masks learn by an optimiser of their own and are none of the model's parameters: neither the loss, nor the
     optimiser, nor the clipping of the loop changes. Made before the loop's optimiser, because the token embedding may
@@ -63,8 +59,7 @@ class MaskedTraining:
         >>> for batch in loader:  # doctest: +SKIP
         ...     model(**batch).loss.backward()
         ...     masked.advance()
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
+        ...     update(optimizer)  # as ever: its step, and zero_grad
         >>> masked.save("small", tokenizer)["budget"]  # doctest: +SKIP
     """
 
@@ -94,6 +89,7 @@ class MaskedTraining:
             raise BadData("expected a few batches to rank the units by, found none: batches=[next(iter(loader))].")
         training = model.training
         model.eval()
+        model.disable_input_require_grads()  # which only re-entrant checkpoints of frozen embeddings need
         try:
             self._prepare(few)
         except BaseException:
@@ -217,6 +213,7 @@ class MaskedTraining:
         self.seconds = time.perf_counter() - self.began
         plan = self.structure.plan(self.model, learning.keep())
         self._hook.remove()
+        self.model.disable_input_require_grads()
         self.structure.compact(self.model, plan)
         self.plan = plan
         check_finite(self.model, "the pruned model")
@@ -234,12 +231,6 @@ class MaskedTraining:
         remove_(self.model)
         merge_(self.model)
         return self.model
-
-    def callback(self) -> "MaskCallback":
-        """For `transformers.Trainer(callbacks=[...])`: it calls `begin` and `advance`."""
-        from ibprune.callback import MaskCallback
-
-        return MaskCallback(self)
 
     def save(
         self, output: str | Path, preprocessor: PreTrainedTokenizerBase | BaseImageProcessor | None = None

@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import ibprune
 from ibprune import cli
-from ibprune.callback import MaskCallback
 from ibprune.costs import count_params
 from ibprune.errors import BadData, BadRecipe, PlanMismatch, UnsupportedModel
 from ibprune.inject import MASKS
@@ -146,7 +145,7 @@ def test_the_trainer_takes_masks_by_a_callback(tmp_path, tokenizer):
     masked = ibprune.MaskedTraining(model, 0.4, batches=batches(4), round_to=1)
     settings = arguments(tmp_path, gradient_accumulation_steps=2)
     trainer = Trainer(model, settings, train_dataset=rows(128), eval_dataset=rows(16, seed=3),
-                      callbacks=[masked.callback()])  # fmt: skip
+                      callbacks=[ibprune.MaskCallback(masked)])  # fmt: skip
     trainer.train()
     assert masked.done == trainer.state.max_steps == 16
     small = masked.cut()
@@ -166,7 +165,7 @@ def test_the_trainers_loss_has_no_penalty_and_the_same_seed_cuts_the_same(tmp_pa
         model = classifier()
         masked = ibprune.MaskedTraining(model, 0.5, batches=batches(2), kinds=EXACT, round_to=1)
         trainer = Trainer(model, arguments(tmp_path, num_train_epochs=1), train_dataset=rows(64),
-                          callbacks=[masked.callback()])  # fmt: skip
+                          callbacks=[ibprune.MaskCallback(masked)])  # fmt: skip
         trainer.train()
         masked.cut()
         plans.append(masked.plan)
@@ -182,8 +181,8 @@ def test_the_trainers_loss_has_no_penalty_and_the_same_seed_cuts_the_same(tmp_pa
 ])  # fmt: skip
 def test_what_the_trainer_cannot_do_with_masks_is_refused(settings, expected, tmp_path):
     model = classifier()
-    callback = ibprune.MaskedTraining(model, 0.5, batches=batches(1), round_to=1, shares="equal").callback()
-    assert isinstance(callback, MaskCallback)
+    masked = ibprune.MaskedTraining(model, 0.5, batches=batches(1), round_to=1, shares="equal")
+    callback = ibprune.MaskCallback(masked)
     trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(8))
     for name, value in settings.items():
         object.__setattr__(trainer.args, name, value)
@@ -196,7 +195,7 @@ def test_the_trainer_must_have_the_masked_model_from_its_start(tmp_path):
     trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(8))
     early = trainer.create_optimizer()
     masked = ibprune.MaskedTraining(model, 0.5, batches=batches(1), round_to=1, shares="equal")  # factors the embedding
-    callback = masked.callback()
+    callback = ibprune.MaskCallback(masked)
     begin = (trainer.args, trainer.state, trainer.control)
     with pytest.raises(BadRecipe, match="found another"):
         callback.on_train_begin(*begin, model=other, optimizer=early)
@@ -206,6 +205,29 @@ def test_the_trainer_must_have_the_masked_model_from_its_start(tmp_path):
     with pytest.raises(BadRecipe, match="resumed at step 3"):
         callback.on_train_begin(*begin, model=model, optimizer=early)
     assert masked.learning is None
+
+
+@pytest.mark.parametrize("family,head,dtype", [
+    ("llama-tied", "LlamaForCausalLM", torch.bfloat16), ("gpt2", "GPT2LMHeadModel", torch.float32),
+    ("mixtral", "MixtralForCausalLM", torch.float32),
+])  # fmt: skip
+def test_decoders_are_masked_too(family, head, dtype, tmp_path):
+    model = build(family, head, dtype=dtype).train()
+    if family == "gpt2":  # blocks run again in the backward pass, under the same noise; its hooks go with the embedding
+        model.gradient_checkpointing_enable()
+    batch = inputs_of(model) | {"labels": token_ids()}
+    masked = ibprune.MaskedTraining(model, 0.6, batches=[batch], round_to=1)
+    masked.begin(steps=6)
+    for _ in range(6):
+        model(**batch).loss.backward()
+        masked.advance()
+        model.zero_grad()
+    assert count_params(masked.cut()) <= 0.6 * count_params(build(family, head))
+    assert torch.isfinite(model(**batch).loss) and not any(m._forward_hooks for m in model.modules())
+    if dtype == torch.bfloat16:
+        report = masked.save(tmp_path / "small")
+        assert report["budget"]["achieved"] == count_params(model) and report["dense"]["latency_ms"]["median"] > 0
+        assert ibprune.load(tmp_path / "small").dtype == dtype
 
 
 def test_misuse_is_named():
