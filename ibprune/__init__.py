@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
+    "MaskCallback",
+    "MaskedTraining",
     "ModuleResult",
     "PruneResult",
     "audit",
@@ -24,6 +26,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ibprune.api import (
+        MaskedTraining,
         ModuleResult,
         PruneResult,
         audit,
@@ -37,9 +40,14 @@ if TYPE_CHECKING:
         push,
         train,
     )  # fmt: skip
+    from ibprune.callback import MaskCallback
 
 
 def __getattr__(name: str):
+    if name == "MaskCallback":  # alone takes transformers' Trainer to import
+        from ibprune.callback import MaskCallback
+
+        return MaskCallback
     if name in __all__:
         from ibprune import api
 

@@ -1,4 +1,4 @@
-"""The public Python functions: prune, plan, estimate, train, load, push, audit, bench, export, convert_legacy."""
+"""The public Python names: prune, plan, estimate, train, load, push, audit, bench, export, convert_legacy, masks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from ibprune.exporting import export
 from ibprune.hub_folders import fetch, push
 from ibprune.legacy import convert_legacy
 from ibprune.loading import load as load_transformer
+from ibprune.masked_training import MaskedTraining
 from ibprune.module_files import is_module_folder, load_module
 from ibprune.module_pipeline import ModuleResult, make_settings, prune_module
 from ibprune.pipeline import PruneResult
@@ -24,6 +25,7 @@ from ibprune.smallest import carry_out
 from ibprune.training import train_dense
 
 __all__ = [
+    "MaskedTraining",
     "ModuleResult",
     "PruneResult",
     "audit",

@@ -60,4 +60,4 @@ def _notes(runs: list[dict]) -> Iterable[str]:
         if len(found) > 1:
             yield f"{what} are not to be compared: the {those} differ ({', '.join(found)})"
     if len(runs) > 1 and any(run["data"] is None for run in runs):
-        yield "a module's report does not say what its metrics are of"
+        yield "a report without data does not say what its metrics are of"

@@ -36,6 +36,9 @@ LOADING = {
     "import ibprune\n\nmodel = ibprune.load({name})\n```",
 }
 
+MEASURED = "Metrics are on held-out data; latency"
+REPEATED = "`recipe.yaml` holds the same with every default (`ibprune --recipe recipe.yaml`), `report.json`"
+
 
 def model_card(report: dict, audit: dict | None, *, name: str) -> str:
     """The card: what it is, how to load it, what was measured and removed, what each layer kept, and the limits.
@@ -52,10 +55,12 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
     where = "the whole model" if budget["scope"] == "model" else "the blocks"
     base = report["model"].rstrip("/").split("/")[-1]
     names = kept_names(report)
+    data = report["data"]
+    source = f"{code(report['model'])} on the data {code(data)}" if data else code(report["model"])
     lines = [
         f"# {plain(base)}, pruned to {100 * budget['keep']:g}% of its {budget['cost']}",
         "",
-        f"Made by ibprune from {code(report['model'])} on the data {code(report['data'])} (score `{report['score']}`, "
+        f"Made by ibprune from {source} (score `{report['score']}`, "
         f"seed {report['seed']}). The budget counts {where}: {budget_line(budget)}.",
         "",
         "## How to load it",
@@ -69,7 +74,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         "|---|---|---|---|",
         *(f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows(report)),
         "",
-        f"Metrics are on held-out data; latency is the median of interleaved runs on {plain(report['device'])}, "
+        f"{MEASURED if data else 'Latency'} is the median of interleaved runs on {plain(report['device'])}, "
         "in float32. A MAC is one multiply-accumulate (two FLOPs).",
         "",
         "## What was removed",
@@ -92,9 +97,9 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         "",
         "## How it was made",
         "",
-        block(report["command"], "bash"),
+        block(report["command"], "bash" if data else "python"),
         "",
-        "`recipe.yaml` holds the same with every default (`ibprune --recipe recipe.yaml`), `report.json` all figures, "
+        f"{REPEATED if data else '`report.json` holds'} all figures, "
         f"versions and checksums (ibprune {report['versions']['ibprune']}, torch {report['versions']['torch']}, "
         f"transformers {report['versions']['transformers']}).",
         "",
@@ -172,11 +177,14 @@ def _title(file: str) -> str:
 
 def limits(report: dict, audit: dict | None) -> Iterable[str]:
     """What must not be read into the figures of a transformer's run, in Markdown."""
-    yield (
-        f"One run with seed {report['seed']}: another seed gives other figures. Nothing was tested but the metrics "
-        f"above, on held-out rows of {code(report['data'])}; what was lost on other data is not known, and what is "
-        "wrong with the dense model is not mended."
-    )
+    if report.get("unknown"):  # reports of an older version have none
+        yield from report["unknown"]
+    else:
+        yield (
+            f"One run with seed {report['seed']}: another seed gives other figures. Nothing was tested but the metrics "
+            f"above, on held-out rows of {code(report['data'])}; what was lost on other data is not known, and what is "
+            "wrong with the dense model is not mended."
+        )
     if report.get("chosen"):  # reports of an older version have none
         yield plain(report["chosen"]["note"])
     if report.get("overlap"):

@@ -43,6 +43,12 @@ def make_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Opti
     return ByGroup(groups, lr=lr, betas=(0.9, 0.999))
 
 
+def update_(optimizer: torch.optim.Optimizer) -> None:
+    """One step by the gradients that are there, which are gone then."""
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def check_optimizer(name: str, device: torch.device) -> None:
     """Steps once, on a tensor of its own.
 

@@ -246,8 +246,8 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
         shape, latencies = _latency(dense, student, recipe, feed, console)
     costs = pruned.structure.costs
     report = Report(
-        dense=_side(costs, None, job.metrics, latencies[0]),
-        pruned=_side(costs, plan.kept(), pruned.metrics, latencies[1]),
+        dense=side(costs, None, job.metrics, latencies[0]),
+        pruned=side(costs, plan.kept(), pruned.metrics, latencies[1]),
         budget=costs.achieved(budget, plan),
         score=recipe.score,
         shares=recipe.shares,
@@ -365,7 +365,7 @@ def _latency(
     return shape, time_forward(dense, student, inputs, console=console)
 
 
-def _side(costs: Costs, kept: dict[str, int] | None, metrics: dict[str, float], latency: dict[str, float]) -> Side:
+def side(costs: Costs, kept: dict[str, int] | None, metrics: dict[str, float], latency: dict[str, float]) -> Side:
     """What a model costs that keeps so many units of each site; the dense model where there is no number."""
 
     def cost(model: CostModel, scope: str) -> int:

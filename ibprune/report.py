@@ -64,6 +64,8 @@ class Report:
         resumed: Whether the run was cut short and taken up again: its timings are then of its last part.
         budgets: Of the mask run that this model is one stop of; empty where it had one budget.
         chosen: Where `at_least` chose the budget, the metric, its "threshold", what was "tried", and a "note".
+        data: None where nobody told what it was trained on.
+        unknown: In words, what the report cannot say; empty for a run of the command.
         overlap: Held-out rows that also occur in the training data; None where these are too many to look.
         sha256: Checksums of the folder's other files, by `ibprune.checksums`.
         own_sha256: Of all that the report itself says.
@@ -76,7 +78,7 @@ class Report:
     score: str
     seed: int
     model: str
-    data: str
+    data: str | None
     objective: str
     macs_length: int
     latency_input: dict[str, int]
@@ -99,6 +101,7 @@ class Report:
     budgets: list[float] = field(default_factory=list)
     chosen: dict | None = None
     overlap: int | None = None
+    unknown: list[str] = field(default_factory=list)
     verify: dict = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

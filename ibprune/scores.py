@@ -65,19 +65,29 @@ def gate_gradients(
         total: Number of batches, for the progress bar.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def value(batch: Batch) -> torch.Tensor:
+        return sensitivity(objective, forward(model, batch), batch, generator).sum()
+
+    return gradients_by_gates(model, masks, console.track(batches, "scoring units", total), value)
+
+
+def gradients_by_gates(
+    model: nn.Module, masks: MaskSet, batches: Iterable[Batch], value_of: Callable[[Batch], torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """As `gate_gradients`, of any function of a batch that is the sum of what its sequences have, a scalar."""
     mixed = any(mask.mixed for _, mask in masks.items())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        for batch in _single(console.track(batches, "scoring units", total), mixed):
+        for batch in _single(batches, mixed):
             size = len(next(iter(batch.values())))
             for _, mask in masks.items():
                 mask.probe = torch.ones(size, len(mask.mu), device=mask.mu.device, requires_grad=True)
             probes = {name: mask.probe for name, mask in masks.items()}
             with torch.enable_grad():
-                value = sensitivity(objective, forward(model, batch), batch, generator).sum()
-                found = torch.autograd.grad(value, list(probes.values()), allow_unused=True)
+                found = torch.autograd.grad(value_of(batch), list(probes.values()), allow_unused=True)
             yield {  # a pooler that the outputs do not use has no gradient
                 name: torch.zeros_like(probe) if gradient is None else gradient
                 for (name, probe), gradient in zip(probes.items(), found)
@@ -106,6 +116,17 @@ def fisher_scores(
     (gradient times weight)^2 put on gates, is the same figure. Arguments as those of `gate_gradients`.
     """
     return _mean(gate_gradients(model, masks, batches, objective, seed=seed, total=total, console=console), masks, 2)
+
+
+def fisher_of_loss(
+    model: nn.Module, masks: MaskSet, batches: Iterable[Batch], loss_of: Callable[[nn.Module, Batch], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """As `fisher_scores`, of a loss that is the mean over the sequences of a batch, a scalar."""
+
+    def value(batch: Batch) -> torch.Tensor:
+        return loss_of(model, batch) * len(next(iter(batch.values())))
+
+    return _mean(gradients_by_gates(model, masks, batches, value), masks, 2)
 
 
 def taylor_scores(

@@ -11,6 +11,7 @@ from test_folders import uniform
 
 import ibprune
 from ibprune import cli
+from ibprune.budget import make_budget, solve_by_cost
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.folders import tier_of, verify, write_model
@@ -19,7 +20,7 @@ from ibprune.losses import Objective
 from ibprune.plans import PruningPlan
 from ibprune.scores import fisher_scores
 from ibprune.sites import find_sites
-from ibprune.structure import choose_kinds
+from ibprune.structure import choose_kinds, prepare_
 from ibprune.surgery import compact_
 
 MIXTRAL, QWEN = ("mixtral", "MixtralForCausalLM"), ("qwen3_moe", "Qwen3MoeForCausalLM")
@@ -185,6 +186,18 @@ def test_as_many_experts_stay_as_a_token_takes():
     assert found["groups"]["experts"]["min_units"] == 6 and found["budget"]["achieved"] <= found["budget"]["limit"]
     with pytest.raises(BadRecipe, match="'llama' has no units 'experts': every token runs through all of each FFN"):
         choose_kinds(build("llama", "LlamaForCausalLM"), ("experts",))
+
+
+def test_a_layer_that_comes_back_has_as_many_experts_as_a_token_takes():
+    structure = prepare_(build(*MIXTRAL, dtype=torch.float32), ("experts", "ffn", "layers"), None)
+    sites, params = structure.sites, structure.costs.params
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {name: torch.rand(site.n_units, generator=generator) ** 8 for name, site in sites.items()}
+        scores |= {name: 1e-3 * score for name, score in scores.items() if name.endswith("sublayer")}  # these go first
+        budget = make_budget(params, sites, keep=0.6, scope="model", round_to=1)
+        keep = solve_by_cost(scores, sites, params, budget)
+        assert all(len(keep[name]) >= site.min_units for name, site in sites.items())
 
 
 def test_an_expert_costs_no_more_macs_than_its_row_of_the_router():
