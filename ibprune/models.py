@@ -27,8 +27,9 @@ from ibprune.claims import check_claims, check_fits, check_memory
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.json_files import read_json
+from ibprune.names import ANSWERS, TAGS
 from ibprune.sites import check_model_type, check_unquantised, find_family, is_traced, reads_pictures
-from ibprune.task_heads import ANSWERS, HEADS, TAGS
+from ibprune.task_heads import HEADS
 
 ALIASES = {
     "bert-base": "google-bert/bert-base-uncased",

@@ -12,7 +12,8 @@ LAYERS = (
     ("mi.critics",),
     ("mi.benchmark",),
     ("mi",),
-    ("errors", "rebuild", "hub", "console", "task_heads", "verdict", "json_files"),
+    ("errors", "names", "statuses", "rebuild", "hub", "console", "verdict", "json_files"),
+    ("task_heads",),
     (
         "groups",
         "metrics",
