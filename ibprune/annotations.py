@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datasets import Dataset, Features, LargeList, List, Value
 
 from ibprune.errors import BadData
-from ibprune.task_heads import ANSWERS, TAGS
+from ibprune.names import ANSWERS, TAGS
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "pos_tags", "tags", "labels")

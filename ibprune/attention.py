@@ -9,11 +9,12 @@ from torch import nn
 
 from ibprune.console import Quiet
 from ibprune.features import block_layers
-from ibprune.groups import ATTENTION_KINDS, Group
+from ibprune.groups import Group
 from ibprune.inputs import spread
 from ibprune.losses import Batch
 from ibprune.mi.entropies import attention_entropy
 from ibprune.mi.samples import FEW, BadSamples
+from ibprune.names import ATTENTION_KINDS
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family
 from ibprune.task_heads import complete

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from ibprune.checks import scale_changed
 from ibprune.markdown import code, plain
 from ibprune.plots import draw_audit
+from ibprune.statuses import layer_status
 
 
 def write_audit(found: dict, folder: Path) -> None:
@@ -53,13 +53,6 @@ def further_table(found: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             statuses.append(record["status"])
         rows.append((layer["name"], *values, next((status for status in statuses if status != "ok"), "ok")))
     return header, rows
-
-
-def layer_status(layer: dict) -> str:
-    """The first status of the layer that is not ok."""
-    statuses = [layer["I_XL"]["before"]["status"], layer["I_XL"]["after"]["status"], layer["V_LY"]["status"]]
-    worst = next((status for status in statuses if status not in ("ok", "not_applicable")), "ok")
-    return "scale changed" if worst == "ok" and scale_changed(layer) else worst
 
 
 def audit_intro(found: dict) -> str:

@@ -21,9 +21,10 @@ from ibprune.images import input_shape
 from ibprune.loading import load_any
 from ibprune.losses import Batch, forward
 from ibprune.models import find_source, load_dense, load_processor
+from ibprune.names import ANSWERS, TAGS
 from ibprune.plans import PruningPlan
 from ibprune.sites import find_family, is_traced, reads_pictures
-from ibprune.task_heads import ANSWERS, HEADS, TAGS, auto_of, dense_name
+from ibprune.task_heads import HEADS, auto_of, dense_name
 from ibprune.timing import interleave, now, quartiles, share_of_layers, stopwatch
 from ibprune.verdict import verdict
 from ibprune.walls import macs_per_ms, operation_ms, read_ms, width_times

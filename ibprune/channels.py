@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel, did_you_mean, first_line
-from ibprune.groups import MODULE_KINDS, Cut, Group, MaskAt, Site, axis_dims
+from ibprune.groups import Cut, Group, MaskAt, Site, axis_dims
 from ibprune.inject import inject_
+from ibprune.names import MODULE_KINDS
 from ibprune.plans import PruningPlan, model_type
 from ibprune.slicing import select_inputs_
 from ibprune.surgery import compact_module_

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ibprune.statuses import scale_changed
+
 SIDES = ("before", "after")
 
 
@@ -95,11 +97,6 @@ def headline(found: dict) -> str | None:
         f"(change {change['value']:+.2f} [{change['ci95'][0]:+.2f}, {change['ci95'][1]:+.2f}]; "
         f"{found['data']['n']:,} inputs)."
     )
-
-
-def scale_changed(record: dict) -> bool:
-    """Whether the layer's scale moved so far that the retained share says more about it than about information."""
-    return any(warning["code"] == "SCALE_CHANGED" for warning in record["warnings"])
 
 
 def _check(id: str, broken: list[str], applies: list, why: str) -> dict:

@@ -12,8 +12,8 @@ from ibprune.annotations import STARTS, as_text, first_pieces
 from ibprune.data import TextData
 from ibprune.errors import BadRecipe
 from ibprune.losses import DENSE, WORDS, Batch
+from ibprune.names import TAGS
 from ibprune.reading import Stream
-from ibprune.task_heads import TAGS
 
 AT_ONCE = 16  # texts of a stream that are tokenised together: they may be as long as books
 LEAST_WINDOW = 24  # tokens of a window with a question and some of its context

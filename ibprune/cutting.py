@@ -18,12 +18,12 @@ from ibprune.console import Quiet
 from ibprune.distillation import loss_with
 from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
-from ibprune.groups import MODULE_KINDS
 from ibprune.inject import MASKS, inject_
 from ibprune.lora import RANK, Lora
 from ibprune.losses import Batch, Objective
 from ibprune.masks import MaskSet
 from ibprune.models import Source
+from ibprune.names import MODULE_KINDS
 from ibprune.plans import PruningPlan
 from ibprune.processes import shared
 from ibprune.quantised import bits, copied, whole_skeleton

@@ -31,8 +31,8 @@ from ibprune.annotations import (
 )
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
+from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.reading import END_OF_TEXT, Stream, open_files
-from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from ibprune.audit_output import layer_status
 from ibprune.plots import short_name
+from ibprune.statuses import layer_status
 
 ONE_BY_ONE = ("heads", "kv_groups", "experts")  # few enough units to be looked at singly
 LISTED = "kept units"  # the column of places that are no blocks

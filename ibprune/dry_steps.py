@@ -17,10 +17,10 @@ from ibprune.errors import UnsupportedModel
 from ibprune.footprint import Watch
 from ibprune.losses import Batch, Objective, forward, training_loss
 from ibprune.masks import MaskSet
+from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.rebuild import full_path
 from ibprune.scores import blocks_again, gate_gradients
 from ibprune.sites import block_lists, find_family, is_traced
-from ibprune.task_heads import ANSWERS, TAGS, WRITES
 from ibprune.trainer import checkpoint_blocks_
 
 

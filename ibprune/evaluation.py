@@ -9,8 +9,8 @@ from ibprune.console import Quiet
 from ibprune.feeding import Feed
 from ibprune.losses import Objective, dense_batch, forward, pooled, span_logits
 from ibprune.metrics import load_metric
+from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.processes import on_main
-from ibprune.task_heads import ANSWERS, TAGS, WRITES
 
 LONGEST_ANSWER = 30  # tokens
 LOWER_IS_BETTER = ("perplexity",)

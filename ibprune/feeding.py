@@ -27,12 +27,13 @@ from ibprune.examples import image_shape
 from ibprune.hub import hub_reachable
 from ibprune.images import CollatePictures, Data, ImageData, blank_shape, load_images, make_processor, resize_
 from ibprune.losses import LAYERED, Batch, Objective
+from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.prose import load_prose
 from ibprune.reading import Stream, limited
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
 from ibprune.streaming import stream_data
-from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_of, dense_name, is_headless
+from ibprune.task_heads import auto_of, dense_name, is_headless
 from ibprune.thinning import hold_back, thin
 from ibprune.vocabulary import check_tokenizer
 

@@ -9,9 +9,6 @@ from transformers.pytorch_utils import Conv1D
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, SelectedLinear
 
 # Of transformers, by family rows.
-KINDS = ("heads", "kv_groups", "experts", "ffn", "layers", "hidden", "embedding_rank", "vocab")
-MODULE_KINDS = ("channels", "inputs")  # of any module, by tracing
-ATTENTION_KINDS = ("heads", "kv_groups")
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Group:
 
     Attributes:
         name: Last part of a site's name, such as "heads".
-        kind: One of `KINDS` or `MODULE_KINDS`.
+        kind: One of `names.KINDS` or `names.MODULE_KINDS`.
         cuts: What goes with a unit. The first cut counts the units.
         mask_at: Where the mask acts.
         per_block: One site in every block, or one for the whole model.

@@ -17,9 +17,9 @@ from ibprune.errors import BadData
 from ibprune.images import IMAGE, CollatePictures, stored_digest, stored_size
 from ibprune.losses import Batch
 from ibprune.mi.probes import LEAST_PER_CLASS
+from ibprune.names import TAGS, WRITES
 from ibprune.overlaps import is_comparable, text_keys
 from ibprune.pairs import Pairs
-from ibprune.task_heads import TAGS, WRITES
 
 MOST_INPUTS = 2400
 LEAST = 200  # fewer inputs and no figure of an audit means anything

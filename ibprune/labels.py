@@ -9,7 +9,8 @@ from ibprune.annotations import tag_metrics
 from ibprune.data import TextData, recode
 from ibprune.errors import BadData
 from ibprune.images import Data
-from ibprune.task_heads import ANSWERS, HEADS, TAGS
+from ibprune.names import ANSWERS, TAGS
+from ibprune.task_heads import HEADS
 
 OTHER_HEADS = ("ForMultipleChoice", "ForNextSentencePrediction")
 NEEDED = {"": "labelled texts", TAGS: "words with tags", ANSWERS: "questions with answers"}

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ibprune.errors import BadData
+from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.processes import undistributed
-from ibprune.task_heads import ANSWERS, TAGS, WRITES, complete
+from ibprune.task_heads import complete
 
 OBJECTIVES = ("classification", "regression", "causal_lm", "masked_lm", WRITES, TAGS, ANSWERS, "encoder", "custom")
 DIVERGENCES = ("forward", "reverse", "balanced")

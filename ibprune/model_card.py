@@ -8,12 +8,13 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ibprune.audit_output import audit_section, layer_status
+from ibprune.audit_output import audit_section
 from ibprune.checksums import CARD, REPORT
 from ibprune.console import printable
 from ibprune.markdown import block, code, plain, quoted
+from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.report import SCHEMA, budget_line, kept_names, macs_input, rows
-from ibprune.task_heads import ANSWERS, TAGS, WRITES
+from ibprune.statuses import layer_status
 
 NAME = re.compile(r'\.from_pretrained\(("(?:[^"\\]|\\.)+")')  # what a card calls its folder
 TASKS = {  # by objective, as the Hub calls them

@@ -27,10 +27,11 @@ from ibprune.claims import check_claims, check_fits, check_memory
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.json_files import read_json
+from ibprune.names import ANSWERS, TAGS
 from ibprune.pruned_config import as_dense_class_, built_class, is_pruned, plain_class, plain_config, read_spec
 from ibprune.sites import check_model_type, check_unquantised, find_family, find_sites, is_traced, reads_pictures
 from ibprune.surgery import FORMAT, SPEC
-from ibprune.task_heads import ANSWERS, HEADS, TAGS
+from ibprune.task_heads import HEADS
 
 ALIASES = {
     "bert-base": "google-bert/bert-base-uncased",

@@ -17,12 +17,13 @@ from ibprune.folders import tier_of
 from ibprune.groups import Site
 from ibprune.images import input_shape
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class, stored_dtype
+from ibprune.names import WRITES
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.sites import is_traced
 from ibprune.skeletons import equal_keep, prepare_skeleton_
 from ibprune.structure import Structure, budgeted, check_cnn, check_vocab, prepare_traced_
 from ibprune.surgery import compact_traced_
-from ibprune.task_heads import WRITES, keeps_cache
+from ibprune.task_heads import keeps_cache
 from ibprune.ties import tied_names
 
 

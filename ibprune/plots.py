@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ibprune.checks import scale_changed
+from ibprune.statuses import scale_changed
 
 DENSE, PRUNED = "#4477aa", "#cc6677"  # told apart by colour-blind readers and in grey print
 FORMATS = ("png", "svg")

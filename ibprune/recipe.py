@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ibprune.errors import BadRecipe, did_you_mean, first_line
-from ibprune.groups import KINDS
 from ibprune.losses import LAYERED
+from ibprune.names import KINDS
 from ibprune.recipe_files import find
 
 CNN_KINDS = ("channels",)

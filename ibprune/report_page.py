@@ -12,8 +12,8 @@ from ibprune.audit_output import audit_intro, audit_table, further_table
 from ibprune.checksums import PAGE
 from ibprune.drawing import Cell, Chart, Stack, draw_layers, listed, make_chart, unit_map
 from ibprune.errors import BadRecipe, PlanMismatch
-from ibprune.groups import MODULE_KINDS
 from ibprune.model_card import limits
+from ibprune.names import MODULE_KINDS
 from ibprune.report import (
     MODULE_SCHEMA,
     PARETO,

@@ -18,6 +18,7 @@ from ibprune.inject import inject_
 from ibprune.lora import count_adapters
 from ibprune.losses import Objective
 from ibprune.models import build_model, stored_dtype
+from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.pruned_config import is_pruned
 from ibprune.quantised import bits, packed_bytes
 from ibprune.recipe import Recipe
@@ -25,7 +26,7 @@ from ibprune.sites import find_family, is_traced, reads_pictures
 from ibprune.skeletons import equal_keep, prepare_skeleton_
 from ibprune.structure import Structure, budgeted, prepare_traced_
 from ibprune.surgery import compact_traced_
-from ibprune.task_heads import ANSWERS, TAGS, WRITES, auto_class
+from ibprune.task_heads import auto_class
 
 OBJECTIVES = {
     "AutoModelForSequenceClassification": "classification",

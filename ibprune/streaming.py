@@ -6,8 +6,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ibprune.data import HELD_OUT, LEAST, TextData, data_name, find_columns, find_splits, held_out_size
 from ibprune.errors import BadData
+from ibprune.names import ANSWERS, TAGS
 from ibprune.reading import Stream, reading
-from ibprune.task_heads import ANSWERS, TAGS
 
 AHEAD = 10_000  # rows that are looked at first
 CHARACTERS = 16_000_000  # of these rows, where they are long

@@ -14,10 +14,11 @@ from ibprune.console import Quiet
 from ibprune.costs import FEMTOSECONDS_PER_MS, SCOPES, CostModel, macs_model, module_macs_model, params_model
 from ibprune.embeddings import TokenUse, factorize_
 from ibprune.errors import BadRecipe, did_you_mean
-from ibprune.groups import ATTENTION_KINDS, Site
+from ibprune.groups import Site
 from ibprune.latency import LatencyTable, load_latency, measure_latency
 from ibprune.losses import Batch
 from ibprune.memory import Memory, measure_memory
+from ibprune.names import ATTENTION_KINDS
 from ibprune.plans import PruningPlan, is_rotated, model_type
 from ibprune.processes import on_main
 from ibprune.pruned_config import is_pruned

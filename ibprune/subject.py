@@ -17,6 +17,7 @@ from ibprune.images import ImageData
 from ibprune.labels import match_labels
 from ibprune.lora import need_peft
 from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense, model_class
+from ibprune.names import WRITES
 from ibprune.overlaps import held_out_overlap
 from ibprune.quantised import bits, check_packable, check_quantised, flag, quantisation
 from ibprune.recipe import Recipe
@@ -25,7 +26,7 @@ from ibprune.shards import checkpoint_files
 from ibprune.sites import is_traced, reads_pictures
 from ibprune.skeletons import check_cut
 from ibprune.structure import check_cnn, choose_kinds
-from ibprune.task_heads import WRITES, writes
+from ibprune.task_heads import writes
 
 SAMPLED = 64  # values of a tensor and rows of a data set, about, that make a fingerprint
 

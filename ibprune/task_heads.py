@@ -6,13 +6,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ibprune.names import ANSWERS, TAGS
+
 CLASSIFIERS = (  # how the names of such classes end
     "ForSequenceClassification",
     "ForImageClassification",
     "ForImageClassificationWithTeacher",
 )
-TAGS, ANSWERS = "token_classification", "question_answering"  # objectives that the data alone decide
-WRITES = "seq2seq_lm"  # that of a model which reads one text and writes another
 HEADS = {"": CLASSIFIERS, TAGS: ("ForTokenClassification",), ANSWERS: ("ForQuestionAnswering",)}
 _MAPPINGS = (
     ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),

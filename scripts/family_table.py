@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from ibprune.embeddings import named_rows
 from ibprune.families import FAMILIES, TRACED
 from ibprune.folders import tier_of
-from ibprune.groups import KINDS
 from ibprune.models import build_model, model_class
+from ibprune.names import KINDS
 from ibprune.plans import PruningPlan
 from ibprune.sites import block_paths, find_family
 from ibprune.structure import Structure, choose_kinds, prepare_

@@ -25,8 +25,8 @@ from ibprune.labels import match_labels
 from ibprune.losses import Objective, distill_loss, forward, sensitivity, supervised_loss
 from ibprune.metrics import entities, load_metric
 from ibprune.models import model_class
+from ibprune.names import ANSWERS, TAGS
 from ibprune.recipe import Recipe
-from ibprune.task_heads import ANSWERS, TAGS
 
 THINGS = ("film", "story", "actor", "plot")
 KIND = ("good", "fine", "warm")

@@ -12,7 +12,7 @@ from torch import nn
 
 import ibprune
 from ibprune import cli
-from ibprune.audit_output import audit_section, audit_table, further_table, layer_status
+from ibprune.audit_output import audit_section, audit_table, further_table
 from ibprune.auditing import Side, audit
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadData, BadRecipe
@@ -24,6 +24,7 @@ from ibprune.model_card import model_card
 from ibprune.plans import PruningPlan
 from ibprune.plots import retained
 from ibprune.sites import find_sites
+from ibprune.statuses import layer_status
 from ibprune.surgery import compact_
 
 FAST = AuditSettings(repeats=1, curve=(0.5, 2.0))

@@ -375,6 +375,15 @@ def test_importing_ibprune_and_asking_for_help_load_nothing_heavy():
     assert found.stdout.strip() == "[]"
 
 
+def test_report_and_compare_start_without_torch(tmp_path):
+    folder = shutil.copytree(ROOT / "model_cards" / "minilm-0.3", tmp_path / "run")
+    code = f"import sys; from ibprune import cli; codes = [cli.main([verb, {str(folder)!r}]) for verb in "
+    code += "('report', 'compare')]; print(codes, [m for m in ('torch', 'transformers', 'scipy', 'pydantic') "
+    code += "if m in sys.modules], file=sys.stderr)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr.strip() == "[0, 0] []"
+
+
 def test_a_command_leaves_the_signals_as_they_were(folders, stories, tmp_path, capsys):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     seen = []

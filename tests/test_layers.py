@@ -12,7 +12,8 @@ LAYERS = (
     ("mi.critics",),
     ("mi.benchmark",),
     ("mi",),
-    ("errors", "rebuild", "hub", "console", "task_heads", "verdict", "json_files", "limits"),
+    ("errors", "names", "statuses", "rebuild", "hub", "console", "verdict", "json_files", "limits"),
+    ("task_heads",),
     (
         "groups",
         "metrics",

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ibprune
 from ibprune import cli
-from ibprune.audit_output import layer_status
 from ibprune.checksums import check_files, own_sum
 from ibprune.drawing import make_axis, make_chart, unit_map
 from ibprune.ladder import pareto
 from ibprune.report import rows
 from ibprune.report_page import page, pareto_page, write_page
+from ibprune.statuses import layer_status
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta"}
