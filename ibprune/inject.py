@@ -104,8 +104,8 @@ class _NormInputHook:
         hard, kept = self.mask.hard, self.mask.n_kept
         if kept == len(hard):
             return args
-        scale = (hard.to(args[0].dtype) * (len(hard) / kept) ** 0.5).repeat_interleave(self.width)
-        return (args[0] * scale, *args[1:])
+        scale = (hard * (len(hard) / kept) ** 0.5).repeat_interleave(self.width)
+        return (args[0] * scale.to(args[0].dtype), *args[1:])
 
 
 class _NormOutputHook:
@@ -116,7 +116,6 @@ class _NormOutputHook:
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         z = self.mask(output.shape[0]) if self.multiply else torch.ones(1, 1, device=output.device)
-        z = z.to(torch.promote_types(z.dtype, output.dtype))  # in a float64 model the scale is one, too
         return _scale(output, z * (self.mask.n_kept / len(self.mask.hard)) ** 0.5)
 
 

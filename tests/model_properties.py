@@ -190,10 +190,10 @@ def masked_is_compacted_is_reloaded(case: Case) -> None:
 
 def rounded_alike(case: Case) -> None:
     """In a narrow type, what was compacted is as near to the exact outputs as what was masked."""
-    exact, _, plan = masked_model(case, torch.float64)
-    exact.to(case.dtype).double()  # the same weights as in the narrow type
-    model, _, _ = masked_model(case)
-    exact, masked = outputs(exact), outputs(model)
+    model, _, plan = masked_model(case, torch.float64)
+    model.to(case.dtype)
+    exact = outputs(copy.deepcopy(model).double())  # of the same weights
+    masked = outputs(model)
     small = outputs(compact_(model, plan))
     assert small.dtype == masked.dtype == case.dtype and torch.isfinite(small).all()
     exact, masked = same_features(exact, small, plan), same_features(masked, small, plan).double()

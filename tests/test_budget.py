@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from ibprune.budget import fill, make_budget, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
-from ibprune.costs import macs_model, params_model
+from ibprune.costs import amount, macs_model, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe
 from ibprune.memory import measure_memory
@@ -89,6 +89,13 @@ def test_budgets_are_met_within_one_step_and_never_exceeded(cost, round_to):
                 assert list(keep[name]) == sorted(set(keep[name]))
                 if site.kind in ("ffn", "hidden", "embedding_rank") and site.n_units >= 16 * round_to:
                     assert len(keep[name]) % round_to == 0 or len(keep[name]) == site.n_units
+
+
+def test_amounts_carry_the_unit_of_their_cost():
+    assert [amount(1200, cost) for cost in ("macs", "memory", "params")] == [
+        "1,200 macs", "1,200 bytes of memory", "1,200 params"
+    ]  # fmt: skip
+    assert amount(2_500_000_000_000, "latency") == "2.500 ms of latency"
 
 
 @pytest.mark.parametrize("vanilla", [False, True])

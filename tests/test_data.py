@@ -64,7 +64,8 @@ def test_data_that_cannot_be_used(text, flags, reason, tmp_path):
     "row,reason",
     [
         ({"text": {"en": "x"}, "label": 1}, "expected text in 'text' of 'rows.jsonl', found dict"),
-        ({"text": 7, "label": 1}, "expected text in 'text' of 'rows.jsonl', found json"),  # numbers among texts
+        # numbers among texts: the oldest datasets refuse them while they read
+        ({"text": 7, "label": 1}, "expected text in 'text' of 'rows.jsonl', found json|changed from string to number"),
         ({"text": "x", "label": [1]}, "expected one label a row in 'label' of 'rows.jsonl', found list"),
         ({"text": "x", "label": 1e999}, "expected finite numbers in 'label' of 'rows.jsonl', found an infinite one"),
     ],

@@ -1,7 +1,9 @@
 """The guards of the suite itself, and that runs leave no hooks and no open files behind."""
 
+import re
 import socket
 import warnings
+from pathlib import Path
 
 import psutil
 import pytest
@@ -33,6 +35,18 @@ def test_a_warning_that_ibprune_raises_is_an_error():
             warnings.warn_explicit("from within", UserWarning, "file.py", 1, module=module)
     with pytest.warns(UserWarning, match="from elsewhere"):
         warnings.warn_explicit("from elsewhere", UserWarning, "file.py", 1, module="torch.nn")
+
+
+def test_the_lock_file_has_the_tested_versions_and_a_hash_of_each():
+    """constraints-hashes.txt is made from constraints.txt; its first lines say how."""
+    root = Path(__file__).parents[1]
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)", (root / "constraints.txt").read_text().replace("_", "-"), re.M))
+    locked = re.split(r"\n(?=[a-z])", (root / "constraints-hashes.txt").read_text())[1:]
+    found = dict(re.match(r"([\w-]+)==(\S+)", each).groups() for each in locked)
+    assert {name: found.get(name) for name in tested if name != "torch"} == {
+        name: version for name, version in tested.items() if name != "torch"
+    }
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}\b", each) for each in locked) and "torch" not in found
 
 
 def test_a_run_an_audit_and_a_bench_leave_nothing_behind(folders, reviews, tmp_path, monkeypatch):
