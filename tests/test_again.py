@@ -93,8 +93,7 @@ def pruned(folders, reviews, tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("more", [[], ["--score", "vib", "--mask-steps", "4", "--shares", "probe"],
-                                  ["--kinds", "heads,ffn", "--scope", "blocks"]])  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["--score", "vib", "--mask-steps", "4", "--shares", "probe"]])
 def test_a_pruned_model_is_pruned_again(more, pruned, reviews, tmp_path, capsys):
     out = tmp_path / "twice"
     flags = ["--model", pruned, "--data", reviews, "--budget", "0.8", *RUN, *more, "--output", str(out)]
