@@ -137,6 +137,9 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise BadRecipe(f"expected a state dict, names and tensors, in '{path}', found something else.")
+    packed = next((name for name, value in state.items() if value.dtype in (torch.int8, torch.uint8)), None)
+    if packed is not None:
+        raise BadRecipe(f"'{packed}' in '{path}' holds packed integers: convert the full-precision checkpoint.")
     types = {value.dtype for value in state.values() if value.is_floating_point()}
     found = {}
     for name, value in state.items():
