@@ -144,7 +144,8 @@ def _check(
         for name in names or ("",):
             if name not in valid:
                 raise BadRecipe(f"{flag}: found '{name}': {did_you_mean(name, valid)}.")
-    if output and (os.path.isdir(output) or not os.access(Path(output).absolute().parent, os.W_OK)):
+    parent = Path(output or "").absolute().parent
+    if output and (os.path.isdir(output) or not parent.is_dir() or not os.access(parent, os.W_OK)):
         raise BadRecipe(f"--output: expected a file that can be written, found '{output}'.")
 
 

@@ -66,8 +66,13 @@ def convert_legacy(source: str, *, output: str, console: Quiet | None = None) ->
     config = load_config(origin)
     if is_pruned(config):
         raise BadRecipe(f"'{source}' is a folder of ibprune already: it loads as it is, and needs no conversion.")
-    heads = config.__dict__.pop("pruned_heads", None) or {}
-    config.architectures = [name.removeprefix("CoFi") for name in config.architectures or []] or None
+    heads = _heads(config.__dict__.pop("pruned_heads", None), source)
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadRecipe(
+            f"expected names of classes as 'architectures' in the config of '{source}', found {names!r:.80}."
+        )
+    config.architectures = [name.removeprefix("CoFi") for name in names] or None
     cls = model_class(config, classify=False)
     model = build_model(config, cls, device="cpu").float()
     dense_params = count_params(model)
@@ -128,8 +133,13 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
             "its code. Where you trust it, in the tool that wrote it: torch.save(model.state_dict(), "
             "'pytorch_model.bin'), beside the model's config.json."
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise BadRecipe(f"expected a state dict, names and tensors, in '{path}', found something else.")
+    packed = next((name for name, value in state.items() if value.dtype in (torch.int8, torch.uint8)), None)
+    if packed is not None:
+        raise BadRecipe(f"'{packed}' in '{path}' holds packed integers: convert the full-precision checkpoint.")
     types = {value.dtype for value in state.values() if value.is_floating_point()}
     found = {}
     for name, value in state.items():
@@ -142,7 +152,7 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
 
 
 def plan_of_shapes(
-    model: PreTrainedModel, sites: dict[str, Site], state: dict[str, torch.Tensor], heads: Mapping
+    model: PreTrainedModel, sites: dict[str, Site], state: dict[str, torch.Tensor], heads: Mapping[int, set[int]]
 ) -> PruningPlan:
     """The plan whose shapes the tensors have.
 
@@ -152,6 +162,10 @@ def plan_of_shapes(
         PlanMismatch: A tensor is missing, or its size is no number of whole units.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    layers = {_layer(site) for site in sites.values() if site.kind == "heads"}
+    unknown = [layer for layer, units in heads.items() if units and layer not in layers]
+    if unknown and layers:
+        raise PlanMismatch(f"config.pruned_heads names layer {unknown[0]}, and the model has {len(layers)}.")
     keep = {}
     for site in sites.values():
         units = tuple(range(site.n_units))
@@ -190,16 +204,37 @@ def _count(model: nn.Module, site: Site, names: dict[int, str], state: dict[str,
     return (found - rest) // width
 
 
-def _gone(site: Site, heads: Mapping) -> set[int]:
+def _heads(found: object, source: str) -> dict[int, set[int]]:
+    """`config.pruned_heads` as numbers of heads by layer.
+
+    Raises:
+        BadRecipe: It is something else.
+    """
+    try:
+        heads = {int(layer): {*units} for layer, units in (found or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        heads = {0: {None}}
+    if not all(type(unit) is int and unit >= 0 for units in heads.values() for unit in units):
+        raise BadRecipe(
+            f"expected 'pruned_heads' in the config of '{source}' to name numbers of heads by layer, such as "
+            f'{{"0": [1, 3]}}, found {found!r:.80}.'
+        )
+    return heads
+
+
+def _gone(site: Site, heads: Mapping[int, set[int]]) -> set[int]:
     """The heads that config.pruned_heads takes from a site."""
     if site.kind != "heads":
         return set()
-    numbers = [part for part in site.block.split(".") if part.isdigit()]
-    found = {str(layer): units for layer, units in heads.items()}
-    return {int(unit) for unit in found.get(numbers[0], ())} if numbers else set()
+    return heads.get(_layer(site), set())
 
 
-def _known(name: str, plan: PruningPlan, heads: Mapping) -> bool:
+def _layer(site: Site) -> int | None:
+    """The number of the block that a site is in, None for one of the whole model."""
+    return next((int(part) for part in site.block.split(".") if part.isdigit()), None)
+
+
+def _known(name: str, plan: PruningPlan, heads: Mapping[int, set[int]]) -> bool:
     """Whether the indices that a plan names are those of the dense model."""
     whole = len(plan.keep[name]) == plan.n_units[name]
     return whole or (bool(heads) and name.endswith("heads"))

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; so
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from ibprune.task_heads import complete, with_end
@@ -350,6 +351,18 @@ def inputs_of(model, ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]
 @torch.no_grad()
 def outputs(model, ids: torch.Tensor | None = None) -> torch.Tensor:
     return model(**inputs_of(model, ids))[0]
+
+
+@torch.no_grad()
+def counted_macs(model, inputs: dict[str, torch.Tensor]) -> int:
+    """Multiply-accumulates that torch counts, without the frequencies of rotary positions: older transformers multiply
+    matrices for them, and no weight or unit has a part in it."""
+    counter = FlopCounterMode(display=False, depth=None)
+    with counter:
+        model(**inputs)
+    counts = counter.get_flop_counts()
+    turning = sum(sum(found.values()) for path, found in counts.items() if path.rpartition(".")[2].startswith("rotary"))
+    return (counter.get_total_flops() - turning) // 2
 
 
 def random_keep(sites, seed: int) -> dict[str, tuple[int, ...]]:

@@ -123,6 +123,7 @@ def test_a_dense_model_without_the_head_gets_one(pairs, tmp_path, tokenizer):
         (["--rounds", "0"], "--rounds"),
         (["--image-size", "32"], "leave it out"),
         (["--output", "none/there.json"], "--output"),
+        (["--output", "/dev/null/there.json"], "--output"),
         (["--runtime", "eager"], "did you mean '--runtimes'"),
     ],
 )

@@ -154,6 +154,12 @@ def test_what_fits_no_plan_is_one_line(tmp_path, capsys):
     )
     assert "a whole sub-layer is gone" in message("none", {k: v for k, v in whole.items() if k != query})
     assert "leaves 3 of 4 heads" in message("heads", whole, pruned_heads={"0": [1]})
+    for number, heads in enumerate(({"0": "x"}, [1, 2], "none", {"0": 3}, {"0": [0.5]}, {"0": [[0]]}, {"0": [-1]})):
+        assert "to name numbers of heads by layer" in message(f"odd {number}", whole, pruned_heads=heads)
+    assert "names layer 7, and the model has 3" in message("deep", whole, pruned_heads={"7": [0]})
+    assert "expected names of classes as 'architectures'" in message("class", whole, architectures=[3])
+    assert "holds packed integers" in message("int8", {name: value.to(torch.int8) for name, value in whole.items()})
+    assert "names and tensors" in message("number", {1: torch.ones(2)})
     assert "found 'more' too" in message("more", whole | {"more": torch.ones(1)})
     norm = "encoder.layer.0.output.LayerNorm.bias"
     assert f"found no '{norm}'" in message("less", {k: v for k, v in whole.items() if k != norm})
