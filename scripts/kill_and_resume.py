@@ -5,16 +5,19 @@
 The model is a tiny BERT of random weights on made-up reviews: what is tried is the state of the run, not its quality.
 Each run is a process forked from this one, so that a kill costs seconds. The moments are uniform over the time that
 the whole run took. A run that was killed is resumed until it ends; `--again` is the chance that a resumed run is
-killed once more.
+killed once more. No audit, which keeps no state; the process that checks a folder is forked as in the tests, by
+`tests/fresh.py`.
 """
 
 import argparse
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +26,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-import ibprune
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import fresh  # noqa: E402
 
 WORDS = "the a film story actor plot good bad fine dull warm cold long short is was not very and but it".split()
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -56,9 +60,14 @@ def make_inputs(folder: Path) -> tuple[str, str]:
 
 
 def prune(model: str, data: str, output: Path, steps: int, resume: bool) -> None:
+    import ibprune  # not above: a process that is fresh imports this file, and must know nothing of ibprune
+    from ibprune import folders
+
+    fresh.inherit()
+    folders.subprocess.run = fresh.run
     ibprune.prune(
         model, 0.4, data=data, output=str(output), finetune_steps=steps, mask_steps=steps, recover_steps=steps,
-        batch_size=16, max_length=16, save_every=0.002, resume=resume,
+        batch_size=16, max_length=16, save_every=0.002, audit=False, resume=resume,
     )  # fmt: skip
 
 
@@ -83,6 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         model, data = make_inputs(place)
+        fresh.start()
+        importlib.import_module("ibprune.api")  # once, for all forks
 
         def start(output: Path, resume: bool) -> multiprocessing.Process:
             process = context.Process(target=prune, args=(model, data, output, arguments.steps, resume))
@@ -113,8 +124,8 @@ def main() -> None:
             trials.append({"kills": kills, "exit": process.exitcode, "same": same,
                            "state left": output.with_name(f"{output.name}.partial").exists()})  # fmt: skip
             print(json.dumps(trials[-1]), flush=True)
-    record = {"settings": {k: str(v) for k, v in vars(arguments).items()}, "seconds": took, "trials": trials}
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            record = {"settings": {k: str(v) for k, v in vars(arguments).items()}, "seconds": took, "trials": trials}
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     kills, same = sum(len(trial["kills"]) for trial in trials), sum(trial["same"] for trial in trials)
     print(f"{kills} kills in {len(trials)} runs, {same} of them to the same bytes")
 
