@@ -88,8 +88,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def came_factorized(model: nn.Module) -> bool:
-    """Whether the embedding was factorised by an earlier cut, which took directions: then it is never one matrix."""
-    return bool((getattr(model.config, "ibprune", None) or {}).get("embedding"))
+    """Whether the embedding was factorised by an earlier cut, which took directions: then it is never one matrix.
+
+    A module without a config has no such embedding.
+    """
+    return bool((getattr(getattr(model, "config", None), "ibprune", None) or {}).get("embedding"))
 
 
 def is_counted(site: Site, name: str) -> bool:
