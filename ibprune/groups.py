@@ -8,8 +8,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ibprune.rebuild import FactorizedEmbedding, FactorizedUnembedding, SelectedLinear
 
-# Of transformers, by family rows.
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -265,7 +263,7 @@ def axis_dims(module: nn.Module, axis: str) -> tuple[tuple[str, int], ...]:
             dims = (("weight", 1),)
         case _, "own":
             named = [(name, p) for name, p in module.named_parameters(recurse=False) if p.ndim]
-            wide = [(name, p) for name, p in named if p.numel() > 1] or named  # a stream may have one feature left
+            wide = [(name, p) for name, p in named if p.numel() != 1] or named  # a stream may have one feature left
             dims = tuple((name, _feature_dim(p.shape)) for name, p in wide)
         case _, "out" if is_norm(module):
             dims = (("weight", 0), ("bias", 0))

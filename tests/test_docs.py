@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 LINKED = [*PAGES, *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG", "SECURITY"))]
-RECORDS = {"results.md", "reliability.md"}  # they name flags of scripts, too
+RECORDS = {"results.md", "reliability.md", "walkthrough.md"}  # they name flags of scripts, too
 PARSERS = {
     parser.prog.removeprefix("ibprune").strip() or "prune": parser
     for parser in (make() for name, make in vars(flags).items() if name.endswith("_parser"))
