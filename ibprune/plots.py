@@ -12,6 +12,7 @@ from ibprune.statuses import scale_changed
 
 DENSE, PRUNED = "#4477aa", "#cc6677"  # told apart by colour-blind readers and in grey print
 FORMATS = ("png", "svg")
+LISTS = ("layer", "layers", "h", "block", "blocks")  # what transformers call their lists of blocks
 NAMES = {"text.parse_math": False}  # a layer may be called anything, and a dollar is no formula
 
 
@@ -222,6 +223,13 @@ def _legend(axes) -> None:
 
 
 def short_name(name: str) -> str:
+    """A layer's name for a plot: one of a transformer's list of blocks by its number, any other as it is.
+
+    Example:
+        >>> short_name("encoder.layer.3"), short_name("stages.0.layers.1"), short_name("classifier.1")
+        ('block 3', 'stages.0.layers.1', 'classifier.1')
+    """
     head, _, tail = name.rpartition(".")
-    plain = head and head.count(".") <= 1 and not any(letter.isdigit() for letter in head)  # one list of blocks
+    above, _, last = head.rpartition(".")
+    plain = last in LISTS and "." not in above and not any(letter.isdigit() for letter in above)
     return f"block {tail}" if tail.isdigit() and plain else name

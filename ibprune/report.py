@@ -236,17 +236,21 @@ def rows(report: dict) -> list[tuple[str, str, str, str]]:
     def add(name: str, a: float, b: float, form: str) -> None:
         table.append((name, form.format(a), form.format(b), f"{b / a:.3f}" if a else "-"))
 
+    def scaled(name: str, a: float, b: float, unit: str = "") -> None:
+        size, prefix = (1e6, "M") if a >= 1e6 else (1e3, "k")  # a network of some thousand shows no 0.0 M
+        add(name, a / size, b / size, f"{{:,.1f}} {prefix}{unit}")
+
     add("parameters", dense["params"], pruned["params"], "{:,}")
     blocks = dense["params_blocks"] > 0  # a traced model has none
     if blocks:
         add("  in blocks", dense["params_blocks"], pruned["params_blocks"], "{:,}")
-    add(f"MACs ({macs_input(report)})", dense["macs"] / 1e6, pruned["macs"] / 1e6, "{:,.1f} M")
+    scaled(f"MACs ({macs_input(report)})", dense["macs"], pruned["macs"])
     if blocks:
-        add("  in blocks", dense["macs_blocks"] / 1e6, pruned["macs_blocks"] / 1e6, "{:,.1f} M")
+        scaled("  in blocks", dense["macs_blocks"], pruned["macs_blocks"])
     if dense.get("file_bytes"):  # a module's report has none
-        add("file", dense["file_bytes"] / 1e6, pruned["file_bytes"] / 1e6, "{:,.1f} MB")
+        scaled("file", dense["file_bytes"], pruned["file_bytes"], "B")
     if dense.get("memory_bytes"):  # reports of an older version have none
-        add("memory (weights and cache)", dense["memory_bytes"] / 1e6, pruned["memory_bytes"] / 1e6, "{:,.1f} MB")
+        scaled("memory (weights and cache)", dense["memory_bytes"], pruned["memory_bytes"], "B")
     forms = {"rows": ("vocabulary", "{:,}"), "tokens_per_text": ("tokens per held-out text", "{:.2f}")}
     forms["unknown"] = ("unknown tokens", "{:.3%}")
     for key, (name, form) in forms.items() if report["vocabulary"] else ():

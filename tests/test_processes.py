@@ -154,12 +154,14 @@ def test_several_budgets_and_a_trained_head_in_two_processes(folders, reviews, t
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"0.6", "0.4", "pareto.json"}
 
 
-@pytest.mark.parametrize("what,n", [("learning masks", 7), ("recovering", 3)])
-def test_processes_that_stop_go_on_to_the_same_bits(what, n, folders, reviews, tmp_path):
+def test_processes_that_stop_again_and_again_go_on_to_the_same_bits(folders, reviews, tmp_path):
     class Asked(Quiet):
+        def __init__(self, what: str, n: int):
+            self.at = (what, n)
+
         def track(self, items, stage, total):
             for i, item in enumerate(items):  # one of them is asked, at a step of its own
-                self.stopping = self.stopping or (process_index() == 1 and (stage, i) == (what, n))
+                self.stopping = self.stopping or (process_index() == 1 and (stage, i) == self.at)
                 yield item
 
     def go(output: Path, **more) -> bool:
@@ -167,8 +169,10 @@ def test_processes_that_stop_go_on_to_the_same_bits(what, n, folders, reviews, t
         return ibprune.prune(folders["BertForSequenceClassification"], output=str(output), **values).report["resumed"]
 
     assert together(2, go, tmp_path / "whole") == [False, False]
-    for said in together(2, lambda: go(tmp_path / "out", console=Asked())):
-        assert said.startswith(f"Stopped: stopped after step {n + 1} of ") and f"'{what}'" in said
+    for what, n in (("learning masks", 7), ("recovering", 3)):
+        more = {"console": Asked(what, n), "resume": what == "recovering"}
+        for said in together(2, partial(go, tmp_path / "out", **more)):
+            assert said.startswith(f"Stopped: stopped after step {n + 1} of ") and f"'{what}'" in said
     assert together(2, lambda: go(tmp_path / "out", resume=True)) == [True, True]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
