@@ -96,8 +96,8 @@ def _call(recipe: Recipe, steps: int) -> str:
     given = recipe.model_dump(exclude_defaults=True, exclude={"model", "budget"})
     more = "".join(f", {name}={value!r}" for name, value in given.items())
     return (
-        f"masked = ibprune.MaskedTraining(model, {recipe.budget:g}, batches=batches{more})\n"
-        f"masked.begin(steps={steps})  # and a training of so many steps"
+        f"ibprune.MaskedTraining(model, {recipe.budget:g}, batches=batches{more}).begin(steps={steps})"
+        "  # and a training of so many steps"
     )
 
 

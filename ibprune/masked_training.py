@@ -20,12 +20,12 @@ from ibprune.masked_folder import write_folder
 from ibprune.models import check_finite
 from ibprune.optimizers import make_optimizer, update_
 from ibprune.plans import PruningPlan
+from ibprune.pruned_config import is_pruned
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.scores import fisher_of_loss
 from ibprune.shares import equal_pressure, probe_shares
 from ibprune.sites import find_family, is_traced
 from ibprune.structure import choose_kinds, prepare_
-from ibprune.surgery import SPEC
 from ibprune.vib import MaskLearning
 
 COSTS = ("params", "macs")
@@ -274,7 +274,7 @@ def _check_model(model: object) -> None:
         raise BadRecipe(f"expected a transformers model, found {type(model).__name__}: use ibprune.prune(module, …).")
     if hasattr(model, MASKS):
         raise PlanMismatch("expected a model without masks, found some: call remove() of the MaskedTraining before.")
-    if hasattr(model.config, SPEC):
+    if is_pruned(model.config):
         raise PlanMismatch("expected a dense model, found one that ibprune has pruned: start from the dense one.")
     if is_traced(model.config.model_type):
         raise UnsupportedModel(f"'{model.config.model_type}' is cut by ibprune.prune(model, …), which traces it.")

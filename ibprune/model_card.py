@@ -179,7 +179,7 @@ def _title(file: str) -> str:
 def limits(report: dict, audit: dict | None) -> Iterable[str]:
     """What must not be read into the figures of a transformer's run, in Markdown."""
     if report.get("unknown"):  # reports of an older version have none
-        yield from report["unknown"]
+        yield from map(plain, report["unknown"])  # a folder may come from anywhere
     else:
         yield (
             f"One run with seed {report['seed']}: another seed gives other figures. Nothing was tested but the metrics "

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ibprune.budget import make_budget, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import count_params
-from ibprune.cutting import loss_with
+from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
 from ibprune.inject import inject_
 from ibprune.losses import Objective

@@ -1,12 +1,13 @@
 """A pruned model is a model like any other: cut again, trained again, judged again; what that cannot be is refused."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from cnn_models import pictures, save_pictures
-from conftest import build, counted_macs, inputs_of, outputs, random_keep
+from conftest import WORDS, build, counted_macs, inputs_of, outputs, random_keep
 from test_cli import refused
 from test_cnn_pipeline import SHORT, save_net
 
@@ -117,7 +118,13 @@ def test_a_pruned_model_is_planned_trained_judged_audited_and_timed(pruned, revi
     assert evaluate_model(model, feed, feed.objective, console=Quiet(), what="again") == before
     assert cli.main(["bench", pruned, str(trained), "--batches", "1", "--lengths", "8", "--rounds", "3"]) == 0
     assert f"parameters {params} -> {params}" in capsys.readouterr().out
-    assert cli.main(["audit", pruned, str(trained), "--data", reviews, "--max-inputs", "200", "--quiet"]) in (0, 2)
+    rng, many = random.Random(5), tmp_path / "many.txt"  # an audit asks for 200 texts
+    many.write_text("\n\n".join(" ".join(rng.choices(WORDS, k=8)) for _ in range(1200)))
+    flags = ["--data", str(many), "--max-inputs", "200", "--max-length", "16", "--quiet", "--output"]
+    assert cli.main(["audit", pruned, str(trained), *flags, str(tmp_path / "a")]) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert [layer["name"] for layer in found["layers"]][0] == "embeddings" and len(found["layers"]) > 1
+    assert all(0.5 < layer["I_XL"]["retained"] < 1.5 for layer in found["layers"])  # three steps change little
 
 
 def test_a_pruned_encoder_gets_a_head_where_its_width_stayed(folders, reviews, stories, tmp_path, capsys):

@@ -15,6 +15,7 @@ from ibprune import cli
 from ibprune.costs import count_params
 from ibprune.errors import BadData, BadRecipe, PlanMismatch, UnsupportedModel
 from ibprune.inject import MASKS
+from ibprune.model_card import model_card
 
 EXACT = ("heads", "ffn", "layers")  # kinds whose masks of ones multiply and nothing else
 
@@ -91,6 +92,11 @@ def test_its_report_says_what_it_does_not_know(looped, capsys):
     for text in (card, page):
         assert "no data set" in text and "random weights" in text and "recipe.yaml" not in text
         assert "MaskedTraining(model, 0.5" in text and "held-out" not in text
+        assert ".begin(steps=40)" in text and "\\n" not in text
+    stranger = report | {"unknown": ["<script>x</script>", "a | b"]}
+    assert "<script>" not in model_card(stranger, None, name="small") and "a \\| b" in model_card(
+        stranger, None, name="x"
+    )
     assert cli.main(["compare", str(folder)]) == 0 and cli.main(["report", str(folder)]) == 0
     assert "0.5 params" in capsys.readouterr().out
     assert (folder / "report.html").read_text() == page
