@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     cells, folder = read_table(path), path.parent / "cells" / path.stem
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: cell.seed):  # a table that stops is whole for its first seeds
         file = folder / f"{cell.file}.json"
         if not file.exists():
             temporary = file.with_suffix(".partial")
