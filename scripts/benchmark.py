@@ -14,10 +14,11 @@
 
 Every cell (row, score, seed) is a file in `cells/` beside the YAML file, so that a run that stopped goes on; a cell
 whose settings changed is an error. Choices are made on dev. A row may name a labelled file `test`: it is read once, by
-the finished model; leave it out while choosing. Scores are compared example by example, on test where there is one:
-difference in negative log-likelihood, averaged over seeds, with a 95 % bootstrap interval over examples, and McNemar's
-exact test for every seed. The interval says nothing about seeds: their deviation stands beside it. Texts only;
-`cifar_resnet.py` and `mnist_lenet.py` do the like for pictures.
+the finished model; leave it out while choosing. Of pictures it is an npz file, of which the held-out split is read.
+Scores are compared example by example, on test where there is one: difference in negative log-likelihood and in
+agreement with the dense model, averaged over seeds, with 95 % bootstrap intervals over examples, and McNemar's exact
+test for every seed. The intervals say nothing about seeds: their deviation stands beside them.
+`cifar_resnet.py` and `mnist_lenet.py` do the like for modules of one's own.
 """
 
 import argparse
@@ -37,13 +38,16 @@ from torch import nn
 
 import ibprune
 from ibprune.console import Quiet, Terminal
-from ibprune.data import load_data, read_file
+from ibprune.data import read_file
 from ibprune.evaluation import evaluate_model
-from ibprune.feeding import Feed, make_feed
+from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
+from ibprune.images import load_images
 from ibprune.losses import forward, supervised_loss
-from ibprune.models import find_source, load_tokenizer
+from ibprune.models import find_source, load_processor, load_tokenizer
 from ibprune.recipe import make_recipe
 from ibprune.scores import LEARNED
+from ibprune.sites import reads_pictures
+from ibprune.subject import load_subject
 
 KEYS = {"total_steps", "mask_steps", "seeds", "recipe", "rows", "scores"}
 RESAMPLES = 10_000
@@ -93,8 +97,10 @@ def run_cell(cell: Cell) -> dict:
         values = cell.values | {"output": str(Path(scratch) / "out")}
         result = ibprune.prune(**values, console=Terminal())
         report = result.report
-        tokenizer = load_tokenizer(find_source(values["output"]))  # the pruned model's own
-        _, feed = make_feed(make_recipe(values), result.model, tokenizer, load_data(values["data"]))
+        own = splits(make_own_feed(values, result.model), cell.test)
+        subject = load_subject(make_recipe(values | {"output": f"{scratch}/none"}), Quiet())
+    dense = subject.loaded.model.to(next(result.model.parameters()).device).eval()
+    read = splits(subject.feed, cell.test)  # with the dense model's own vocabulary
     found = {
         "settings": {"values": cell.values, "test": cell.test},
         "dense": report["dense"]["metrics"],
@@ -106,40 +112,66 @@ def run_cell(cell: Cell) -> dict:
         "seconds": {phase: report["timings_s"][phase] for phase in ("cut", "recover")},
         "command": report["command"],
         "versions": report["versions"],
-        "examples": {"dev": per_example(result.model, feed)},
+        "examples": {split: per_example(result.model, own[split], dense, read[split]) for split in own},
     }
     if cell.test:
-        feed = replace(feed, held_out_set=read_file(Path(cell.test)))
+        feed = own["test"]
         found["test"] = evaluate_model(result.model, feed, feed.objective, console=Quiet(), what="test")
-        found["examples"]["test"] = per_example(result.model, feed)
     return found
 
 
+def splits(feed: Feed, test: str) -> dict[str, Feed]:
+    """What a finished model is judged on: the held-out rows, and those of the test file where there is one."""
+    if not test:
+        return {"dev": feed}
+    rows = load_images(test).held_out if test.endswith(".npz") else read_file(Path(test))
+    return {"dev": feed, "test": replace(feed, held_out_set=rows)}
+
+
+def make_own_feed(values: dict, model: nn.Module) -> Feed:
+    """The data as the pruned model reads them, through the tokenizer or the image processor of its folder."""
+    recipe, source = make_recipe(values), find_source(values["output"])
+    if reads_pictures(model.config.model_type):
+        return make_picture_feed(recipe, model, load_processor(source.location), find_pictures(recipe))[1]
+    return make_feed(recipe, model, load_tokenizer(source), find_data(recipe, Quiet()))[1]
+
+
+def per_example(model: nn.Module, feed: Feed, dense: nn.Module, read: Feed) -> dict[str, list]:
+    """Loss on the labels of every held-out example; of a classifier whether it was right, and as the dense model."""
+    losses, predicted, labels = judge(model, feed)
+    _, before, _ = judge(dense, read)
+    pairs = zip(predicted, labels, before)
+    both = [(int(ours == label), int(ours == theirs)) for ours, label, theirs in pairs]
+    return {"nll": losses, "right": [right for right, _ in both], "agrees": [agrees for _, agrees in both]}
+
+
 @torch.no_grad()
-def per_example(model: nn.Module, feed: Feed) -> dict[str, list]:
-    """Loss on the labels of every held-out example, and of a classifier whether it was right."""
-    losses, right = [], []
+def judge(model: nn.Module, feed: Feed) -> tuple[list[float], list[int], list[int]]:
+    """Losses of the held-out examples, and the classes predicted and true, where there are classes."""
+    losses, predicted, labels = [], [], []
     device = next(model.parameters()).device
     for batch in feed.held_out():
         batch = {key: value.to(device) for key, value in batch.items()}
         outputs = forward(model, batch)
         losses += [round(value, 6) for value in supervised_loss(feed.objective, outputs, batch).tolist()]
         if feed.objective.name == "classification":
-            right += (outputs.logits.argmax(-1) == batch["labels"]).int().tolist()
-    return {"nll": losses, "right": right}
+            predicted += outputs.logits.argmax(-1).tolist()
+            labels += batch["labels"].tolist()
+    return losses, predicted, labels
 
 
 def compare(first: list[dict], other: list[dict]) -> dict:
     """Two scores over the same seeds, example by example.
 
     Returns:
-        Mean difference in loss (negative: the other is better), its 95 % interval, and for every seed the examples
-        that only the one or the other gets right, with McNemar's exact p.
+        Mean difference in loss (negative: the other is better), its 95 % interval, for every seed the examples
+        that only the one or the other gets right, with McNemar's exact p, and of classifiers the difference in how
+        often they predict what the dense model does, with its interval.
     """
-    differences = np.mean([np.subtract(b["nll"], a["nll"]) for a, b in zip(first, other)], axis=0)
-    draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[draws].mean(1), (0.025, 0.975))
-    found = {"difference": float(differences.mean()), "interval": [float(low), float(high)], "mcnemar": []}
+    difference, interval = paired(first, other, "nll")
+    found = {"difference": difference, "interval": interval, "mcnemar": []}
+    if first[0]["agrees"]:
+        found["agreement"], found["agreement_interval"] = paired(first, other, "agrees")
     for a, b in zip(first, other):
         if a["right"]:
             ours, theirs = np.array(a["right"], bool), np.array(b["right"], bool)
@@ -147,6 +179,13 @@ def compare(first: list[dict], other: list[dict]) -> dict:
             p = binomtest(only_other, only_first + only_other).pvalue if only_first + only_other else 1.0
             found["mcnemar"].append({"only_first": only_first, "only_other": only_other, "p": float(p)})
     return found
+
+
+def paired(first: list[dict], other: list[dict], what: str) -> tuple[float, list[float]]:
+    """Mean difference of a figure per example over seeds, and its 95 % bootstrap interval over examples."""
+    differences = np.mean([np.subtract(b[what], a[what]) for a, b in zip(first, other)], axis=0)
+    draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
+    return float(differences.mean()), np.quantile(differences[draws].mean(1), (0.025, 0.975)).tolist()
 
 
 def summarise(cells: list[Cell], found: dict[str, dict]) -> list[dict]:
@@ -166,6 +205,7 @@ def summarise(cells: list[Cell], found: dict[str, dict]) -> list[dict]:
                 "params": [c["params"] for c in mine], "macs": [c["macs"] for c in mine],
                 "latency_ratio": [c["latency_ratio"] for c in mine],
                 "seconds": each(mine, "seconds"), "kept": each(mine, "kept"),
+                "agreement": [mean(c["examples"][split]["agrees"]) for c in mine if c["examples"][split]["agrees"]],
                 "compared_on": split, "against_first": compare(first, [c["examples"][split] for c in mine]),
                 "commands": [c["command"] for c in mine],
             })  # fmt: skip
@@ -188,6 +228,8 @@ def write_page(name: str, records: list[dict], folder: Path) -> None:
                   f"{', '.join(map(str, mine[0]['seeds']))}; losses against {mine[0]['score']}, on "
                   f"{mine[0]['compared_on']}, with 95 % intervals over examples.", ""]  # fmt: skip
         heads = ["score", "steps", *(f"{part} {n}" for part, n in metrics), "loss against first", "McNemar p"]
+        if mine[0]["agreement"]:
+            heads += ["as the dense model", "less first's"]
         heads += ["parameters", "MACs (M)", "latency ratio", "seconds (cut, recovery)", "kept"]
         lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for record in mine:
@@ -197,6 +239,10 @@ def write_page(name: str, records: list[dict], folder: Path) -> None:
             cells += [spread(record[part][n]) for part, n in metrics]
             cells += [f"{against['difference']:+.4f} [{low:+.4f}, {high:+.4f}]" if record is not mine[0] else ""]
             cells += [", ".join(f"{seed['p']:.3f}" for seed in against["mcnemar"]) if record is not mine[0] else ""]
+            if record["agreement"]:
+                low, high = against["agreement_interval"]
+                cells += [spread(record["agreement"])]
+                cells += [f"{against['agreement']:+.4f} [{low:+.4f}, {high:+.4f}]" if record is not mine[0] else ""]
             cells += [f"{mean(record['params']):,.0f}", f"{mean(record['macs']) / 1e6:,.1f}"]
             cells += [f"{mean(record['latency_ratio']):.2f}"]
             cells += [", ".join(f"{mean(values):.0f}" for values in record["seconds"].values())]

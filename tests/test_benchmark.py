@@ -18,19 +18,24 @@ def script() -> dict:
 def test_scores_are_compared_example_by_example(script):
     """Examples differ far more than scores do: only their pairs show that the second is better by 0.1 everywhere."""
     hard = [0.1 * i for i in range(60)]
-    first = [{"nll": hard, "right": [i % 2 for i in range(60)]}] * 2
-    other = [{"nll": [x - d for x in hard], "right": [1] * 60} for d in (0.05, 0.15)]
+    first = [{"nll": hard, "right": [i % 2 for i in range(60)], "agrees": [0] * 60}] * 2
+    other = [{"nll": [x - d for x in hard], "right": [1] * 60, "agrees": [i % 3 == 0 for i in range(60)]}
+             for d in (0.05, 0.15)]  # fmt: skip
     found = script["compare"](first, other)
     assert found["difference"] == pytest.approx(-0.1) and found["interval"] == pytest.approx([-0.1, -0.1])
     assert [seed["only_first"] for seed in found["mcnemar"]] == [0, 0]
     assert found["mcnemar"][0]["only_other"] == 30 and found["mcnemar"][0]["p"] == pytest.approx(2 * 0.5**30)
+    low, high = found["agreement_interval"]
+    assert found["agreement"] == pytest.approx(1 / 3) and 0.15 < low < 1 / 3 < high < 0.5
     same = script["compare"](first, first)
     assert same["difference"] == 0 and same["mcnemar"][0]["p"] == 1
 
 
 def test_an_interval_holds_the_mean_of_noise(script):
     noise = [(-1) ** i * (1 + i % 7) for i in range(400)]
-    found = script["compare"]([{"nll": [0.0] * 400, "right": []}], [{"nll": noise, "right": []}])
+    found = script["compare"](
+        [{"nll": [0.0] * 400, "right": [], "agrees": []}], [{"nll": noise, "right": [], "agrees": []}]
+    )
     low, high = found["interval"]
     assert low < 0 < high and found["mcnemar"] == []
     assert high - low == pytest.approx(2 * 1.96 * 20**0.5 / 20, rel=0.05)  # the mean square of 1 … 7 is 20
@@ -54,6 +59,7 @@ def test_a_table_is_run_once_and_goes_on(script, folders, reviews, tmp_path, cap
     records = json.loads((tmp_path / "words.json").read_text())["records"]
     assert [record["compared_on"] for record in records] == ["test", "test"]
     assert records[0]["test"] == records[0]["dev"]  # here they are the same file
+    assert 0 <= records[0]["agreement"][0] <= 1 and "as the dense model" in page
     assert records[0]["against_first"]["difference"] == 0 != records[1]["against_first"]["difference"]
     cells = sorted((tmp_path / "cells" / "words").iterdir())
     assert [cell.name for cell in cells] == ["kind_words__fisher__0.json", "kind_words__gradual_Fisher__0.json"]
