@@ -98,7 +98,7 @@ def refit_(
     *,
     within: Keep | None = None,
 ) -> Keep:
-    """What a one-shot score does to the units that stay, in place; returns them, exchanged where the score does so.
+    """What a score does to the units that stay, in place; returns them, exchanged where the score does so.
 
     Args:
         within: The units among which it may exchange; None: all.

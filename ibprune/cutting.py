@@ -221,7 +221,7 @@ def choose_and_compact_(
     if choice.score in LEARNED and sites:
         start = per_cost(scores, structure, budget)
         keep, _ = learn_keep(student, masks, structure, budget, start, keep, choice)
-    if sites and not (choice.score in LEARNED and choice.settings.steps):
+    if sites and (choice.reconstruct or not (choice.score in LEARNED and choice.settings.steps)):
         keep = refit_(student, masks, sites, keep, choice)
     plan = structure.plan(student, as_before(choice.journal, "kept units", keep))
     return structure.compact(student, plan), plan

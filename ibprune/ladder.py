@@ -140,7 +140,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
                 done += steps
                 start = scores  # a gradual score goes on from its newest
             small = copy.deepcopy(student)
-            if not (choice.score in LEARNED and recipe.mask_steps):
+            if choice.reconstruct or not (choice.score in LEARNED and recipe.mask_steps):
                 keep = refit_(small, getattr(small, MASKS), sites, keep, choice, within=within)
             keep = as_before(choice.journal, f"kept units {budget.keep:g}", keep)
             plan = structure.plan(small, keep)

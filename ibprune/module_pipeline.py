@@ -47,7 +47,7 @@ class ModuleSettings:
             "latency" (of the example, as it is).
         latency_table: A latency.json measured on this device before (cost "latency").
         score: One of `ibprune.scores.SCORES`.
-        reconstruct: Refit by least squares what reads the cut units (one-shot scores).
+        reconstruct: Refit by least squares what reads the cut units (scores that leave the weights).
         shares: How the cut is spread: "cost" by score per cost, "equal" by score alone with the same share of each
             kind, "probe" by the measured loss of candidates.
         kinds: "channels", "inputs" or both.

@@ -22,7 +22,7 @@ BUFFER = 4096  # windows of 256 tokens take 40 MB
 HUB = {"push_to_hub", "private", "revision", "commit_message"}
 WHERE = HUB | {"output", "log_with", "resume", "save_every", "keep_last"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
-UNFIT = "reconstruct fits what a one-shot cut breaks: vib and gradual train the weights around their cuts"
+UNFIT = "reconstruct refits weights that stayed as they were: vib and gradual train the weights around their cuts"
 UNTAUGHT = "divergence says how outputs are distilled, and distill none that they are not"
 
 
@@ -272,8 +272,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _trained(self) -> Self:
-        if self.reconstruct and self.score in ("vib", "gradual") and self.mask_steps != 0:
-            raise ValueError(UNFIT)
+        if self.reconstruct and self.score in ("vib", "gradual") and self.mask_steps != 0 and self.mode != "faster":
+            raise ValueError(UNFIT + " (vib leaves them in --mode faster)")
         if self.mode == "faster" and self.score == "gradual":
             raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")
         if self.divergence != "forward" and self.distill == "none":

@@ -50,6 +50,8 @@ def reconstruct_(
 ) -> None:
     """Refits the weights by which layers read the units that stay, in place; the masks are cut to `keep`.
 
+    What the masks of these units have learned to scale makes way for it: weights fitted here can say the same.
+
     For each layer that reads cut units of heads, FFNs, channels or inputs, in the order in which they run and on what
     the model cut so far makes them read (as SparseGPT, arXiv 2301.00774, and OSSCAR, arXiv 2403.12983, do):
 
@@ -71,6 +73,9 @@ def reconstruct_(
             with torch.no_grad():
                 bias += (mean[lost] @ weight[lost] - mean[~lost] @ change).to(bias)
         weight[~lost] += change
+        with torch.no_grad():
+            for tap in reader.taps:
+                masks[tap.site.name].mu.fill_(1.0)
         set_weight_rows_(reader.module, weight)
 
     _in_order(model, masks, sites, keep, batches, fit, console)

@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py benchmarks/sst2_scores.yaml
 
-    total_steps: 500               # of every cell: learned scores spend mask_steps of them before the cut
+    total_steps: 500               # of every cell that names no steps: learned scores spend mask_steps before the cut
     mask_steps: 150
     seeds: [0, 1, 2]
     recipe: {max_length: 64}       # recipe keys of every cell
@@ -83,7 +83,7 @@ def read_table(path: Path) -> list[Cell]:
             steps = learning if score["score"] in LEARNED else 0
             for seed in table.get("seeds", [0]):
                 values = {"audit": False, **table.get("recipe", {}), **own, **score, "seed": seed}
-                values |= {"mask_steps": steps, "recover_steps": total - steps}
+                values = {"mask_steps": steps, "recover_steps": total - steps} | values
                 make_recipe(values)
                 cells.append(Cell(row["name"], label, seed, values, str(row.get("test", ""))))
     if len({cell.file for cell in cells}) < len(cells):

@@ -46,6 +46,21 @@ def test_a_run_in_each_mode(mode, folders, reviews, tmp_path, monkeypatch):
     assert same == (mode == "faster")  # which trains the masks alone, and does not recover unless told to
 
 
+def test_masks_learned_alone_can_be_refitted(folders, reviews, tmp_path, monkeypatch):
+    """Of weights that stayed as they were, those that read cut units are refitted; the units are the same."""
+    monkeypatch.setattr("ibprune.thinning.LEAST", 32)
+    common = dict(
+        model=folders["BertForSequenceClassification"], data=reviews, mode="faster", kinds="heads,ffn", **SHORT
+    )
+    common |= dict(budget=0.6, shares="equal")
+    plain = ibprune.prune(**common, output=tmp_path / "plain")
+    refitted = ibprune.prune(**common, reconstruct=True, output=tmp_path / "refitted")
+    assert plain.plan == refitted.plan and "--reconstruct" in refitted.report["command"]
+    before, after = plain.model.state_dict(), refitted.model.state_dict()
+    differ = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differ and all("output.dense" in name for name in differ)
+
+
 def test_what_has_nothing_left_to_train_is_refused(folders):
     with pytest.raises(BadRecipe, match="gradual trains the weights alone"):
         ibprune.prune(folders["BertModel"], 0.5, mode="faster", score="gradual")

@@ -44,12 +44,15 @@ def test_units_that_the_others_can_stand_for_are_no_loss(family, head):
         repeat_features_(model, site, keep[name])
     before = outputs(model)
     masks = inject_(model, sites)
+    for name in sites:  # as if learned
+        torch.nn.init.uniform_(masks[name].mu, 0.5, 2.0)
     batch = {"input_ids": token_ids(batch=8, length=12)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     reconstruct_(model, masks, sites, keep, [batch], **EXACT)
     everything = find_sites(model)
     n_units = {name: site.n_units for name, site in everything.items()}
     plan = PruningPlan(model.config.model_type, n_units, {n: keep.get(n, tuple(range(u))) for n, u in n_units.items()})
+    assert all((masks[name].mu == 1).all() for name in sites)
     assert (outputs(compact_(model, plan)) - before).abs().max() < 1e-6
 
 
