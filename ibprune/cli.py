@@ -147,6 +147,14 @@ def _given(arguments: argparse.Namespace, *, without: tuple[str, ...]) -> dict:
     return {key: value for key, value in vars(arguments).items() if value is not None and key not in without}
 
 
+def _recipe_values(arguments: argparse.Namespace, *, without: tuple[str, ...]) -> dict:
+    """The recipe's keys from flags and from --set."""
+    from ibprune.recipe import parse_settings
+
+    flags = _given(arguments, without=("set", *without))
+    return flags | parse_settings(arguments.set or (), flags=flags)
+
+
 def _prune(argv: list[str]) -> int:
     parser = prune_parser()
     arguments = parser.parse_args(argv)
@@ -156,7 +164,7 @@ def _prune(argv: list[str]) -> int:
     from ibprune.recipe import make_recipe
 
     without = ("recipe", "num_processes", "debug", "quiet", "json")
-    recipe = make_recipe(_given(arguments, without=without), file=arguments.recipe)
+    recipe = make_recipe(_recipe_values(arguments, without=without), file=arguments.recipe)
     _hush()
     from ibprune.folders import check_output
 
@@ -192,7 +200,7 @@ def _plan(argv: list[str]) -> int:
     from ibprune.recipe import make_recipe
 
     rates = ("flops_per_second", "utilisation", "num_processes")
-    values = _given(arguments, without=("debug", "json", "recipe", "estimate", *rates))
+    values = _recipe_values(arguments, without=("debug", "json", "recipe", "estimate", *rates))
     asked = make_recipe(values, file=arguments.recipe) if arguments.recipe else make_recipe({"budget": 1.0} | values)
     given = {name: getattr(arguments, name) for name in rates if getattr(arguments, name) is not None}
     unused = [*given, *(name for name in values if name not in PLANNED)]

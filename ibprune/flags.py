@@ -91,6 +91,8 @@ def _data(parser: Parser) -> None:
 
 def _recipe(parser: Parser) -> None:
     parser.add_argument("--recipe", help="YAML file with these flags as keys; flags override it")
+    text = "a key of the recipe and its value, as in YAML: kinds=[heads, ffn], lr=null; may be given several times"
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help=text)
 
 
 def _phases(parser: Parser) -> None:

@@ -58,7 +58,7 @@ def read(words: list[str]) -> None:
     file = arguments.recipe
     known = file in recipe_files.shipped()
     others = {"model": "a", "budget": 0.5} if (file and not known) or verb == "plan" else {}
-    make_recipe(others | cli._given(arguments, without=UNREAD), file=file if known else None)
+    make_recipe(others | cli._recipe_values(arguments, without=UNREAD), file=file if known else None)
 
 
 def slug(heading: str) -> str:
