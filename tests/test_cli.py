@@ -45,7 +45,7 @@ def refused(capsys, *argv) -> str:
 def test_every_recipe_key_is_a_flag_and_every_flag_a_key():
     actions = {a.dest for a in flags.prune_parser()._actions if not isinstance(a, argparse._HelpAction)}
     assert actions - {"recipe", "set", "num_processes", "debug", "quiet", "json"} == set(Recipe.model_fields)
-    own = {"recipe", "set", "num_processes", "estimate", "flops_per_second", "utilisation"}
+    own = {"recipe", "set", "num_processes", "estimate", "sensitivity", "flops_per_second", "utilisation"}
     assert {a.dest for a in flags.plan_parser()._actions} - {"help", "debug", "json"} - own <= set(Recipe.model_fields)
 
 

@@ -26,7 +26,8 @@ PARSERS = {
     for parser in (make() for name, make in vars(flags).items() if name.endswith("_parser"))
 }
 AUDITED = ROOT / "model_cards" / "minilm-0.3"
-UNREAD = ("recipe", "num_processes", "estimate", "flops_per_second", "utilisation", "debug", "quiet", "json")
+UNREAD = ("recipe", "num_processes", "estimate", "sensitivity", "latency_table", "flops_per_second", "utilisation",
+          "debug", "quiet", "json")  # fmt: skip
 
 
 def name_of(path: Path) -> str:

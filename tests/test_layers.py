@@ -57,7 +57,7 @@ LAYERS = (
     ("estimating",),
     ("subject", "hub_folders", "module_files"),
     ("training",),
-    ("planning", "pipeline", "module_pipeline", "comparing", "benchmarking", "legacy", "exporting"),
+    ("planning", "sensing", "pipeline", "module_pipeline", "comparing", "benchmarking", "legacy", "exporting"),
     ("ladder", "masked_folder"),
     ("masked_training",),
     ("callback",),
