@@ -21,6 +21,7 @@ __all__ = [
     "plan",
     "prune",
     "push",
+    "sensitivity",
     "train",
 ]
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         plan,
         prune,
         push,
+        sensitivity,
         train,
     )  # fmt: skip
     from ibprune.callback import MaskCallback

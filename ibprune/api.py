@@ -1,4 +1,4 @@
-"""The public Python names: prune, plan, estimate, train, load, push, audit, bench, export, convert_legacy, masks."""
+"""The public Python names: prune, train, load; plan, estimate, sensitivity; audit, bench; push, export, …; masks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ from ibprune.module_pipeline import ModuleResult, make_settings, prune_module
 from ibprune.pipeline import PruneResult
 from ibprune.planning import plan
 from ibprune.recipe import make_recipe
+from ibprune.sensing import sensitivity
 from ibprune.smallest import carry_out
 from ibprune.training import train_dense
 
@@ -37,6 +38,7 @@ __all__ = [
     "plan",
     "prune",
     "push",
+    "sensitivity",
     "train",
 ]
 

@@ -40,14 +40,18 @@ from ibprune.tables import (
     print_pareto,
     print_plan,
     print_report,
+    print_sensitivity,
     print_speeds,
     print_training,
 )
 
 PATIENCE = 30.0  # seconds in which the main process says what it has to say too
-# What `ibprune plan` reads without --estimate.
+# What `ibprune plan` reads from the config alone, and what more with --sensitivity; the rest is for --estimate.
 PLANNED = {"model", "budget", "cost", "scope", "kinds", "round_to", "vanilla", "rotate", "image_size", "batch_size",
            "max_length", "load_in_4bit", "load_in_8bit"}  # fmt: skip
+DATA = {"data", "text_columns", "label_column"}
+SENSED = {*DATA, "task", "streaming", "shuffle_buffer", "max_train_samples",
+          "max_eval_samples", "augment", "packing", "max_train_tokens", "score", "seed", "precision"}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,6 +151,14 @@ def _given(arguments: argparse.Namespace, *, without: tuple[str, ...]) -> dict:
     return {key: value for key, value in vars(arguments).items() if value is not None and key not in without}
 
 
+def _recipe_values(arguments: argparse.Namespace, *, without: tuple[str, ...]) -> dict:
+    """The recipe's keys from flags and from --set."""
+    from ibprune.recipe import parse_settings
+
+    flags = _given(arguments, without=("set", *without))
+    return flags | parse_settings(arguments.set or (), flags=flags)
+
+
 def _prune(argv: list[str]) -> int:
     parser = prune_parser()
     arguments = parser.parse_args(argv)
@@ -156,7 +168,7 @@ def _prune(argv: list[str]) -> int:
     from ibprune.recipe import make_recipe
 
     without = ("recipe", "num_processes", "debug", "quiet", "json")
-    recipe = make_recipe(_given(arguments, without=without), file=arguments.recipe)
+    recipe = make_recipe(_recipe_values(arguments, without=without), file=arguments.recipe)
     _hush()
     from ibprune.folders import check_output
 
@@ -192,16 +204,20 @@ def _plan(argv: list[str]) -> int:
     from ibprune.recipe import make_recipe
 
     rates = ("flops_per_second", "utilisation", "num_processes")
-    values = _given(arguments, without=("debug", "json", "recipe", "estimate", *rates))
+    asides = ("debug", "json", "recipe", "estimate", "sensitivity", "latency_table", *rates)
+    values = _recipe_values(arguments, without=asides)
     asked = make_recipe(values, file=arguments.recipe) if arguments.recipe else make_recipe({"budget": 1.0} | values)
     given = {name: getattr(arguments, name) for name in rates if getattr(arguments, name) is not None}
-    unused = [*given, *(name for name in values if name not in PLANNED)]
-    if unused and not arguments.estimate:
-        raise BadRecipe(f"expected --estimate beside --{unused[0].replace('_', '-')}.")
+    sensed = arguments.sensitivity is not None
+    for name in (*given, *values):
+        of_data = name in DATA
+        if name not in PLANNED and not (sensed and name in SENSED) and (of_data or not arguments.estimate):
+            needed = "--sensitivity" if of_data else "--estimate"
+            raise BadRecipe(f"expected {needed} beside --{name.replace('_', '-')}.")
     sizes = {name: values.get(name) for name in ("batch_size", "max_length")}  # of a key-value cache
     if asked.cost == "memory":
         sizes = {name: getattr(asked, name) for name in sizes}
-    elif arguments.estimate or arguments.recipe:
+    elif arguments.estimate or arguments.recipe or sensed:
         sizes = {}
     _hush()
     from ibprune.planning import plan
@@ -209,11 +225,18 @@ def _plan(argv: list[str]) -> int:
     found = plan(asked.model, asked.budget, cost=asked.cost, scope=asked.scope, kinds=asked.kinds,
                  round_to=asked.round_to, vanilla=asked.vanilla, rotate=asked.rotate,
                  image_size=asked.image_size, load_in_4bit=asked.load_in_4bit, load_in_8bit=asked.load_in_8bit,
-                 **sizes)  # fmt: skip
+                 latency_table=arguments.latency_table or asked.latency_table, **sizes)  # fmt: skip
     if arguments.estimate:
         from ibprune.estimating import estimate
 
         found["estimate"] = estimate(**asked.model_dump(exclude_unset=True), **given)
+    if sensed:
+        from ibprune.sensing import sensitivity
+
+        console = Quiet() if arguments.json else Terminal()
+        found["sensitivity"] = sensitivity(
+            **asked.model_dump(exclude_unset=True), share=arguments.sensitivity, console=console
+        )
     if arguments.json:
         import json
 
@@ -222,6 +245,8 @@ def _plan(argv: list[str]) -> int:
         print_plan(found)
         if arguments.estimate:
             print_estimate(found["estimate"])
+        if sensed:
+            print_sensitivity(found["sensitivity"])
     return 0
 
 

@@ -15,6 +15,7 @@ from ibprune.channels import Found
 from ibprune.choosing import Choice, refit_, score_units
 from ibprune.collating import token_counts
 from ibprune.console import Quiet
+from ibprune.decisions import make_decision, make_path, rank_kinds
 from ibprune.distillation import loss_with
 from ibprune.embeddings import TokenUse, cut_vocab_, gradient_moment, named_rows
 from ibprune.feeding import Feed
@@ -59,8 +60,9 @@ def cut(
     dtype: torch.dtype = torch.float32,
     source: Source | None = None,
     journal: Journal = NO_JOURNAL,
-) -> tuple[PreTrainedModel, PruningPlan, Budget, Structure, Feed]:
-    """The pruned model before recovery, its plan, the budget, what could be cut, and the feed of what it reads.
+) -> tuple[PreTrainedModel, PruningPlan, Budget, Structure, Feed, dict]:
+    """The pruned model before recovery, its plan, the budget, what could be cut, the feed of what it reads, and what
+    decided it (`ibprune.decisions.make_decision`).
 
     A vocabulary is cut before everything else, because its rows have no masks: candidate cuts of all kinds say how
     many stay, and what the other kinds give; then these are scored and learned on what the rewritten tokenizer makes
@@ -79,8 +81,8 @@ def cut(
         sites = structure.sites
         budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to,
                              ties=structure.ties)  # fmt: skip
-        student, plan = choose_and_compact_(student, structure, budget, choice)
-        return student, plan, budget, structure, feed
+        student, plan, decision = choose_and_compact_(student, structure, budget, choice)
+        return student, plan, budget, structure, feed, decision
     check_vocab(cost_model, recipe)
     ranked = rank_rows(feed.collate.tokenizer, counts, named=named_rows(dense))
     sites = structure.sites | {"vocab": structure.sites["vocab"].at_least(ranked.n_needed)}
@@ -101,9 +103,10 @@ def cut(
     rest = budgeted(prepare_(student, kinds, use, axes=structure.axes), student, recipe, dtype)
     if recipe.vanilla and kinds:
         rest, _ = plain_structure(student, rest, rest.costs.of(recipe.cost), round_to=recipe.round_to)
-    student, plan = choose_and_compact_(student, rest, budget, choice, pressure=pressure)
+    student, plan, decision = choose_and_compact_(student, rest, budget, choice, pressure=pressure)
     plan = replace(plan, n_units=n_units, keep=plan.keep | {"vocab": rows})  # in the dense model's rows
-    return student, plan, budget, structure, feed
+    decision["kinds"] |= rank_kinds({"vocab": ranked.scores}, keep, {"vocab": sites["vocab"]})
+    return student, plan, budget, structure, feed, decision
 
 
 def prepare_cut(
@@ -210,21 +213,36 @@ def choose_and_compact_(
     choice: Choice,
     *,
     pressure: dict[str, float] | None = None,
-) -> tuple[nn.Module, PruningPlan]:
+) -> tuple[nn.Module, PruningPlan, dict]:
     """Scores the units, shares the cut between kinds, learns where the score is learned, and cuts.
+
+    What decided it is returned too, as `ibprune.decisions.make_decision` has it.
 
     Args:
         pressure: The shares, where a search has found them: kind k keeps exp(-t * pressure[k]) of its units.
     """
-    sites = structure.sites
+    sites, notes = structure.sites, {}
     masks, scores, keep = one_shot(student, structure, budget, choice, pressure=pressure) if sites else (None, {}, {})
-    if choice.score in LEARNED and sites:
+    if sites and is_learned(choice):
         start = per_cost(scores, structure, budget)
-        keep, _ = learn_keep(student, masks, structure, budget, start, keep, choice)
-    if sites and (choice.reconstruct or not (choice.score in LEARNED and choice.settings.steps)):
+        keep, _, notes = learn_keep(student, masks, structure, budget, start, keep, choice)
+    if sites and (choice.reconstruct or not is_learned(choice)):
         keep = refit_(student, masks, sites, keep, choice)
-    plan = structure.plan(student, as_before(choice.journal, "kept units", keep))
-    return structure.compact(student, plan), plan
+    keep = as_before(choice.journal, "kept units", keep)
+    plan = structure.plan(student, keep)
+    path = make_path(notes.get("path", []), [[choice.settings.steps, budget.keep]], budget)
+    decision = make_decision(ranked_by(choice), notes.get("kinds") or rank_kinds(scores, keep, sites), path)
+    return structure.compact(student, plan), plan, decision
+
+
+def is_learned(choice: Choice) -> bool:
+    """Whether what stays is found while the weights train."""
+    return choice.score in LEARNED and choice.settings.steps > 0
+
+
+def ranked_by(choice: Choice) -> str:
+    """The score that ranks in the end: one that is learned starts from Fisher's, and without steps stays there."""
+    return choice.score if is_learned(choice) or choice.score not in LEARNED else "fisher"
 
 
 def as_before(journal: Journal, name: str, keep: Keep) -> Keep:
@@ -263,8 +281,8 @@ def learn_keep(
     steps: int | None = None,
     before: int = 0,
     **more: object,
-) -> tuple[Keep, dict[str, torch.Tensor]]:
-    """The units that stay after mask learning, and their scores.
+) -> tuple[Keep, dict[str, torch.Tensor], dict]:
+    """The units that stay after mask learning, their scores, and what was noted (`ibprune.vib.MaskLearning`).
 
     Args:
         steps: By default all of the choice's.
@@ -280,12 +298,12 @@ def learn_keep(
         left = settings.steps - before - steps
         settings = replace(settings, steps=steps, before=before, after=settings.after and settings.after + left)
     loss_of = loss_with(choice.objective, choice.teacher, choice.accelerator)
-    keep, scores, _ = learn_masks(
+    keep, scores, state = learn_masks(
         student, masks, structure.sites, structure.costs.of(budget.cost), budget, start, target, loss_of,
         choice.make_batches, settings, accelerator=choice.accelerator, console=choice.console, frozen=choice.frozen,
         journal=choice.journal, rescore=None if choice.score == "vib" else rescored, **more,
     )  # fmt: skip
-    return keep, scores
+    return keep, scores, state.notes
 
 
 def one_shot(

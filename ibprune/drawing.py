@@ -128,7 +128,8 @@ def make_axis(values: Iterable[float], *, unit: str = "", most: int = 5, from_ze
     """An axis that holds all finite values with a little room.
 
     Args:
-        unit: "share" writes ticks as percentages, "count" with SI prefixes; else plain numbers.
+        unit: "share" writes ticks as percentages, "count" with SI prefixes, "power" as powers of ten, whose exponents
+            the values are; else plain numbers.
         most: Intervals between ticks.
 
     Example:
@@ -140,8 +141,9 @@ def make_axis(values: Iterable[float], *, unit: str = "", most: int = 5, from_ze
     low = min(low, 0.0) if from_zero else low
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     axis = Axis(low if from_zero else low - room, high + room, ())
-    form = {"share": "{:.0%}".format, "count": EngFormatter(sep="")}.get(unit, "{:g}".format)
-    ticks = MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(axis.low, axis.high)
+    forms = {"share": "{:.0%}".format, "count": EngFormatter(sep=""), "power": "1e{:g}".format}
+    form, whole = forms.get(unit, "{:g}".format), unit == "power"
+    ticks = MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(axis.low, axis.high)
     inside = [float(tick) for tick in ticks if axis.low <= tick <= axis.high]
     return Axis(axis.low, axis.high, tuple((axis.at(tick), form(round(tick, 9))) for tick in inside))
 

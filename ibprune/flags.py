@@ -91,6 +91,8 @@ def _data(parser: Parser) -> None:
 
 def _recipe(parser: Parser) -> None:
     parser.add_argument("--recipe", help="YAML file with these flags as keys; flags override it")
+    text = "a key of the recipe and its value, as in YAML: kinds=[heads, ffn], lr=null; may be given several times"
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help=text)
 
 
 def _phases(parser: Parser) -> None:
@@ -159,8 +161,11 @@ def plan_parser() -> Parser:
     parser = Parser(prog="ibprune plan", description=VERBS["plan"].capitalize() + ".", allow_abbrev=False)
     _common(parser)
     _recipe(parser)
-    parser.add_argument("--task", help="a GLUE task by name, such as sst2: the model becomes a classifier")
+    _data(parser)
     add = parser.add_argument
+    text = "load the model, and say how the loss on a few batches rises when this share (default 0.5) of the units of "
+    add("--sensitivity", nargs="?", type=float, const=0.5, metavar="SHARE", help=text + "one place alone is closed")
+    add("--latency-table", metavar="FILE", help="a latency.json that a run left: say what a forward pass takes, too")
     add("--estimate", action="store_true", help="say how much memory and time the run takes too")
     add("--flops-per-second", type=float, metavar="RATE", help="the best of the GPU that will run it, such as 400e12 "
         "(default: measured on this device)")  # fmt: skip

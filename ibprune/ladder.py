@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, make_budget, solve_by_cost, solve_by_shares
 from ibprune.choosing import refit_
 from ibprune.console import Quiet
-from ibprune.cutting import as_before, learn_keep, one_shot, per_cost, prepare_cut
+from ibprune.cutting import as_before, is_learned, learn_keep, one_shot, per_cost, prepare_cut, ranked_by
+from ibprune.decisions import make_decision, make_path, rank_kinds
 from ibprune.engine import finish_trackers
 from ibprune.errors import BadRecipe
 from ibprune.folders import check_output, staged
@@ -27,11 +28,10 @@ from ibprune.report import PARETO, PARETO_SCHEMA
 from ibprune.report_page import write_page
 from ibprune.resuming import open_journal
 from ibprune.saves import rng_state, set_rng_state
-from ibprune.scores import LEARNED
 from ibprune.structure import Structure
 from ibprune.vib import only
 
-Rung = tuple[PreTrainedModel, PruningPlan, Budget, Structure]
+Rung = tuple[PreTrainedModel, PruningPlan, Budget, Structure, dict]
 
 
 def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
@@ -47,9 +47,10 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
         job = begin(recipe, journal, console)
         done = journal.folder / "done"
         results = []
-        for small, plan, budget, structure in rungs(job, lambda least: recipe.budget):
+        for small, plan, budget, structure, decision in rungs(job, lambda least: recipe.budget):
             name = f"{budget.keep:g}"
-            pruned = recover(job, small, plan, budget, structure, job.subject.feed, phase=f"recovering {name}")
+            pruned = recover(job, small, plan, budget, structure, job.subject.feed, decision,
+                             phase=f"recovering {name}")  # fmt: skip
             rng = rng_state(journal.data)
             if shared((done / name).is_dir()) and journal.read(f"written {name}") is not None:
                 small = load(done / name)  # compares the report with its sums, too
@@ -59,16 +60,17 @@ def climb_down(recipe: Recipe, console: Quiet) -> tuple[PruneResult, ...]:
             results.append(write(job, pruned, done / name, budgets=list(recipe.budget)))
             set_rng_state(*rng, journal.data)  # what is measured and written decides nothing of the next
             journal.write(f"written {name}", {})
-        on_main(lambda: _collect([result.report for result in results], done, folder, kept=journal.kept()))
+        reports, path = [result.report for result in results], decision["path"]
+        on_main(lambda: _collect(reports, path, done, folder, kept=journal.kept()))
         journal.remove()
         finish_trackers(job.accelerator, job.metrics, results[-1].report["pruned"]["metrics"])
         return tuple(results)
 
 
-def _collect(reports: list[dict], done: Path, folder: Path, *, kept: str) -> None:
-    """Moves the folders of all budgets into one, beside the trade between them."""
+def _collect(reports: list[dict], path: dict | None, done: Path, folder: Path, *, kept: str) -> None:
+    """Moves the folders of all budgets into one, beside the trade between them and the path that led over them."""
     with staged(folder, kept=kept) as temporary:
-        found = pareto(reports)
+        found = pareto(reports) | {"path": path}
         (temporary / PARETO).write_text(json.dumps(found, indent=1) + "\n")
         draw_pareto(found, temporary)
         write_page(temporary)
@@ -97,7 +99,7 @@ def pareto(reports: list[dict]) -> dict:
 
 
 def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Rung]:
-    """What one mask run leaves at each budget, compacted and not recovered, the largest budget first.
+    """What one mask run leaves at each budget, compacted and not recovered, and what decided it, the largest first.
 
     Scores, and how the cut is shared between kinds, come from the smallest budget: the others lie on the way there,
     where kind k keeps exp(-t * pressure[k]) of its units. Then the mask learning of one run goes down this way and
@@ -127,25 +129,30 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
         masks, scores, target = one_shot(student, structure, budgets[-1], choice)
         pressure = {kind: -math.log(max(share, 1e-9)) for kind, share in fractions_kept(target, sites).items()}
         start, within = per_cost(scores, structure, budgets[-1]), None
-    above, done = 1.0, 0
+    above, done, points, stops, learned = 1.0, 0, [], [], is_learned(choice)
     for budget in budgets:
         with job.timer("cut"):
-            keep = _target(only(scores, within), structure, budget, pressure, shares=choice.shares)
-            if choice.score in LEARNED and recipe.mask_steps:
+            known, notes = only(scores, within), {}
+            keep = _target(known, structure, budget, pressure, shares=choice.shares)
+            if learned:
                 steps = max(1, round(recipe.mask_steps * (above - budget.keep) / max(1.0 - budgets[-1].keep, 1e-9)))
-                keep, scores = learn_keep(
+                keep, scores, notes = learn_keep(
                     student, masks, structure, budget, start, keep, choice, steps=steps, before=done, within=within,
                     phase=f"learning masks {budget.keep:g}",
                 )  # fmt: skip
+                points += [[done + step, *shares] for step, *shares in notes["path"]]
                 done += steps
+                stops.append([done, budget.keep])
                 start = scores  # a gradual score goes on from its newest
             small = copy.deepcopy(student)
-            if choice.reconstruct or not (choice.score in LEARNED and recipe.mask_steps):
+            if choice.reconstruct or not learned:
                 keep = refit_(small, getattr(small, MASKS), sites, keep, choice, within=within)
             keep = as_before(choice.journal, f"kept units {budget.keep:g}", keep)
             plan = structure.plan(small, keep)
             small = structure.compact(small, plan)
-        yield small, plan, budget, structure
+            kinds = notes.get("kinds") or rank_kinds(known, keep, sites)
+            decision = make_decision(ranked_by(choice), kinds, make_path(points, stops, budget))
+        yield small, plan, budget, structure, decision
         within, above = keep, budget.keep
 
 

@@ -153,19 +153,33 @@ def measure_latency(
     )
 
 
-def load_latency(path: str | Path, everything: dict[str, Site], device: torch.device, inputs: Batch) -> LatencyTable:
-    """Reads a table.
+def read_latency(path: str | Path, everything: dict[str, Site], *, without: tuple[str, ...] = ()) -> LatencyTable:
+    """Reads a table, of whatever device and inputs.
+
+    Args:
+        without: Kinds of sites that it need not know.
 
     Raises:
-        BadRecipe: No table, or one of another model or device, or of inputs of other sizes.
+        BadRecipe: No table, or one of another model.
     """
     try:
         table = LatencyTable.from_dict(read_json(path))
     except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise BadRecipe(f"--latency-table: could not read '{path}': {first_line(error)}.") from error
-    n_units = {name: site.n_units for name, site in everything.items()}
-    if table.model.n_units != n_units:
+    known = table.model.n_units
+    n_units = {name: site.n_units for name, site in everything.items() if name in known or site.kind not in without}
+    if known != n_units:
         raise BadRecipe(f"--latency-table: '{path}' was measured on another model: leave it out, and it is measured.")
+    return table
+
+
+def load_latency(path: str | Path, everything: dict[str, Site], device: torch.device, inputs: Batch) -> LatencyTable:
+    """Reads a table for a run.
+
+    Raises:
+        BadRecipe: No table, or one of another model or device, or of inputs of other sizes.
+    """
+    table = read_latency(path, everything)
     if table.device != device_name(device):
         raise BadRecipe(
             f"--latency-table: '{path}' was measured on '{table.device}', this is '{device_name(device)}': leave it "

@@ -9,6 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ibprune.budget import Budget
 from ibprune.checksums import write_report
 from ibprune.console import Quiet
+from ibprune.decisions import write_decision
 from ibprune.folders import staged, verify, write_model
 from ibprune.model_card import model_card
 from ibprune.models import build_model
@@ -39,6 +40,7 @@ def write_folder(
     structure: Structure,
     budget: Budget,
     recipe: Recipe,
+    decision: dict,
     *,
     steps: int,
     seconds: float,
@@ -47,6 +49,7 @@ def write_folder(
 
     Args:
         model: In the type that is stored; its mode stays.
+        decision: What decided which units stay (`ibprune.decisions.make_decision`).
         steps, seconds: Of the training with masks.
     """
     mode, dtype, device, costs = model.training, model.dtype, model.device, structure.costs
@@ -82,6 +85,7 @@ def write_folder(
     )
     with staged(folder) as temporary:
         tier = write_model(model, preprocessor, plan, temporary)
+        write_decision(decision, temporary)
         report.verify = verify(model, temporary, tier)
         report.dense.file_bytes = report.dense.params * dtype.itemsize
         report.pruned.file_bytes = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))

@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ibprune.budget import Keep, make_budget, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
+from ibprune.decisions import make_decision, make_path
 from ibprune.embeddings import merge_
 from ibprune.errors import BadData, BadRecipe, PlanMismatch, UnsupportedModel
 from ibprune.folders import check_output
@@ -250,8 +251,11 @@ class MaskedTraining:
         folder = check_output(output, model=self.recipe.model)
         if self.plan is None:
             self.cut()
+        notes = self.learning.notes
+        path = make_path(notes["path"], [[self.done, self.budget.keep]], self.budget)
+        decision = make_decision("vib", notes["kinds"], path)
         return write_folder(folder, self.model, preprocessor, self.plan, self.structure, self.budget, self.recipe,
-                            steps=self.done, seconds=self.seconds)  # fmt: skip
+                            decision, steps=self.done, seconds=self.seconds)  # fmt: skip
 
 
 def own_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

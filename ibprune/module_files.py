@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ibprune.checksums import check_files, sha256, write_report
+from ibprune.decisions import write_decision
 from ibprune.errors import PlanMismatch, first_line
 from ibprune.folders import check_output, staged
 from ibprune.json_files import read_json
@@ -36,10 +37,11 @@ def save_module(
     *,
     report: dict | None = None,
     latency: LatencyTable | None = None,
+    decision: dict | None = None,
     onnx_example: torch.Tensor | None = None,
 ) -> None:
-    """Writes `model.safetensors`, `ibprune.json` and, where given, a report with its page, and `latency.json`: all, or
-    nothing.
+    """Writes `model.safetensors`, `ibprune.json` and, where given, a report with its page, `decision.json` and
+    `latency.json`: all, or nothing.
 
     Args:
         onnx_example: An input; with one, `model.onnx` is written too, by `ibprune.onnx_files.write_onnx`.
@@ -65,6 +67,8 @@ def save_module(
             write_onnx(model, onnx_example, temporary / ONNX)
         if latency is not None:
             latency.save(temporary / LATENCY)
+        if decision is not None:
+            write_decision(decision, temporary)
         if report is not None:
             write_report(report, temporary)
             write_page(temporary)

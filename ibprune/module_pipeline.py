@@ -109,7 +109,8 @@ class ModuleSettings:
 class ModuleResult:
     """What `ibprune.prune` returns for a module: the compacted module in eval mode, the plan, and the report.
 
-    `example` is the input that it was measured on, `latency` the table of a budget on latency.
+    `example` is the input that it was measured on, `latency` the table of a budget on latency, `decision` what decided
+    which units stay (`ibprune.decisions.make_decision`).
     """
 
     model: nn.Module
@@ -117,6 +118,7 @@ class ModuleResult:
     report: dict
     example: torch.Tensor
     latency: LatencyTable | None = None
+    decision: dict | None = None
 
     def save(self, folder: str | Path, *, onnx: bool = False) -> None:
         """Writes a folder that `ibprune.load(folder, model=...)` reads, on request with `model.onnx`.
@@ -124,7 +126,7 @@ class ModuleResult:
         See `ibprune.module_files.save_module` for what it raises.
         """
         save_module(self.model, self.plan, folder, report=self.report, latency=self.latency,
-                    onnx_example=self.example if onnx else None)  # fmt: skip
+                    decision=self.decision, onnx_example=self.example if onnx else None)  # fmt: skip
 
 
 def make_settings(values: dict) -> ModuleSettings:
@@ -197,7 +199,7 @@ def prune_module(
             probe_steps=probe_steps(settings.probe_steps, settings.recover_steps), accelerator=accelerator,
             console=console, reconstruct=settings.reconstruct,
         )  # fmt: skip
-        student, plan = choose_and_compact_(student, structure, budget, choice)
+        student, plan, decision = choose_and_compact_(student, structure, budget, choice)
     with timer("recover"):
         _, steps = _phases(settings)
         train(student, loss_with(objective, teacher, accelerator), pairs.loader, steps,
@@ -226,7 +228,7 @@ def prune_module(
         "timings_s": timer.seconds,
         "versions": versions(),
     }  # fmt: skip
-    return ModuleResult(student.eval(), plan, report, example.cpu(), costs.latency)
+    return ModuleResult(student.eval(), plan, report, example.cpu(), costs.latency, decision)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -16,6 +16,7 @@ from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.cutting import cut, for_adapters, lora_of, phases, timed_inputs
 from ibprune.data import TextData, hub_data
+from ibprune.decisions import write_decision
 from ibprune.distillation import loss_with, on_kept_features
 from ibprune.engine import finish_trackers, make_accelerator
 from ibprune.errors import BadData
@@ -88,6 +89,7 @@ class Pruned:
 
     Attributes:
         feed: Of what it reads.
+        decision: What decided which units stay (`ibprune.decisions.make_decision`).
         objective: As it was trained and judged.
         metrics: Of the model as it is stored.
         recovery: What the report says of how it recovered.
@@ -98,6 +100,7 @@ class Pruned:
     budget: Budget
     structure: Structure
     feed: Feed
+    decision: dict
     objective: Objective
     metrics: dict[str, float]
     recovery: dict
@@ -164,6 +167,7 @@ def recover(
     budget: Budget,
     structure: Structure,
     feed: Feed,
+    decision: dict,
     *,
     phase: str = "recovering",
 ) -> Pruned:
@@ -186,7 +190,7 @@ def recover(
     student = student.to(job.subject.loaded.dtype).float()  # what is measured is what is stored
     with job.timer("evaluate"):
         metrics = evaluate_model(student, feed, objective, dense=job.dense, console=console, what="evaluating pruned")
-    return Pruned(student, plan, budget, structure, feed, objective, metrics,
+    return Pruned(student, plan, budget, structure, feed, decision, objective, metrics,
                   recovery_record(recipe, state, trained, feed))  # fmt: skip
 
 
@@ -282,16 +286,14 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
     )
     console.say("writing and checking the folder in a fresh process")
     with staged(folder, kept=job.journal.kept()) as temporary:
-        _export(student, dense, subject, own_feed, plan, report, audited, texts, costs.latency, temporary, folder)
+        _export(pruned, dense, subject, report, audited, texts, costs.latency, temporary, folder)
     return report.to_dict()
 
 
 def _export(
-    student: PreTrainedModel,
+    pruned: Pruned,
     dense: PreTrainedModel,
     subject: Subject,
-    feed: Feed,
-    plan: PruningPlan,
     report: Report,
     audited: dict | None,
     texts: list[str],
@@ -302,12 +304,13 @@ def _export(
     """Writes everything into the staged folder and proves that it loads.
 
     Args:
-        feed: Of the student. Loaded again, its tokenizer must make the same tokens of the `texts`.
+        texts: Of which the pruned model's tokenizer, loaded again, must make the same tokens.
     """
-    dtype = subject.loaded.dtype
-    student = student.to(dtype)
-    tier = write_model(student, feed.preprocessor, plan, folder)
+    dtype, feed = subject.loaded.dtype, pruned.feed
+    student = pruned.model.to(dtype)
+    tier = write_model(student, feed.preprocessor, pruned.plan, folder)
     subject.recipe.save(folder / "recipe.yaml")
+    write_decision(pruned.decision, folder)
     if latency is not None:
         latency.save(folder / LATENCY)
     report.verify = verify(student, folder, tier, feed.probe(), tokenizer=feed.preprocessor, texts=texts)

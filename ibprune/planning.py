@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ibprune.budget import fractions_kept, least_cost, make_budget
 from ibprune.channels import find_channels
+from ibprune.costs import FEMTOSECONDS_PER_MS
 from ibprune.embeddings import named_rows
 from ibprune.errors import BadRecipe
 from ibprune.examples import image_shape
@@ -16,12 +17,13 @@ from ibprune.feeding import tokens_read
 from ibprune.folders import tier_of
 from ibprune.groups import Site
 from ibprune.images import input_shape
+from ibprune.latency import read_latency
 from ibprune.models import build_model, find_source, load_config, load_processor, model_class, stored_dtype
 from ibprune.names import WRITES
 from ibprune.recipe import Recipe, make_recipe
 from ibprune.sites import is_traced
 from ibprune.skeletons import equal_keep, prepare_skeleton_
-from ibprune.structure import Structure, budgeted, check_cnn, check_vocab, prepare_traced_
+from ibprune.structure import LOOKED_UP, Costs, Structure, budgeted, check_cnn, check_vocab, prepare_traced_
 from ibprune.surgery import compact_traced_
 from ibprune.task_heads import keeps_cache
 from ibprune.ties import tied_names
@@ -42,6 +44,7 @@ def plan(
     max_length: int | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    latency_table: str | os.PathLike | None = None,
 ) -> dict:
     """Predicts a pruned model without its weights: sizes, reach, loading way, and the groups.
 
@@ -55,6 +58,8 @@ def plan(
         budget: A share of the dense cost, or several, also as text ("0.5,0.3", "0.1..0.9"). Then the result has under
             "budgets" what one share gives at its top ("budget", "predicted", "kept", "tier") once for each, the
             largest first; those below what can be reached have "keep" and "unreachable", the reason.
+        latency_table: A latency.json of a run on this model, of whatever device and size of input: "dense" and
+            "predicted" then say "latency_ms" too, and "latency" what these hold for. The cost "latency" needs one.
 
     Under "groups" the result says of each kind which share of the dense cost bears its units ("owns": parameters that
     two kinds of units multiply count for both), and the least share that is left when it is cut alone ("alone").
@@ -77,8 +82,11 @@ def plan(
                           "load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit,
                           **({} if batch_size is None else {"batch_size": batch_size})})  # fmt: skip
     cost, scope = recipe.cost, recipe.scope
-    if cost == "latency":
-        raise BadRecipe("--cost: a latency is measured in the run itself: plan with params or macs.")
+    if cost == "latency" and latency_table is None:
+        raise BadRecipe("--cost: a latency is measured in the run itself: plan with params or macs, or with the "
+                        "latency.json that a run left (--latency-table).")  # fmt: skip
+    if cost == "latency" and vanilla:
+        raise BadRecipe("--vanilla: which widths go together under a latency is found in the run: leave one out.")
     if cost != "memory" and (batch_size or max_length):
         raise BadRecipe("expected --cost memory beside --batch-size and --max-length, which size the key-value cache.")
     source = find_source(recipe.model) if named else None
@@ -103,6 +111,9 @@ def plan(
             objective = WRITES if config.is_encoder_decoder else "causal_lm"
             recipe = recipe.model_copy(update={"max_length": tokens_read(max_length, config, objective)})
         structure, whole = prepare_skeleton_(skeleton, recipe, dtype)
+    if latency_table is not None:
+        table = read_latency(latency_table, structure.everything, without=LOOKED_UP)
+        structure = replace(structure, costs=replace(structure.costs, latency=table))
     everything, sites, costs = structure.everything, structure.sites, structure.costs
     fixed = sorted(named_rows(skeleton)) if "vocab" in sites else []  # what else a tokenizer needs, no config says
     sites = {name: site.at_least(len(fixed)) if name == "vocab" else site for name, site in sites.items()}
@@ -118,7 +129,8 @@ def plan(
         "pictures": {"shape": list(shape)} if shape else None,
         "refused": refused,
         "whole": whole,
-        "dense": {"params": costs.params.of_dense(), "macs": costs.macs.of_dense()},
+        "dense": {"params": costs.params.of_dense(), "macs": costs.macs.of_dense()} | _latency(costs),
+        "latency": _measured(costs),
         "reachable_keep": least / cost_model.of_dense(scope=scope),
         "groups": _groups(recipe, structure, everything),
     } | ({"budgets": points} if isinstance(recipe.budget, tuple) else points[0])
@@ -148,7 +160,7 @@ def _points(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel, fix
         small = structure.compact(copy.deepcopy(skeleton), found)
         kept = found.kept()
         points.append({
-            "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)},
+            "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)} | _latency(costs, kept),
             "budget": costs.achieved(target, found),
             "kept": fractions_kept(found.keep, sites),
             "tier": tier_of(small),
@@ -156,6 +168,25 @@ def _points(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel, fix
     if all("unreachable" in point for point in points):
         raise first
     return points
+
+
+def _latency(costs: Costs, kept: dict[str, int] | None = None) -> dict[str, float]:
+    """What a table says of the units that stay, or of all; nothing where there is none."""
+    if costs.latency is None:
+        return {}
+    model = costs.latency.model
+    return {"latency_ms": _readable(model(model.n_units if kept is None else kept), "latency")}
+
+
+def _measured(costs: Costs) -> dict | None:
+    """What a table holds for."""
+    table = costs.latency
+    return table and {"device": table.device, "shape": table.shape, "error": table.error}
+
+
+def _readable(cost: int, what: str) -> float:
+    """A latency in milliseconds; any other cost as it is."""
+    return round(cost / FEMTOSECONDS_PER_MS, 6) if what == "latency" else cost
 
 
 def _groups(recipe: Recipe, structure: Structure, everything: dict[str, Site]) -> dict[str, dict]:
@@ -175,7 +206,9 @@ def _groups(recipe: Recipe, structure: Structure, everything: dict[str, Site]) -
             "sites": len(members),
             "units": sum(site.n_units for site in members.values()),
             "min_units": sum(site.min_units for site in members.values()),
-            "cost_per_unit": max(int(cost_model.unit_cost(full, name, scope=scope)) for name in members),
+            "cost_per_unit": _readable(
+                max(int(cost_model.unit_cost(full, name, scope=scope)) for name in members), recipe.cost
+            ),
             "owns": 1 - cost_model(full | dict.fromkeys(members, 0), scope=scope) / dense,
             "alone": alone / cost_model.of_dense(scope=scope) if cut else None,
             "cut": bool(cut),

@@ -3,9 +3,11 @@
 import math
 import os
 import shlex
+from collections.abc import Container, Sequence
 from pathlib import Path
 from reprlib import repr  # of a value that refers to itself a hundred times, as YAML's may, the whole fills the memory
-from typing import Literal, NamedTuple, Self
+from types import NoneType, UnionType
+from typing import Literal, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -302,6 +304,42 @@ class Recipe(BaseModel):
             else:
                 words += [f"--{flag}", ",".join(map(str, value)) or "none" if isinstance(value, tuple) else f"{value}"]
         return shlex.join(words)
+
+
+def parse_settings(lines: Sequence[str], *, flags: Container[str] = ()) -> dict:
+    """Reads lines KEY=VALUE: keys of a recipe, and values as its YAML has them; a key that takes text takes any.
+
+    Args:
+        flags: Keys that are given otherwise.
+
+    Raises:
+        BadRecipe: Not that, an unknown key (with the nearest valid one), or one that is given twice.
+
+    Example:
+        >>> parse_settings(["kinds=[heads, ffn]", "batch-size=8", "lr=null", "at_least=accuracy=99%"])
+        {'kinds': ['heads', 'ffn'], 'batch_size': 8, 'lr': None, 'at_least': 'accuracy=99%'}
+    """
+    found: dict = {}
+    for line in lines:
+        key, equals, text = (part.strip() for part in line.partition("="))
+        key = key.replace("-", "_")
+        if not key or not equals:
+            raise BadRecipe(f"--set: expected KEY=VALUE, such as seed=1, found '{line}'.")
+        if key not in Recipe.model_fields:
+            raise BadRecipe(f"--set: unknown recipe key '{key}': {did_you_mean(key, Recipe.model_fields)}.")
+        if key in found or key in flags:
+            raise BadRecipe(f"--set: '{key}' is given twice: leave one of them out.")
+        annotation = Recipe.model_fields[key].annotation
+        types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        try:
+            value = yaml.safe_load(text)
+        except Exception as error:  # as in `make_recipe`
+            value = text
+            if str not in types:
+                raise BadRecipe(f"--set: could not read the value of '{key}', '{text}': {first_line(error)}") from error
+        none = value is None and NoneType in types
+        found[key] = text if str in types and not isinstance(value, str) and not none else value
+    return found
 
 
 def make_recipe(values: dict, *, file: str | Path | None = None) -> Recipe:

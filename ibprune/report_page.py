@@ -10,6 +10,9 @@ from markupsafe import Markup, escape
 
 from ibprune.audit_output import audit_intro, audit_table, further_table
 from ibprune.checksums import PAGE
+from ibprune.curves import RANKED_BY, draw_descent, draw_ranked
+from ibprune.decisions import DECISION
+from ibprune.decisions import SCHEMA as DECISION_SCHEMA
 from ibprune.drawing import Cell, Chart, Stack, draw_layers, listed, make_chart, unit_map
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.model_card import limits
@@ -50,8 +53,8 @@ class Row:
 def write_page(folder: str | Path) -> list[Path]:
     """Writes `report.html` into a folder of a run, and of several budgets into the folders inside too.
 
-    The page is a function of the folder's report.json, plan.json and audit.json, or of pareto.json alone, and the same
-    at every time. It replaces one that is there.
+    The page is a function of the folder's report.json, plan.json, audit.json and decision.json, or of pareto.json
+    alone, and the same at every time. It replaces one that is there. What a missing file would show is left out.
 
     Raises:
         BadRecipe: No such folder, none that a run of ibprune wrote, or it cannot be written.
@@ -69,7 +72,7 @@ def write_page(folder: str | Path) -> list[Path]:
             *(path for each in run_folders(folder) for path in write_page(each)),
         ]
     report = read_report(folder)
-    optional = ("plan.json", "audit.json")
+    optional = ("plan.json", "audit.json", DECISION)
     more = [read_object(folder / name) if (folder / name).is_file() else None for name in optional]
     return [_write(folder, page, report, *more)]
 
@@ -77,7 +80,7 @@ def write_page(folder: str | Path) -> list[Path]:
 def _write(folder: Path, draw, *found: dict | None) -> Path:
     try:
         text = draw(*found)
-    except (KeyError, TypeError, IndexError, AttributeError, UndefinedError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError, UndefinedError) as error:
         raise PlanMismatch(f"expected the report of a run in '{folder}', found one without {error}.") from error
     path = folder / PAGE
     temporary = folder / f".{PAGE}.part"
@@ -90,13 +93,14 @@ def _write(folder: Path, draw, *found: dict | None) -> Path:
     return path
 
 
-def page(report: dict, plan: dict | None, audit: dict | None) -> str:
+def page(report: dict, plan: dict | None, audit: dict | None, decision: dict | None = None) -> str:
     """The page of one pruned model.
 
     Args:
         report: The dict of report.json, of a transformer or of a module.
         plan: The dict of plan.json; without it, the map of a transformer is left out.
         audit: The dict of audit.json, where there is one.
+        decision: The dict of decision.json, where there is one.
     """
     is_module = report["schema"] == MODULE_SCHEMA
     view = LACKING | (_as_transformer(report) if is_module else report)
@@ -112,6 +116,7 @@ def page(report: dict, plan: dict | None, audit: dict | None) -> str:
         kept=kept,
         stacks=stacks,
         audit=_audit(audit),
+        **_chosen(decision),
         loads=_code(LOADS[view["verify"]["tier"]]) if view["verify"] else None,
         recovery=recovery_line(view["recovery"]),
         validation=_validation(view["recovery"]),
@@ -124,7 +129,7 @@ def pareto_page(found: dict) -> str:
     """The page of several budgets from one mask run.
 
     Args:
-        found: The dict of pareto.json.
+        found: The dict of pareto.json; one of an older version has no path.
 
     Raises:
         BadRecipe: It is of another version.
@@ -150,6 +155,7 @@ def pareto_page(found: dict) -> str:
         metrics=list(found["dense"]["metrics"]),
         memory=cost == "memory",
         charts=[chart for chart in charts if chart],
+        descent=draw_descent(found["path"]) if found.get("path") else None,
     )
 
 
@@ -257,6 +263,17 @@ def _audit(found: dict | None) -> dict | None:
         "further": further_table(found),
         "headline": found["headline"],
         "failed": [check["id"] for check in found["checks"] if check["status"] == "fail"],
+    }
+
+
+def _chosen(decision: dict | None) -> dict:
+    """What the page shows of how the units were chosen; nothing where no file says so, or one of another version."""
+    if decision is None or decision.get("schema") != DECISION_SCHEMA:
+        return {"ranks": [], "ranked_by": "", "descent": None}
+    return {
+        "ranks": [draw_ranked(kind, found) for kind, found in decision["kinds"].items()],
+        "ranked_by": RANKED_BY[decision["score"]],
+        "descent": draw_descent(decision["path"]) if decision["path"] else None,
     }
 
 

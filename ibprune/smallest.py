@@ -58,9 +58,9 @@ def _choose(job: Job, goal: Goal, folder: Path) -> PruneResult:
     tried, best = [], None
     while low < high:
         middle = (low + high) // 2
-        small, plan, budget, structure = candidates[middle]
+        small, plan, budget, structure, decision = candidates[middle]
         set_rng_state(*rng, journal.data)
-        pruned = recover(job, small.to(job.accelerator.device), plan, budget, structure, job.subject.feed,
+        pruned = recover(job, small.to(job.accelerator.device), plan, budget, structure, job.subject.feed, decision,
                          phase=f"recovering {budget.keep:g}")  # fmt: skip
         value = pruned.metrics[goal.metric]
         kept = keeps(goal, value, threshold)

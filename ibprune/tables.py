@@ -148,7 +148,7 @@ def print_plan(found: dict) -> None:
     points = found["budgets"] if several else [found]
     reached = [point for point in points if "budget" in point]
     cost, scope = reached[0]["budget"]["cost"], reached[0]["budget"]["scope"]
-    unit = "bytes" if cost == "memory" else cost
+    unit = {"memory": "bytes", "latency": "ms"}.get(cost, cost)
     table(
         f"what can be cut in this {found['model_type']} model",
         ("kind", "sites", "units", "at least", f"{unit} per unit", f"owns of the {unit}", "alone down to", "cut"),
@@ -166,14 +166,14 @@ def print_plan(found: dict) -> None:
     if several:
         table(
             f"shares of the {cost} ({scope}), with equal shares of each kind",
-            ("budget", "parameters", "MACs", *reached[0]["kept"], "loads with"),
+            ("budget", "parameters", "MACs", *["latency"] * bool(found["latency"]), *reached[0]["kept"], "loads with"),
             [_reached(point) for point in reached],
         )
     lines = [
-        f"dense      {found['dense']['params']:,} parameters, {found['dense']['macs'] / 1e6:,.1f} M MACs "
-        f"({macs_input(found)})",
+        f"dense      {', '.join(_sizes(found['dense']))} ({macs_input(found)})",
         *([] if several else _one_budget(found)),
         f"reachable  {found['reachable_keep']:.4f} of the dense {cost} at the least",
+        *([_measured(found["latency"])] if found["latency"] else []),
         *(f"too small  {point['unreachable']}" for point in points if "unreachable" in point),
         *([] if several else [f"loading    {WAYS[found['tier']]} (with equal shares)"]),
         *(f"refused    {name}: {reason}" for name, reason in found["refused"].items()),
@@ -183,10 +183,23 @@ def print_plan(found: dict) -> None:
 
 
 def _reached(point: dict) -> tuple[str, ...]:
-    size = point["predicted"]
+    sizes = (size.removesuffix(" parameters").removesuffix(" MACs") for size in _sizes(point["predicted"]))
     kept = (f"{share:.0%}" for share in point["kept"].values())
-    return (f"{point['budget']['keep']:g}", f"{size['params']:,}", f"{size['macs'] / 1e6:,.1f} M", *kept,
-            WAYS[point["tier"]])  # fmt: skip
+    return (f"{point['budget']['keep']:g}", *sizes, *kept, WAYS[point["tier"]])
+
+
+def _sizes(side: dict) -> list[str]:
+    """What a plan says of a model: parameters, MACs and, by a table, milliseconds."""
+    found = [f"{side['params']:,} parameters", f"{side['macs'] / 1e6:,.1f} M MACs"]
+    return found + ([f"{side['latency_ms']:,.2f} ms"] if "latency_ms" in side else [])
+
+
+def _measured(latency: dict) -> str:
+    read = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in latency["shape"].items())
+    return (
+        f"latency    by a table measured on {latency['device']} at {read}, {latency['error']:.1%} off on other widths; "
+        "elsewhere, and at other sizes, expect others"
+    )
 
 
 def _one_budget(found: dict) -> list[str]:
@@ -194,7 +207,7 @@ def _one_budget(found: dict) -> list[str]:
 
     kept = ", ".join(f"{kind} {share:.0%}" for kind, share in found["kept"].items())
     return [
-        f"predicted  {found['predicted']['params']:,} parameters, {found['predicted']['macs'] / 1e6:,.1f} M MACs",
+        f"predicted  {', '.join(_sizes(found['predicted']))}",
         f"kept       {kept}",
         f"budget     {budget_line(found['budget'])} ({found['budget']['scope']})",
     ]
@@ -229,6 +242,23 @@ def print_estimate(found: dict) -> None:
         "model\n"
         f"time       {duration(found['seconds'])} at {rate['flops_per_second'] / 1e12:,.3g} TFLOP/s "
         f"({rate['source']}); evaluation, the audit and the checks of the folder come on top\n"
+    )
+
+
+def print_sensitivity(found: dict) -> None:
+    """A row for each place, in the model's order, and what the figures are."""
+    of = "its distance from itself" if found["objective"] == "encoder" else "the loss on the data"
+    table(
+        f"closing {found['share']:.0%} of one place's units alone, those that {found['score']} ranks last",
+        ("place", "units", "closed", f"saves of the {found['cost']}", "loss rises by"),
+        [
+            (row["site"], f"{row['units']:,}", f"{row['closed']:,}", f"{row['saves']:.2%}", f"{row['rise']:+.4f}")
+            for row in found["sites"]
+        ],
+    )
+    _put(
+        f"loss       {found['loss']:.4f} with all units ({of}), on {found['sequences']:,} training rows of "
+        f"{found['data']}; nothing was trained, and places closed together lose otherwise than the sum\n"
     )
 
 

@@ -79,6 +79,7 @@ class TrainState:
         losses: Of each step.
         validation: Each look at the rows held back: after which step, and the loss.
         ended: Whether the phase ran out of patience before its last step.
+        notes: What a caller wrote down as the phase went.
     """
 
     phase: str
@@ -88,6 +89,7 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     validation: list[list[float]] = field(default_factory=list)
     ended: bool = False
+    notes: dict = field(default_factory=dict)
 
     @property
     def best(self) -> int:
@@ -138,6 +140,7 @@ def train(
     console: Quiet,
     extra_groups: list[dict] | None = None,
     before_step: Callable[[int], None] | None = None,
+    notes: dict | None = None,
     frozen: bool = False,
     validation: Validation | None = None,
     journal: Journal = NO_JOURNAL,
@@ -149,6 +152,7 @@ def train(
         make_batches: A loader for the given epoch seed.
         extra_groups: Optimiser groups with "params" and "lr" (masks); weight decay 0, not clipped.
         before_step: Called with the step's number, to move schedules on.
+        notes: What it writes down, as JSON: saved with the phase, and put back as it was when the phase goes on.
         frozen: Whether the weights stay as they are and only the `extra_groups` are trained.
         validation: Which step's weights stay; None: the last one's.
         journal: Keeps where the phase stands, under its name; from there it goes on, or ends at once.
@@ -163,6 +167,9 @@ def train(
     entry = journal.read(phase, again=False)  # of what may be hours, the user decides
     state = TrainState(phase) if entry is None else TrainState.from_dict(entry.facts["state"])
     best = {} if entry is None else entry.part("best/")
+    if notes is not None:
+        notes |= state.notes
+        state.notes = notes
     if entry is not None:
         _load_tensors_(model, entry.part("model/"))
         if state.step == settings.steps or state.ended:

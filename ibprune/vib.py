@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ibprune.budget import Budget, Keep, fractions_kept, keep_within, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
+from ibprune.decisions import rank_kinds
 from ibprune.engine import draw
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
@@ -72,6 +73,10 @@ class MaskLearning:
         rescore, within: As for `learn_masks`.
         share: Which part of a batch's rows is here, and of how many.
         tell: Takes what `facts` says whenever the units were chosen anew.
+
+    Attributes:
+        notes: What a report tells of it, as JSON: "path", (step, share of the dense cost, share allowed) whenever the
+            units were chosen anew, and "kinds", the scores of the last choice (`ibprune.decisions.rank_kinds`).
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class MaskLearning:
         self.beta = self.beta.to(next(model.parameters()).device)
         self.settled_at = math.ceil(settings.settle * steps)
         self.settled: Keep = {}  # what stays, from `settled_at` on
+        self.behind: dict[str, torch.Tensor] = {}  # units whose gradual score is only that of their cut, by site
+        self.notes: dict = {"path": [], "kinds": {}}
         self.started = False
         self.now, self.passes = 0, 0  # the step, and the forward passes of it
         masks.set_noise(0.0, sites=[name for name in sites if name not in self.noisy])
@@ -133,14 +140,17 @@ class MaskLearning:
                 self.masks.set_noise(0.0, sites=self.noisy)
                 self.settled.update(self._final_keep() if step == self.settled_at else self.masks.kept())
                 self.masks.set_keep(self.settled)
+                if step == self.settled_at:
+                    self._note(self.budget.limit)
             return
         self.masks.set_noise(1.0, sites=self.noisy)
         ramp = self.settings.ramp * self.steps
         again = max(1, int(ramp) // self.settings.rescored)
         if self.rescore is not None and 0 < step < ramp and step % again == 0:
             self.model.eval()
+            self.behind = {name: mask.hard.cpu() == 0 for name, mask in self.masks.items()}
             for name, score in self.rescore().items():  # what is cut stays behind, in its order
-                self.ranks[name] = torch.where(self.masks[name].hard.cpu() > 0, score, self.ranks[name] * 1e-12)
+                self.ranks[name] = torch.where(self.behind[name], self.ranks[name] * 1e-12, score)
             self.model.train()
         if step % 5 == 0:
             limit = int(self.top - min(1.0, (step + 1) / max(1, ramp)) * (self.top - self.budget.limit))
@@ -149,6 +159,7 @@ class MaskLearning:
             self.masks.set_keep(
                 keep_within(self.scores(), self.sites, self.cost_model, ramped, self.pressure, most=4.0, halvings=12)
             )
+            self._note(limit)
             if self.tell is not None:
                 self.tell(self.facts(limit))
 
@@ -178,6 +189,8 @@ class MaskLearning:
         """The units that stay, exactly within the budget; the others are cut from here on."""
         keep = self.masks.kept() if self.settled_at < self.steps else self._final_keep()
         self.masks.set_keep(keep)
+        self.now = self.steps
+        self._note(self.budget.limit)
         return keep
 
     def scores(self) -> dict[str, torch.Tensor]:
@@ -186,20 +199,30 @@ class MaskLearning:
 
     def facts(self, limit: int) -> dict[str, float]:
         """Of the masks as they are: shares of the dense cost, units by site, and KL by kind in nats."""
-        kept = {name: mask.n_kept for name, mask in self.masks.items()}
-        cost = self.cost_model(self.cost_model.n_units | kept, scope=self.budget.scope)
-        found = {"masks/cost": cost / self.dense, "masks/limit": limit / self.dense}
-        found |= {f"masks/kept/{name}": float(n) for name, n in kept.items()}
+        found = {"masks/cost": self._share(), "masks/limit": limit / self.dense}
+        found |= {f"masks/kept/{name}": float(mask.n_kept) for name, mask in self.masks.items()}
         for kind in dict.fromkeys(site.kind for site in self.sites.values()):
             of_kind = [mask.kl().detach() for name, mask in self.masks.items() if self.sites[name].kind == kind]
             found[f"masks/kl/{kind}"] = torch.cat(of_kind).sum().item()
         return found
 
+    def _share(self) -> float:
+        """Of the dense cost, what the units in the model have."""
+        kept = {name: mask.n_kept for name, mask in self.masks.items()}
+        return self.cost_model(self.cost_model.n_units | kept, scope=self.budget.scope) / self.dense
+
+    def _note(self, limit: int) -> None:
+        self.notes["path"].append([self.now, self._share(), limit / self.dense])
+
     def _final_keep(self) -> Keep:
+        scores = self.scores()
         try:
-            return solve_by_shares(self.scores(), self.sites, self.cost_model, self.budget, self.pressure)
+            keep = solve_by_shares(scores, self.sites, self.cost_model, self.budget, self.pressure)
         except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
-            return self.target
+            keep = self.target
+        known = scores | {name: scores[name].masked_fill(behind, -torch.inf) for name, behind in self.behind.items()}
+        self.notes["kinds"] = rank_kinds(known, keep, self.sites)
+        return keep
 
 
 def learn_masks(
@@ -224,6 +247,8 @@ def learn_masks(
     within: Keep | None = None,
 ) -> tuple[Keep, dict[str, torch.Tensor], TrainState]:
     """Learns masks, with the weights unless these are `frozen`; returns (kept units, scores, training state).
+
+    The state's notes are those of `MaskLearning`.
 
     How they learn says `MaskLearning`; the ranking is by Fisher information, or a score of one's own.
     With `train_settings.steps` 0 the target is returned as it is.
@@ -259,6 +284,7 @@ def learn_masks(
         extra_groups=learning.groups(),
         before_step=learning.to_step,
         frozen=frozen,
+        notes=learning.notes,
         journal=journal if rescore is None else NO_JOURNAL,  # the newest scores are in no file: from its start again
     )
     return learning.keep(), learning.scores(), state

@@ -22,6 +22,7 @@ GPUS = {"RTX 4090": (24e9, 165e12), "A100 40 GB": (40e9, 312e12), "A100 80 GB": 
 HEAD = """# Recipes
 
 Made by `python scripts/recipe_table.py > docs/recipes.md`. `ibprune --recipe NAME` runs one, with flags over its keys;
+`--set KEY=VALUE` sets any key as YAML would (`--set kinds=[heads,ffn] --set lr=null`), in `plan` too;
 `ibprune recipes show NAME` prints it, `ibprune recipes copy NAME` gives you the file to start from, and
 `ibprune recipes schema` the JSON Schema for an editor.
 

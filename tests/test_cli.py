@@ -24,7 +24,7 @@ from ibprune import cli, doctor, flags, hub, recipe_files
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, is_out_of_memory
 from ibprune.models import ALIASES
-from ibprune.recipe import Recipe, make_recipe, parse_shares
+from ibprune.recipe import Recipe, make_recipe, parse_settings, parse_shares
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,8 +44,8 @@ def refused(capsys, *argv) -> str:
 
 def test_every_recipe_key_is_a_flag_and_every_flag_a_key():
     actions = {a.dest for a in flags.prune_parser()._actions if not isinstance(a, argparse._HelpAction)}
-    assert actions - {"recipe", "num_processes", "debug", "quiet", "json"} == set(Recipe.model_fields)
-    own = {"recipe", "num_processes", "estimate", "flops_per_second", "utilisation"}
+    assert actions - {"recipe", "set", "num_processes", "debug", "quiet", "json"} == set(Recipe.model_fields)
+    own = {"recipe", "set", "num_processes", "estimate", "sensitivity", "flops_per_second", "utilisation"}
     assert {a.dest for a in flags.plan_parser()._actions} - {"help", "debug", "json"} - own <= set(Recipe.model_fields)
 
 
@@ -122,6 +122,71 @@ def test_the_doctor_says_what_is_there_and_what_it_lacks(capsys, monkeypatch, tm
     poor = rich | {"disk": {"here": 1e9, "cache": 1e12}, "optional": rich["optional"] | {"peft": None}}
     full, missing = doctor.notes(poor)
     assert full == "1.0 GB are free on the disk of this folder." and missing.endswith("peft (--recovery lora).")
+
+
+@pytest.mark.parametrize(
+    "line,key,value",
+    [
+        ("seed=3", "seed", 3),
+        ("batch-size=8", "batch_size", 8),
+        ("lr=1e-4", "lr", 1e-4),
+        ("lr=null", "lr", None),
+        ("kinds=[heads, ffn]", "kinds", ("heads", "ffn")),
+        ("kinds=heads,ffn", "kinds", ("heads", "ffn")),
+        ("budget=[0.3, 0.5]", "budget", (0.5, 0.3)),
+        ("budget=0.1..0.2", "budget", (0.2, 0.1)),
+        ("at_least=accuracy=99%", "at_least", "accuracy=99%"),
+        ("distill=no", "distill", "none"),
+        ("audit=false", "audit", False),
+        ("augment=[]", "augment", ()),
+        ("data=2024", "data", "2024"),
+        ("data=null", "data", None),
+        ("data=a: [b", "data", "a: [b"),
+        ('data="a # b"', "data", "a # b"),
+        ("label_column=", "label_column", ""),
+        ("output = x=y ", "output", "x=y"),
+    ],
+)
+def test_a_recipe_takes_its_keys_one_by_one(line, key, value):
+    assert getattr(make_recipe({"model": "m", "budget": 0.5} | parse_settings([line])), key) == value
+
+
+@pytest.mark.parametrize(
+    "words,expected",
+    [
+        ("--set scroe=vib", "--set: unknown recipe key 'scroe': did you mean 'score'?"),
+        ("--set score=fischer", "--score: found 'fischer': did you mean 'fisher'?"),
+        ("--set kinds=[heads,fnn]", "--kinds: unknown kind 'fnn': did you mean 'ffn'?"),
+        ("--set kinds=[heads", "--set: could not read the value of 'kinds', '[heads'"),
+        ("--set kinds={heads:1}", "--kinds: "),
+        ("--set text_columns=[1]", "--text-columns: "),
+        ("--set seed=soon", "--seed: "),
+        ("--set seed=yes", "--seed: expected a number or text, found True"),
+        ("--set seed", "--set: expected KEY=VALUE, such as seed=1, found 'seed'"),
+        ("--set =3", "--set: expected KEY=VALUE"),
+        ("--set seed=1 --set seed=2", "--set: 'seed' is given twice"),
+        ("--seed 1 --set seed=2", "--set: 'seed' is given twice"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prune", "plan"])
+def test_what_cannot_be_set_is_named_in_one_line(verb, words, expected, capsys):
+    assert cli.main([verb, "--model", "m", "--budget", "0.5", *shlex.split(words)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line and "Traceback" not in line
+
+
+def test_what_is_set_reaches_a_plan_over_its_recipe(tmp_path, capsys):
+    file = tmp_path / "r.yaml"
+    transformers.BertConfig(num_hidden_layers=2).save_pretrained(tmp_path / "m")
+    file.write_text(f"model: {tmp_path / 'm'}\nbudget: 0.5\nscore: fisher\nmask_steps: 0\n")
+    flags = ["plan", "--recipe", str(file), "--json"]
+    assert cli.main([*flags, "--set", "kinds=[ffn]", "--set", "budget=0.9"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["budget"]["keep"] == 0.9 and [kind for kind in found["groups"] if found["groups"][kind]["cut"]] == [
+        "ffn"
+    ]
+    assert cli.main([*flags, "--set", "lr=1e-3"]) == 2
+    assert "expected --estimate beside --lr" in capsys.readouterr().err
 
 
 def test_recipes_are_strict_and_flags_override_them(tmp_path):

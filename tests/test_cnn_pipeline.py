@@ -68,7 +68,7 @@ def test_the_main_job_of_every_model_type(name, data, tmp_path, capsys):
     assert set(report["pruned"]["metrics"]) == {"accuracy"} and report["latency_input"]["height"] == 32
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "modeling_ibprune.py", "plan.json", "preprocessor_config.json",
-        "README.md", "recipe.yaml", "report.json", "report.html",
+        "README.md", "recipe.yaml", "report.json", "report.html", "decision.json",
     }  # fmt: skip
     model = ibprune.load(out)
     assert count_params(model) == report["pruned"]["params"] < report["dense"]["params"]

@@ -26,7 +26,8 @@ PARSERS = {
     for parser in (make() for name, make in vars(flags).items() if name.endswith("_parser"))
 }
 AUDITED = ROOT / "model_cards" / "minilm-0.3"
-UNREAD = ("recipe", "num_processes", "estimate", "flops_per_second", "utilisation", "debug", "quiet", "json")
+UNREAD = ("recipe", "num_processes", "estimate", "sensitivity", "latency_table", "flops_per_second", "utilisation",
+          "debug", "quiet", "json")  # fmt: skip
 
 
 def name_of(path: Path) -> str:
@@ -58,7 +59,7 @@ def read(words: list[str]) -> None:
     file = arguments.recipe
     known = file in recipe_files.shipped()
     others = {"model": "a", "budget": 0.5} if (file and not known) or verb == "plan" else {}
-    make_recipe(others | cli._given(arguments, without=UNREAD), file=file if known else None)
+    make_recipe(others | cli._recipe_values(arguments, without=UNREAD), file=file if known else None)
 
 
 def slug(heading: str) -> str:

@@ -53,6 +53,17 @@ def test_each_budget_is_met_in_a_folder_of_its_own_and_plans_are_nested(whole):
     learned = [stage for stage in ran if stage[0].startswith("learning masks")]
     assert learned == [("learning masks 0.7", 4), ("learning masks 0.5", 3), ("learning masks 0.35", 2)]  # 9 steps
     assert [total for what, total in ran if what.startswith("recovering")] == [8, 8, 8]
+    decisions = [json.loads((folder / f"{keep:g}" / "decision.json").read_text()) for keep in BUDGETS]
+    stops = [[4, 0.7], [7, 0.5], [9, 0.35]]
+    assert [decision["path"]["stops"] for decision in decisions] == [stops[:1], stops[:2], stops]
+    steps = [step for step, *_ in decisions[-1]["path"]["points"]]
+    assert steps == sorted(steps) and steps[-1] == 9 and 4 in steps
+    ends = {step: spent for step, spent, _ in decisions[-1]["path"]["points"]}
+    assert ends[9] <= 0.35 < ends[4] <= 0.7
+    assert any(None in kind["scores"] for kind in decisions[-1]["kinds"].values())  # cut by a larger budget
+    assert not any(None in kind["scores"] for kind in decisions[0]["kinds"].values())
+    page = (folder / "report.html").read_text()
+    assert "asked was 0.7 after step 4, 0.5 after step 7, 0.35 after step 9" in page
     found = json.loads((folder / "pareto.json").read_text())
     assert [point["folder"] for point in found["points"]] == ["0.7", "0.5", "0.35"]
     assert [point["params"] for point in found["points"]] == [r.report["pruned"]["params"] for r in results]

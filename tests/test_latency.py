@@ -1,11 +1,13 @@
 """Budgets on latency: the formula finds what a clock is made of, tables are read strictly, and runs stay below."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from cnn_models import build_net
-from conftest import build
+from conftest import TINY, build
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,9 +17,10 @@ from ibprune.channels import find_channels
 from ibprune.console import Quiet
 from ibprune.costs import FEMTOSECONDS_PER_MS
 from ibprune.errors import BadRecipe
-from ibprune.latency import load_latency, measure_latency, time_modules
+from ibprune.latency import LatencyTable, load_latency, measure_latency, time_modules
 from ibprune.module_pipeline import compact_module_
 from ibprune.structure import choose_kinds, prepare_, prepare_traced_, with_latency
+from ibprune.timing import timed_text
 
 SHORT = dict(mask_steps=4, recover_steps=2, batch_size=8, max_length=16, audit=False)
 READ = {"inputs": torch.zeros(2, 3, 12, 12)}  # by the measured ResNet
@@ -147,6 +150,28 @@ def test_a_run_on_a_budget_of_latency_and_again_by_its_table(folders, reviews, t
     assert "latency.json" in result.report["sha256"]
     again = ibprune.prune(model, 0.8, output=str(second), latency_table=str(first / "latency.json"), **job)
     assert again.plan == result.plan
+    _check_planned(model, first / "latency.json", result.report["budget"], tmp_path)
+
+
+def _check_planned(model: str, path: Path, budget: dict, tmp_path: Path) -> None:
+    """A plan says what a run's table says of what stays, on whatever device the table was measured."""
+    data = json.loads(path.read_text()) | {"device": "an abacus"}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(data))
+    table = LatencyTable.from_dict(data)
+    found = ibprune.plan(model, 0.6, latency_table=other)
+    assert found["latency"] == {"device": "an abacus", "shape": table.shape, "error": table.error}
+    dense, small = found["dense"]["latency_ms"], found["predicted"]["latency_ms"]
+    assert dense == pytest.approx(table.model(table.model.n_units) / FEMTOSECONDS_PER_MS)
+    assert max(found["kept"][kind] for kind in ("heads", "ffn")) < 1 and 0.3 * dense < small < dense
+    assert "latency_ms" not in ibprune.plan(model, 0.6)["dense"] and ibprune.plan(model, 0.6)["latency"] is None
+    timed = ibprune.plan(model, 0.8, cost="latency", latency_table=path)
+    assert timed["budget"]["limit"] == budget["limit"] >= timed["budget"]["achieved"]
+    assert timed["predicted"]["latency_ms"] == pytest.approx(timed["budget"]["achieved"], abs=1e-4)
+    with pytest.raises(BadRecipe, match="was measured on another model"):
+        ibprune.plan(TINY["llama"](), 0.6, latency_table=path)
+    with pytest.raises(BadRecipe, match="under a latency is found in the run"):
+        ibprune.plan(model, 0.8, cost="latency", vanilla=True, latency_table=path)
 
 
 @pytest.mark.parametrize("budget", [0.01, (0.9, 0.01)])
@@ -188,3 +213,20 @@ def test_bad_flags(flags, said, folders, reviews, tmp_path, capsys):
 def test_plan_says_that_it_cannot_time(folders, capsys):
     assert cli.main(["plan", "--model", folders["BertForSequenceClassification"], "--cost", "latency"]) == 2
     assert "plan with params or macs" in capsys.readouterr().err
+
+
+def test_a_plan_prints_what_its_table_says(measured, tmp_path, capsys, by_shapes):
+    TINY["bert"]().save_pretrained(tmp_path / "bert")
+    model, structure = structure_of("bert")
+    table = with_latency(structure, model, timed_text(model, 2, 8), table=None, round_to=1, seed=0, console=Quiet())
+    table.costs.latency.save(tmp_path / "latency.json")
+    words = ["plan", "--model", str(tmp_path / "bert"), "--latency-table"]
+    assert cli.main([*words, str(measured[3])]) == 2  # of a CNN
+    assert "was measured on another model" in capsys.readouterr().err
+    words.append(str(tmp_path / "latency.json"))
+    assert cli.main([*words, "--budget", "0.6"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"dense [\d,]+ parameters, [\d.]+ M MACs, [\d.]+ ms", said) and "input_ids 2 x 8" in said
+    assert cli.main([*words, "--budget", "0.9,0.7", "--cost", "latency"]) == 0
+    said = capsys.readouterr().out
+    assert "latency" in said and "ms per unit" in said and " ms " in said

@@ -93,6 +93,10 @@ def test_its_report_says_what_it_does_not_know(looped, capsys):
         assert "no data set" in text and "random weights" in text and "recipe.yaml" not in text
         assert "MaskedTraining(model, 0.5" in text and "held-out" not in text
         assert ".begin(steps=40)" in text and "\\n" not in text
+    decision = json.loads((folder / "decision.json").read_text())
+    assert decision["score"] == "vib" and decision["path"]["stops"] == [[40, 0.5]] and "over 40 steps of mask" in page
+    shares = {kind: found["kept"] / found["units"] for kind, found in decision["kinds"].items()}
+    assert shares and shares.items() <= report["kept"].items()
     stranger = report | {"unknown": ["<script>x</script>", "a | b"]}
     assert "<script>" not in model_card(stranger, None, name="small") and "a \\| b" in model_card(
         stranger, None, name="x"

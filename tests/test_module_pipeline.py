@@ -149,7 +149,7 @@ def test_folders_of_every_structure_reload_equal(name, tmp_path):
     assert torch.equal(first, second) and not loaded.training
     assert [str(m) for m in loaded.children()] == [str(m) for m in result.model.children()]
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
-        "ibprune.json", "model.safetensors", "report.html", "report.json",
+        "decision.json", "ibprune.json", "model.safetensors", "report.html", "report.json",
     ]  # fmt: skip
 
 

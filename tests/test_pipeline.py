@@ -33,7 +33,7 @@ def check(result, folder, keep):
     assert report["verify"]["max_abs_diff"] <= 1e-5 and report["world_size"] == 1
     assert set(p.name for p in folder.iterdir()) >= {
         "config.json", "model.safetensors", "plan.json", "report.json", "report.html", "README.md", "recipe.yaml",
-        "tokenizer.json",
+        "tokenizer.json", "decision.json",
     }  # fmt: skip
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert set(report["sha256"]) == names - {"report.json", "report.html", "README.md"}

@@ -1,9 +1,11 @@
 """The report page: what a folder's JSON files say, drawn; self-contained, escaped, the same again."""
 
 import copy
+import dataclasses
 import fnmatch
 import json
 import math
+import shutil
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,8 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ibprune
 from ibprune import cli
+from ibprune.budget import Budget
 from ibprune.checksums import check_files, own_sum
+from ibprune.curves import draw_descent, draw_ranked
+from ibprune.decisions import PARTS, POINTS, make_path, rank_kinds
 from ibprune.drawing import make_axis, make_chart, unit_map
+from ibprune.groups import Group, MaskAt, Site
 from ibprune.ladder import pareto
 from ibprune.report import rows
 from ibprune.report_page import page, pareto_page, write_page
@@ -24,6 +30,7 @@ from ibprune.statuses import layer_status
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta"}
+PLACE = Site("0.ffn", Group("ffn", "ffn", (), MaskAt("in")), "0", (), MaskAt("in"), n_units=4)
 NASTY = "<script>alert('1')</script>\"&"
 
 
@@ -110,7 +117,85 @@ def test_a_run_leaves_its_page_with_every_figure_of_the_table(run):
         if name.endswith("heads"):
             whole = plan["keep"][name.replace("heads", "attention_sublayer")]
             assert f"{len(units) if whole else 0} of {plan['n_units'][name]} kept" in said[0]
-    assert page(report, plan, None) == text
+    assert page(report, plan, None, read(run, "decision.json")) == text
+
+
+def test_scores_are_drawn_with_their_cut_and_a_folder_without_them_has_none(run):
+    report, plan, decision = (read(run, name) for name in ("report.json", "plan.json", "decision.json"))
+    found = check((run / "report.html").read_text())
+    assert decision["score"] == "magnitude" and decision["path"] is None  # nothing was learned
+    assert "By the squared weights that go with a unit." in found.text and "mask learning" not in found.text
+    kinds = {kind: told["kept"] / told["units"] for kind, told in decision["kinds"].items()}
+    assert kinds.items() <= report["kept"].items() and len(kinds) >= 4
+    for kind, told in decision["kinds"].items():
+        cut = f", from {told['threshold']:.3g} up" if told["kept"] < told["units"] else ""
+        (label,) = [label for label in found.labels() if label.startswith(f"{kind}: scores of its units, best first")]
+        assert f"{told['kept']:,} of {told['units']:,} stay{cut}" in label
+    older = check(page(report, plan, None))
+    assert "How the units were chosen" not in older.text and "How the units were chosen" in found.text
+    assert "How the units were chosen" not in page(report, plan, None, decision | {"schema": "ibprune.decision/0"})
+
+
+def test_scores_are_kept_in_few_numbers_and_say_who_stays_across_the_cut():
+    values = torch.arange(1000.0)[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    places = {name: dataclasses.replace(PLACE, name=name, n_units=500) for name in ("0.ffn", "1.ffn")}
+    scores = dict(zip(places, values.split(500)))
+    keep = {name: tuple((score >= 600).nonzero().flatten().tolist()) for name, score in scores.items()}
+    found = rank_kinds(scores, keep, places)["ffn"]
+    assert (found["units"], found["kept"], found["threshold"], found["beyond"]) == (1000, 400, 600.0, 0)
+    assert len(found["scores"]) == len(found["stays"]) == PARTS and found["scores"][0] > 990
+    assert found["stays"] == [1.0] * 102 + [0.5] + [0.0] * 153  # of parts with three or four units
+    kept = sum(width for _, width, share in draw_ranked("ffn", found).runs if share == 1)
+    assert kept == pytest.approx(100 * 102 / 256, abs=0.01)
+    worst = int(scores["0.ffn"].argmin())
+    moved = {"0.ffn": (*keep["0.ffn"][1:], worst), "1.ffn": keep["1.ffn"]}
+    assert rank_kinds(scores, moved, places)["ffn"]["beyond"] == 1
+    before = scores | {"1.ffn": torch.full((500,), -torch.inf)}
+    gone = rank_kinds(before, {"0.ffn": keep["0.ffn"], "1.ffn": ()}, places)["ffn"]
+    assert gone["scores"][-120:] == [None] * 120 and json.loads(json.dumps(gone, allow_nan=False)) == gone
+    drawn = draw_ranked("ffn", gone)
+    assert max(x for x, _ in drawn.points) < 51 and sum(width for _, width, _ in drawn.runs) == pytest.approx(100)
+
+
+def test_a_path_is_kept_in_few_points_and_drawn_with_its_stops(run):
+    budget = Budget("macs", 0.3, "blocks", 300)
+    points = [[step, 1 - 0.7 * step / 1000, 1 - 0.69 * step / 1000] for step in range(1001)]
+    path = make_path(points, [[500, 0.65], [1000, 0.3]], budget)
+    assert len(path["points"]) == POINTS and [path["points"][i][0] for i in (0, -1)] == [0, 1000]
+    assert (path["cost"], path["scope"]) == ("macs", "blocks") and make_path([], [], budget) is None
+    drawn = draw_descent(path)
+    assert [label for *_, label in drawn.stops] == ["0.65", "0.3"]
+    (x, y, _), (end, low, _) = drawn.stops
+    assert x < end and low < y == pytest.approx(drawn.y.at(0.65), abs=0.5)
+    decision = read(run, "decision.json") | {"path": path}
+    found = check(page(read(run, "report.json"), None, None, decision))
+    assert len(found.all("polyline")) == 2 + len(decision["kinds"]) and "allowed by the ramp" in found.text
+    assert any("1.00 of the dense one at first, 0.30 from step" in label for label in found.labels())
+
+
+@pytest.mark.parametrize("scores", [[3.0, 2.0, 1.0], [1e6, 1.0, 0.0], [0.0, 0.0, 0.0], [5.0, -1.0, -9.0], [None] * 3])
+def test_any_scores_can_be_drawn(scores):
+    told = {"units": 3, "kept": 1, "threshold": scores[0], "beyond": 0, "scores": scores, "stays": [1.0, 0.0, 0.0]}
+    drawn = draw_ranked("ffn", told)
+    heights = [y for _, y in drawn.points]
+    assert heights == sorted(heights, reverse=True) and all(0 <= y <= 100 for y in heights)
+    assert drawn.cut == pytest.approx(100 / 3, abs=0.01) and drawn.y.ticks
+
+
+def test_what_is_no_decision_is_refused_in_one_line(run, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    whole = read(run, "decision.json")
+    ffn = whole["kinds"]["ffn"]
+    wrong = [{"kinds": {"ffn": told}} for told in ({"units": 0}, ffn | {"scores": ["<b>"]}, ffn | {"stays": []})]
+    for broken in ("{", "[]", {"kinds": 3}, {"score": "<b>"}, {"path": {"points": []}}, *wrong):
+        (folder / "decision.json").write_text(broken if isinstance(broken, str) else json.dumps(whole | broken))
+        assert cli.main(["report", str(folder)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "copy" in line
+    (folder / "decision.json").unlink()
+    assert cli.main(["report", str(folder)]) == 0
+    assert "How the units were chosen" not in (folder / "report.html").read_text()
 
 
 def test_the_page_is_drawn_again_to_the_same_bytes_and_is_no_part_of_the_sums(run, capsys):
@@ -180,7 +265,10 @@ def test_names_are_escaped_wherever_they_come_from(run, real):
         plan[key] = {f"{NASTY}.0.{NASTY}": plan[key]["hidden"], NASTY: plan[key]["hidden"]}
     audit = copy.deepcopy(real[1])
     audit["layers"][0]["name"] = audit["data"]["name"] = audit["headline"] = NASTY
-    found = check(page(report, plan, audit))
+    decision = read(run, "decision.json")
+    decision["kinds"] = {NASTY: decision["kinds"]["ffn"]}
+    path = {"cost": NASTY, "scope": NASTY, "points": [[0, 1.0, 1.0], [9, 0.5, 0.5]], "stops": [[9, 0.5]]}
+    found = check(page(report, plan, audit, decision | {"path": path}))
     assert found.text.count(NASTY) > 10 and any(NASTY in label for label in found.labels())
     ladder = pareto([report])
     ladder["points"][0]["folder"] = "javascript:alert(1)//"
@@ -242,6 +330,9 @@ def test_a_module_has_a_page_too(tmp_path):
     found = check((tmp_path / "net" / "report.html").read_text())
     report = read(tmp_path / "net", "report.json")
     ((site, (kept, total)),) = report["kept"].items()
+    assert any(
+        label.startswith(f"channels: scores of its units, best first; {kept} of {total}") for label in found.labels()
+    )
     assert f"{site}: {kept} of {total} kept" in found.labels() and "0.7500" in found.text
     assert (
         "ibprune.prune(model, train_loader=..., eval_fn=..., budget=0.5" in found.text

@@ -52,7 +52,8 @@ class Stopping(Quiet):
 
 
 def same(first: Path, second: Path) -> None:
-    assert (first / "plan.json").read_bytes() == (second / "plan.json").read_bytes()
+    for name in ("plan.json", "decision.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
