@@ -16,6 +16,7 @@ from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, did_you_mean
 from ibprune.folders import check_output, staged
 from ibprune.gguf_files import write_gguf
+from ibprune.hub_folders import fetch
 from ibprune.images import blank_shape
 from ibprune.loading import load
 from ibprune.losses import Batch
@@ -94,7 +95,7 @@ def export(
     "gguf" makes one file for llama.cpp, of a causal language model of LLaMA's kind.
 
     Args:
-        folder: What `prune` or `train` wrote for a transformer or a CNN of transformers.
+        folder: What `prune` or `train` wrote for a transformer or a CNN of transformers, also as a Hub repo.
         to: One of `TARGETS`.
         output: What to write; default: the folder's name with "-onnx", "-openvino" or ".gguf" behind it.
         dtype: Of a GGUF's matrices, "f32" or "f16"; default: f16 where the folder's are, f32 otherwise.
@@ -114,11 +115,11 @@ def export(
         raise BadRecipe(f"unknown --to '{to}': {did_you_mean(to, TARGETS, listed=TARGETS)}.")
     if dtype is not None and to != GGUF:
         raise BadRecipe(f"expected --dtype with --to gguf only, found '{dtype}': graphs are written in float32.")
-    folder, console = Path(folder), console or Quiet()
+    named, folder, console = Path(folder), fetch(folder), console or Quiet()
     if is_module_folder(folder):
         more = "" if to == GGUF else ": write its ONNX file with result.save(folder, onnx=True)"
         raise BadRecipe(f"expected the folder of a transformer, found a plain module's in '{folder}'{more}.")
-    source = folder.absolute()
+    source = named.absolute() if named == folder else Path(named.name).absolute()  # of a repo, in this folder
     path = Path(output) if output else source.with_name(source.name + (".gguf" if to == GGUF else f"-{to}"))
     if to == GGUF:
         if os.path.lexists(path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
@@ -15,10 +15,11 @@ from huggingface_hub.utils.sha import git_hash
 
 from ibprune.checksums import CARD, REPORT, check_files, inside, sha256
 from ibprune.errors import BadRecipe, IBPruneError
-from ibprune.hub import hub_reachable
+from ibprune.hub import at, hub_reachable, reason, repo_folder
 from ibprune.model_card import renamed_card
+from ibprune.models import FETCHED
 
-NEEDED = ("*.json", "*.safetensors", "modeling_ibprune.py")  # the last is compared with its sum, and never run
+NEEDED = (*FETCHED, "modeling_ibprune.py")  # the last is compared with its sum, and never run
 OF_THE_HUB = ".gitattributes"
 
 
@@ -37,15 +38,7 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
         if revision is not None:
             raise BadRecipe(f"expected a Hub repo such as 'user/model' beside revision=, found the folder '{name}'.")
         return folder
-    try:
-        offline = not hub_reachable()
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED, local_files_only=offline))
-    except Exception as error:  # noqa: BLE001 - the client's error classes differ between releases of huggingface_hub
-        where = "its cache, as the Hub is out of reach" if offline else constants.ENDPOINT
-        raise BadRecipe(
-            f"expected a folder or a Hub repo '{name}'{_at(revision)}, but could not get it from {where}: "
-            f"{_reason(error)} Check the name, the network and, for a private repo, the token."
-        ) from error
+    return repo_folder(name, NEEDED, revision=revision)
 
 
 def push(
@@ -136,7 +129,7 @@ def check_target(repo: str, *, private: bool, revision: str | None, empty: bool 
         raise BadRecipe(f"expected a private repo '{repo}', found a public one: change it on the Hub or name another.")
     if empty and there:
         raise BadRecipe(
-            f"expected a new or empty repo '{repo}'{_at(revision)}, found {_some(there)}: name another or a "
+            f"expected a new or empty repo '{repo}'{at(revision)}, found {_some(there)}: name another or a "
             "--revision, or replace it later with `ibprune push OUTPUT REPO --overwrite`."
         )
 
@@ -177,7 +170,7 @@ def _check_same(there: dict[str, RepoFile], staged: Path, repo: str, revision: s
         other += [] if same else [name]
     if other:
         raise BadRecipe(
-            f"expected a new or empty repo '{repo}'{_at(revision)} or parts of this folder there, found "
+            f"expected a new or empty repo '{repo}'{at(revision)} or parts of this folder there, found "
             f"{_some(other)}: name another repo or a --revision, or replace what is there with --overwrite."
         )
 
@@ -214,21 +207,9 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the client's error classes differ between releases of huggingface_hub
-        raise IBPruneError(f"{what}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first two lines of the client's message: the first alone is often a number; their causes are nearer."""
-    while error.__cause__ is not None and not str(error).strip():
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]).rstrip(".") + "."
+        raise IBPruneError(f"{what}: {reason(error)}") from error
 
 
 def _some(names: object) -> str:
     listed = sorted(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-
-
-def _at(revision: str | None) -> str:
-    return f" at '{revision}'" if revision else ""

@@ -13,7 +13,7 @@ from ibprune.checksums import CARD, REPORT
 from ibprune.console import printable
 from ibprune.markdown import block, code, plain, quoted
 from ibprune.names import ANSWERS, TAGS, WRITES
-from ibprune.report import SCHEMA, budget_line, kept_names, macs_input, rows
+from ibprune.report import SCHEMA, budget_line, kept_names, macs_input, rows, whole_line
 from ibprune.statuses import layer_status
 
 NAME = re.compile(r'\.from_pretrained\(("(?:[^"\\]|\\.)+")')  # what a card calls its folder
@@ -63,6 +63,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         "",
         f"Made by ibprune from {source} (score `{report['score']}`, "
         f"seed {report['seed']}). The budget counts {where}: {budget_line(budget)}.",
+        *((whole,) if (whole := whole_line(report)) else ()),
         "",
         "## How to load it",
         "",

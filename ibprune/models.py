@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -25,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ibprune.checksums import check_files, inside, sha256
 from ibprune.claims import check_claims, check_fits, check_memory
 from ibprune.errors import BadData, BadRecipe, IBPruneError, PlanMismatch, UnsupportedModel, did_you_mean, first_line
-from ibprune.hub import hub_reachable
+from ibprune.hub import hub_reachable, repo_folder
 from ibprune.json_files import read_json
 from ibprune.names import ANSWERS, TAGS
 from ibprune.pruned_config import as_dense_class_, built_class, is_pruned, plain_class, plain_config, read_spec
@@ -52,6 +52,7 @@ ADAPTER = "adapter_config.json"
 NEEDED = ("*.safetensors", "*.safetensors.index.json", "config.json")
 # What gives a text, a picture or a unit its number: without one of these, figures would quietly be others.
 READ = (*NEEDED, "plan.json", "*token*", "vocab*", "merges.txt", "*.model", "*processor*")
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a repo that ibprune wrote
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -108,7 +109,7 @@ def find_source(name: str) -> Source:
         )
     repo = ALIASES.get(name, name)
     if hub_reachable():
-        return Source(repo, repo)
+        return Source(repo, str(repo_folder(repo, FETCHED)) if _is_ours(repo) else repo)
     try:
         return Source(repo, snapshot_download(repo, local_files_only=True), "The Hub is out of reach: using its cache.")
     except OSError:  # not in the cache
@@ -119,6 +120,15 @@ def find_source(name: str) -> Source:
         f"expected to load '{repo}' from the Hub, but it is out of reach and not in the cache. Check the network, give "
         "a local folder, or try --model minilm (pip install 'ibprune[demo]')."
     )
+
+
+def _is_ours(repo: str) -> bool:
+    """Whether ibprune wrote what a repo holds: then it is read as a folder of this machine is, without its code."""
+    try:
+        config = read_json(hf_hub_download(repo, "config.json"))
+        return SPEC in config or bool(hf_hub_download(repo, "plan.json"))
+    except Exception:  # noqa: BLE001 - no such repo, file or right: whoever reads the model says what is wrong
+        return False
 
 
 def _packaged_minilm() -> Path:

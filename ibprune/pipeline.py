@@ -265,6 +265,7 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
         macs_length=costs.macs.length,
         latency_input=shape,
         command=job.recipe.command(),
+        first=subject.first,
         hub={
             "model": None if Path(source.name).is_dir() else source.name,
             "data": hub_data(recipe.task, recipe.data),

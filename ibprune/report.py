@@ -11,6 +11,7 @@ from pathlib import Path
 from ibprune.checksums import REPORT, check_own
 from ibprune.errors import BadRecipe, PlanMismatch, first_line
 from ibprune.json_files import read_json
+from ibprune.markdown import code
 
 SCHEMA = "ibprune.report/1"
 MODULE_SCHEMA = "ibprune.module_report/1"
@@ -56,6 +57,8 @@ class Report:
             augmented.
         refused: Channels of a CNN that cannot be cut, with the reason.
         command: The command line that made it.
+        first: Where the model that the run began with had been pruned itself, the dense one of the first run: its
+            "model", "params", "macs" and what these are of ("macs_input"); empty where its folder does not say.
         hub: What the run took from the Hub: the id of the "model", and of the "data" as "repo" or "repo:config"; None
             where it was local.
         quantised: Bits in which the dense model was held, whose metrics and latency are of that form; None: as it is.
@@ -89,6 +92,7 @@ class Report:
     shares: str
     command: str
     hub: dict[str, str | None]
+    first: dict | None = None
     vocabulary: dict[str, list[float]] | None = None
     directions: list[int] | None = None
     quantised: int | None = None
@@ -192,6 +196,44 @@ def macs_input(found: dict) -> str:
     if found["pictures"] is None:
         return f"{found['macs_length']} tokens"
     return " x ".join(str(size) for size in found["pictures"]["shape"])
+
+
+def pruned_before(folder: Path) -> dict | None:
+    """What the report beside a model says of the dense one that its first run began with, as `Report.first`.
+
+    Returns:
+        None where there is no report, or one that knows of no pruning.
+
+    Raises:
+        PlanMismatch: It cannot be read, or its figures are not those that were written.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        return None
+    found = read_object(path)
+    check_own(found, path)
+    if found.get("first") or found.get("schema") != SCHEMA:
+        return found.get("first")
+    try:
+        sizes = {key: found["dense"][key] for key in ("params", "macs")}
+        return {"model": found["model"], **sizes, "macs_input": macs_input(found)}
+    except (KeyError, TypeError) as error:
+        raise PlanMismatch(f"expected the report of a run in {path}, found one without {error}.") from error
+
+
+def whole_line(report: dict) -> str:
+    """Of a model that was pruned before, in Markdown: by how much in all; "" where it was not."""
+    first = report.get("first")  # reports of an older version have none
+    if first is None:
+        return ""
+    before = f"{code(report['model'])} had been pruned before"
+    if "params" not in first:
+        return f"{before}; how much, its folder does not say."
+    pruned = report["pruned"]
+    left = f"{pruned['params'] / first['params']:.1%} of the {first['params']:,} parameters"
+    if first["macs_input"] == macs_input(report):
+        left += f" and {pruned['macs'] / first['macs']:.1%} of the MACs"
+    return f"{before}: in all, {left} of {code(first['model'])} are left."
 
 
 def kept_names(report: dict) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ibprune.report import (
     recovery_line,
     rows,
     run_folders,
+    whole_line,
 )
 
 COSTS = {"params": "parameters", "macs": "MACs", "memory": "bytes", "latency": "latency"}
@@ -112,6 +113,7 @@ def page(report: dict, plan: dict | None, audit: dict | None, decision: dict | N
         report=view,
         budget=budget | {"share": budget["keep"] * budget["achieved"] / budget["limit"], "line": budget_line(budget)},
         made=_how_made(report, is_module),
+        whole=_code(whole_line(view)),
         rows=_rows(view),
         kept=kept,
         stacks=stacks,

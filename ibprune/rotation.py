@@ -11,7 +11,7 @@ from ibprune.examples import example_inputs
 from ibprune.groups import Cut, Site, axis_dims, get_tensor, is_norm
 from ibprune.losses import Batch, forward, real_tokens
 from ibprune.plans import ROTATED
-from ibprune.rebuild import full_path, set_parameter
+from ibprune.rebuild import FactorizedUnembedding, full_path, set_parameter
 from ibprune.sites import find_family, find_sites
 
 TOLERANCE = 1e-4  # of the largest output: transformers' norms compute in float32 whatever the model's dtype
@@ -127,6 +127,8 @@ def _stream(model: nn.Module) -> Site:
     site = find_sites(model).get("hidden")
     if site is None:
         raise _refusal(model, "its width is not cut")
+    if any(isinstance(module, FactorizedUnembedding) for module in model.modules()):
+        raise _refusal(model, "it was pruned already, and its output shares the factors of its embedding")
     for path in _norms(model, site):
         if isinstance(model.get_submodule(path), nn.LayerNorm):
             raise _refusal(model, f"'{path}' takes a mean over the features, which a rotation changes")

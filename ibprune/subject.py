@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from ibprune.channels import Found, find_channels
 from ibprune.console import Quiet
@@ -19,8 +20,10 @@ from ibprune.lora import need_peft
 from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense, model_class
 from ibprune.names import WRITES
 from ibprune.overlaps import held_out_overlap
+from ibprune.pruned_config import is_pruned
 from ibprune.quantised import bits, check_packable, check_quantised, flag, quantisation
 from ibprune.recipe import Recipe
+from ibprune.report import pruned_before
 from ibprune.rotation import check_rotation
 from ibprune.shards import checkpoint_files
 from ibprune.sites import is_traced, reads_pictures
@@ -40,6 +43,7 @@ class Subject:
         loaded: The dense model, on the CPU.
         found: The channels of a CNN, None for a transformer.
         overlap: Held-out rows that the training data hold too; None where nobody looked.
+        first: Of a model that was pruned before, as `Report.first`.
     """
 
     recipe: Recipe
@@ -49,6 +53,7 @@ class Subject:
     feed: Feed
     found: Found | None
     overlap: int | None
+    first: dict | None
 
 
 def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> Subject:
@@ -71,6 +76,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     if source.note:
         console.say(source.note)
     config = load_config(source)
+    first = pruned_before(Path(source.location)) or ({} if is_pruned(config) else None)
     pictures, traced = reads_pictures(config.model_type), is_traced(config.model_type)
     if traced:
         check_cnn(recipe, config.model_type)
@@ -129,7 +135,7 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
     )
     if found is not None:
         console.say(f"{len(found.sites)} places where channels can be cut, {len(found.refused)} refused.")
-    return Subject(recipe, source, data, loaded, feed, found, overlap)
+    return Subject(recipe, source, data, loaded, feed, found, overlap, first)
 
 
 def fingerprints(subject: Subject) -> dict[str, str]:

@@ -115,6 +115,7 @@ def _write(
     report = {
         "schema": SCHEMA,
         "model": subject.source.name,
+        "first": subject.first,
         "data": subject.data.name,
         "objective": feed.objective.name,
         "params": count_params(model),

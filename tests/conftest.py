@@ -7,6 +7,7 @@ import socket
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import fresh
 import pytest
@@ -269,7 +270,7 @@ LANGUAGE_MODELS = {TINY[f]().model_type: (f, h) for f, h in sorted(CASES, key=la
 
 
 def pytest_collection_finish():
-    """What was imported is no garbage: accelerate looks through all objects after every training."""
+    """What was imported is no garbage, and need not be looked through."""
     gc.collect()
     gc.freeze()
 
@@ -302,10 +303,16 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forked():
-    """The process that checks a folder is forked: the start of an interpreter would be most of a tiny run."""
+def _quick():
+    """What would be most of a tiny run is left out of it.
+
+    The process that checks a folder is forked, and no interpreter starts. Candidate cuts are compared on 32 samples,
+    not on all that the tests have. Accelerate does not look through all objects for garbage after every phase.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ibprune.folders.subprocess", fresh)
+        patch.setattr("ibprune.cutting.PROBE", 32)
+        patch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 

@@ -20,10 +20,18 @@ def run(command: list[str], *, env: dict[str, str] | None = None, **_: object) -
     """What `subprocess.run` returns for [python, "-m", module, …] or [python, "-c", code], its output captured."""
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
-        process = _CONTEXT.Process(target=_child, args=(command[1:], dict(env or os.environ), out, err))
-        process.start()
+        process = begin(command, out, err, env=env)
         process.join()
         return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
+
+
+def begin(
+    command: list[str], out: Path, err: Path, *, env: dict[str, str] | None = None
+) -> multiprocessing.process.BaseProcess:
+    """The process that runs such a command while this one goes on; the two files get its output."""
+    process = _CONTEXT.Process(target=_child, args=(command[1:], dict(env or os.environ), out, err))
+    process.start()
+    return process
 
 
 def start() -> None:

@@ -13,10 +13,12 @@ from test_cnn_pipeline import SHORT, save_net
 
 import ibprune
 from ibprune import cli
+from ibprune.checksums import write_report
 from ibprune.console import Quiet
 from ibprune.costs import count_params, macs_model, params_model
 from ibprune.data import load_data
 from ibprune.embeddings import factorize_
+from ibprune.errors import PlanMismatch
 from ibprune.evaluation import evaluate_model
 from ibprune.feeding import make_feed
 from ibprune.folders import write_model
@@ -24,6 +26,7 @@ from ibprune.inject import inject_
 from ibprune.models import find_source, load_config, load_dense, load_tokenizer
 from ibprune.plans import PruningPlan
 from ibprune.recipe import make_recipe
+from ibprune.report import pruned_before, whole_line
 from ibprune.sites import came_factorized, find_family, find_sites
 from ibprune.surgery import compact_
 
@@ -100,6 +103,25 @@ def test_a_pruned_model_is_pruned_again(more, pruned, reviews, tmp_path, capsys)
     assert second["dense"]["metrics"] == first["pruned"]["metrics"]
     assert 0.7 * first["pruned"]["params"] < second["pruned"]["params"] <= 0.8 * first["pruned"]["params"]
     assert second["pruned"]["params"] == count_params(ibprune.load(out))
+    assert first["first"] is None and second["first"]["model"] == first["model"]
+    whole = f"in all, {second['pruned']['params'] / first['dense']['params']:.1%} of the {first['dense']['params']:,} "
+    whole += f"parameters and {second['pruned']['macs'] / first['dense']['macs']:.1%} of the MACs of "
+    assert f"`{pruned}` had been pruned before: {whole}`{first['model']}` are left." in (out / "README.md").read_text()
+    assert f"{whole}<code>{first['model']}</code> are left." in (out / "report.html").read_text()
+    assert "had been pruned before" not in (Path(pruned) / "README.md").read_text()
+
+
+def test_what_a_base_was_cut_of_is_handed_on_by_training_and_said_to_be_unknown_elsewhere(pruned, tmp_path):
+    dense = {"model": "m", "params": 1000, "macs": 8, "macs_input": "9 tokens"}
+    write_report({"schema": "ibprune.training/1", "first": dense}, tmp_path)
+    assert pruned_before(tmp_path) == dense and pruned_before(tmp_path / "nowhere") is None
+    (tmp_path / "report.json").write_text((tmp_path / "report.json").read_text().replace("1000", "1001"))
+    with pytest.raises(PlanMismatch, match="the file was altered"):
+        pruned_before(tmp_path)
+    report = json.loads((Path(pruned) / "report.json").read_text())
+    said = whole_line(report | {"first": dense})  # the MACs are of another length, and are not compared
+    assert said.endswith(f"in all, {report['pruned']['params'] / 1000:.1%} of the 1,000 parameters of `m` are left.")
+    assert whole_line(report | {"first": {}}).endswith("had been pruned before; how much, its folder does not say.")
 
 
 def test_a_pruned_model_is_planned_trained_judged_audited_and_timed(pruned, reviews, tmp_path, capsys):
@@ -111,6 +133,7 @@ def test_a_pruned_model_is_planned_trained_judged_audited_and_timed(pruned, revi
     assert cli.main(["train", "--model", pruned, *flags, "--finetune-steps", "3", "--output", str(trained)]) == 0
     before = json.loads((Path(pruned) / "report.json").read_text())["pruned"]["metrics"]
     report = json.loads((trained / "report.json").read_text())
+    assert report["first"]["params"] == json.loads((Path(pruned) / "report.json").read_text())["dense"]["params"]
     assert report["metrics"]["before"] == before and report["steps"] == 3
     model, tokenizer = ibprune.load(pruned), load_tokenizer(find_source(pruned))
     recipe = make_recipe({"model": pruned, "budget": 0.5, "batch_size": 16, "max_length": 16})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -308,6 +309,37 @@ def test_repos_that_cannot_be_loaded(loopback, small, tmp_path, monkeypatch):
     assert (fetch(f"{USER}/small") / "config.json").read_text() == "{}"  # from the cache
     with pytest.raises(PlanMismatch):
         ibprune.load(tmp_path / "nowhere")
+
+
+def test_a_pruned_repo_is_pruned_again_like_a_folder(loopback, tokenizer, reviews, tmp_path, monkeypatch, capsys):
+    model, plan = pruned("bert", TEXT["bert"])
+    folder, repo, out = tmp_path / "bert", f"{USER}/bert", tmp_path / "twice"
+    folder.mkdir()
+    write_model(model, tokenizer, plan, folder)
+    ibprune.push(finish(folder), repo)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", repo, "--data", reviews, "--budget", "0.9", "--score", "magnitude", "--shares", "equal"]
+    flags += ["--recover-steps", "1", "--max-length", "16", "--no-audit", "--quiet", "--output", str(out)]
+    assert cli.main(flags) == 0, capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    params = sum(p.numel() for p in model.parameters())
+    assert report["model"] == report["hub"]["model"] == repo and report["dense"]["params"] == params
+    assert ModelCard.load(out / "README.md").data.base_model == repo and report["first"] == {}
+    assert ibprune.plan(repo, 0.9)["dense"]["params"] == params
+    texts, rng = tmp_path / "texts.txt", random.Random(5)
+    texts.write_text("\n\n".join(" ".join(rng.choices(WORDS, k=8)) for _ in range(1200)))
+    few = dict(data=str(texts), max_inputs=200, max_length=16)
+    assert ibprune.audit(repo, str(out), **few)["layers"][0]["name"] == "embeddings"
+    found = ibprune.bench(repo, str(out), batches=(1,), lengths=(8,), rounds=2)
+    assert found["dense"]["params"] == params and found["dense"]["file_bytes"] > 0
+    monkeypatch.setattr("ibprune.exporting._write_graph", lambda model, *_: {"of": type(model).__name__})
+    written = ibprune.export(repo, to="onnx")
+    assert written == {"to": "onnx", "output": str(tmp_path / "bert-onnx"), "of": f"Pruned{TEXT['bert']}"}
+    tree = loopback.files(repo)
+    config = json.loads(tree["config.json"]) | {"hidden_dropout_prob": 0.2}
+    loopback.repos["models", repo].branches["main"].append(tree | {"config.json": json.dumps(config).encode()})
+    with pytest.raises(PlanMismatch, match="config.json, as in report.json"):
+        ibprune.plan(repo, 0.9)
 
 
 @pytest.fixture

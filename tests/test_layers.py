@@ -12,8 +12,8 @@ LAYERS = (
     ("mi.critics",),
     ("mi.benchmark",),
     ("mi",),
-    ("errors", "names", "statuses", "rebuild", "hub", "console", "verdict", "json_files", "limits"),
-    ("task_heads",),
+    ("errors", "names", "statuses", "rebuild", "console", "verdict", "json_files", "limits"),
+    ("task_heads", "hub"),
     (
         "groups",
         "metrics",

@@ -1,14 +1,15 @@
 """Several processes train as one: the same rows, noise, losses and plan, one folder, and what goes wrong is said."""
 
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import ibprune
-from ibprune import candidates, pipeline, training, vib
+from ibprune import candidates, cli, pipeline, training, vib
 from ibprune.console import Quiet
 from ibprune.engine import make_accelerator
 from ibprune.errors import BadData, BadRecipe, IBPruneError
@@ -33,8 +34,8 @@ from ibprune.resuming import open_journal
 from ibprune.trainer import train
 
 SMALL = dict(
-    budget=0.4, mask_steps=24, recover_steps=20, finetune_steps=60, lr=3e-3, batch_size=16, max_length=16, seed=3,
-    audit=False, precision="fp32",
+    budget=0.4, mask_steps=8, recover_steps=4, finetune_steps=12, lr=3e-3, batch_size=16, max_length=16, seed=3,
+    probe_steps=0, audit=False, precision="fp32",
 )  # fmt: skip
 
 
@@ -101,10 +102,10 @@ def pruned(model: str, data: str, output: Path, values: dict) -> dict:
 @pytest.mark.parametrize(
     "n,head,data,more",
     [
-        (2, "BertForSequenceClassification", "reviews", {}),
-        (4, "BertForSequenceClassification", "reviews", {"grad_accum": 2, "finetune_steps": 30, "probe_steps": 0}),
-        (2, "BertForMaskedLM", "stories", {"score": "gradual", "gradient_checkpointing": True}),
-        (2, "LlamaForCausalLM", "stories", {"budget": 0.6, "probe_steps": 0, "recovery": "lora", "eval_every": 5}),
+        (2, "BertForSequenceClassification", "reviews", {"probe_steps": 2}),
+        (4, "BertForSequenceClassification", "reviews", {"grad_accum": 2, "finetune_steps": 4, "shares": "equal"}),
+        (2, "BertForMaskedLM", "stories", {"score": "gradual", "gradient_checkpointing": True, "shares": "equal"}),
+        (2, "LlamaForCausalLM", "stories", {"budget": 0.6, "recovery": "lora", "eval_every": 2}),
     ],
 )
 def test_several_processes_find_the_plan_of_one(n, head, data, more, steady, request, tmp_path):
@@ -139,13 +140,15 @@ def test_a_latency_is_measured_by_the_main_process(steady, stories, tmp_path):
             patch.setattr("ibprune.structure.measure_latency", measure)
             return pruned(model, stories, tmp_path / "several", values)["report"], measured
 
-    (first, by), (second, also) = together(2, run)
+    found = together(2, run)
+    assert not any(isinstance(said, str) for said in found), found
+    (first, by), (second, also) = found
     assert first == second and first["budget"]["cost"] == "latency" and (by, also) == ([0], [])
 
 
 def test_several_budgets_and_a_trained_head_in_two_processes(folders, reviews, tmp_path):
     def ladder(output: Path) -> list[dict]:
-        values = SMALL | {"budget": (0.6, 0.4), "mask_steps": 8, "recover_steps": 4, "finetune_steps": 4}
+        values = SMALL | {"budget": (0.6, 0.4), "recover_steps": 2, "finetune_steps": 2, "shares": "equal"}
         results = ibprune.prune(folders["BertForSequenceClassification"], data=reviews, output=str(output), **values)
         return [{name: p.abs().sum().item() for name, p in r.model.named_parameters()} for r in results]
 
@@ -165,11 +168,11 @@ def test_processes_that_stop_again_and_again_go_on_to_the_same_bits(folders, rev
                 yield item
 
     def go(output: Path, **more) -> bool:
-        values = SMALL | {"mask_steps": 16, "recover_steps": 8, "finetune_steps": 24, "data": reviews} | more
+        values = SMALL | {"finetune_steps": 2, "shares": "equal", "data": reviews} | more
         return ibprune.prune(folders["BertForSequenceClassification"], output=str(output), **values).report["resumed"]
 
     assert together(2, go, tmp_path / "whole") == [False, False]
-    for what, n in (("learning masks", 7), ("recovering", 3)):
+    for what, n in (("learning masks", 4), ("recovering", 2)):
         more = {"console": Asked(what, n), "resume": what == "recovering"}
         for said in together(2, partial(go, tmp_path / "out", **more)):
             assert said.startswith(f"Stopped: stopped after step {n + 1} of ") and f"'{what}'" in said
@@ -284,65 +287,102 @@ def test_a_state_of_another_number_of_processes_is_refused(monkeypatch, folders,
             again.bind({"the weights": "a"}, None)
 
 
-def command(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ibprune", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def train_flags(folders, reviews, steps: int) -> list[str]:
+    return ["train", "--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16",
+            "--batch-size", "16", "--finetune-steps", str(steps)]  # fmt: skip
 
 
-def test_the_command_line_starts_the_processes(folders, reviews, tmp_path):
-    arguments = ("--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16")
-    out = tmp_path / "out"
-    run = command("train", *arguments, "--finetune-steps", "3", "--num-processes", "2", "--json", "--output", str(out),
-                  "--batch-size", "16")  # fmt: skip
-    stdout, stderr = run.communicate(timeout=300)
-    assert run.returncode == 0, stderr
-    assert json.loads(stdout)["world_size"] == 2 and (out / "model.safetensors").exists()
-    assert stderr.count("writing and checking") == 1
+def test_the_main_process_speaks_for_all(folders, reviews, tmp_path):
+    def told() -> tuple[int, str, str]:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            code = cli.main([*train_flags(folders, reviews, 2), "--json", "--output", str(tmp_path / "out")])
+        return code, out.getvalue(), err.getvalue()
+
+    (code, stdout, stderr), other = together(2, told)
+    assert code == 0 and json.loads(stdout)["world_size"] == 2 and (tmp_path / "out" / "model.safetensors").exists()
+    assert stderr.count("writing and checking") == 1 and other == (0, "", "")
 
 
-def test_what_they_refuse_is_said_once():
-    code = "import sys; from ibprune.launching import launch; sys.exit(launch(['recipes', 'show', 'nope'], 2))"
-    ended = fresh.run([sys.executable, "-c", code])
+def test_what_they_say_is_passed_on_and_what_they_refuse_is_said_once():
+    code = "import sys; from ibprune.launching import launch; sys.exit(launch(sys.argv[1:], 2))"
+    ended = fresh.run([sys.executable, "-c", code, "--version"])
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"ibprune {ibprune.__version__}\n" * 2, "")
+    ended = fresh.run([sys.executable, "-c", code, "recipes", "show", "nope"])
     assert ended.returncode == 2 and ended.stdout == ""
     (line,) = ended.stderr.splitlines()
     assert line.startswith("ibprune: error: no recipe 'nope' comes with ibprune")
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_signal_stops_a_run_after_its_step(n, folders, reviews, tmp_path):
-    run = command(
-        "train", "--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16",
-        "--finetune-steps", "100000", "--num-processes", str(n), "--output", str(tmp_path / "out"),
-    )  # fmt: skip
-    seen = []
-    while "Training the dense model" not in "".join(seen[-1:]) and run.poll() is None:
-        seen.append(run.stderr.readline())
-    time.sleep(1)
-    run.send_signal(signal.SIGTERM)
-    stdout, stderr = run.communicate(timeout=120)
-    assert run.returncode == 130 and stdout == "", (seen, stderr)
+def test_a_signal_stops_a_run_after_its_step(folders, reviews, tmp_path, monkeypatch, capsys):
+    said = []
+
+    class Signalled(Quiet):
+        say = staticmethod(said.append)
+
+        def track(self, items, what, total):
+            for i, item in enumerate(items):
+                if (what, i) == ("training dense", 3):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield item
+
+    monkeypatch.setattr(cli, "Quiet", Signalled)
+    assert cli.main([*train_flags(folders, reviews, 9), "--quiet", "--output", str(tmp_path / "out")]) == 130
+    check_stopped(*capsys.readouterr(), tmp_path)
+    assert said.count("stopping after this step; the same signal again stops at once") == 1
+
+
+def check_stopped(stdout: str, stderr: str, folder: Path) -> None:
+    assert stdout == "" and "Traceback" not in stderr
     *_, last = stderr.strip().splitlines()
     assert last.startswith("ibprune: stopped after step ") and last.endswith("--resume goes on from there.")
-    assert stderr.count("stopping after this step") == 1 and "Traceback" not in stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    assert (tmp_path / "out.partial" / "training-dense.safetensors").exists()
+    assert [path.name for path in folder.iterdir()] == ["out.partial"]
+    assert (folder / "out.partial" / "training-dense.safetensors").exists()
 
 
-def test_a_lost_process_ends_the_run_and_leaves_its_state(folders, reviews, tmp_path):
-    out = tmp_path / "out"
-    run = command(
-        "--model", folders["BertForSequenceClassification"], "--data", reviews, "--max-length", "16", "--budget", "0.5",
-        "--finetune-steps", "100000", "--save-every", "0.001", "--num-processes", "2", "--output", str(out), "--quiet",
-    )  # fmt: skip
-    state = tmp_path / "out.partial" / "training-dense.safetensors"
-    for _ in range(2400):
-        if state.exists() or run.poll() is not None:
-            break
+@pytest.fixture
+def command(tmp_path_factory):
+    """A function that starts the command line and returns its process and its two outputs so far."""
+    folder, started = tmp_path_factory.mktemp("said"), []
+    files = folder / "out", folder / "err"
+
+    def start(*arguments: str):
+        started.append(fresh.begin([sys.executable, "-m", "ibprune", *arguments], *files))
+        return started[-1], lambda: [file.read_text() if file.exists() else "" for file in files]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def wait(condition, process) -> None:
+    for _ in range(6000):
+        if condition() or not process.is_alive():
+            return
         time.sleep(0.05)
-    assert run.poll() is None, run.communicate()[1]
+
+
+def test_a_signal_stops_several_processes_after_their_step(command, folders, reviews, tmp_path):
+    flags = [*train_flags(folders, reviews, 100_000), "--num-processes", "2", "--output", str(tmp_path / "out")]
+    run, said = command(*flags)
+    wait(lambda: "Training the dense model" in said()[1], run)
+    time.sleep(1)
+    os.kill(run.pid, signal.SIGTERM)
+    run.join(300)
+    stdout, stderr = said()
+    assert run.exitcode == 130, stderr
+    check_stopped(stdout, stderr, tmp_path)
+    assert stderr.count("stopping after this step") == 1
+
+
+def test_a_lost_process_ends_the_run_and_leaves_its_state(command, folders, reviews, tmp_path):
+    state = tmp_path / "out.partial" / "training-dense.safetensors"
+    flags = [*train_flags(folders, reviews, 100_000), "--save-every", "0.001", "--num-processes", "2", "--quiet"]
+    run, said = command(*flags, "--output", str(tmp_path / "out"))
+    wait(state.exists, run)
+    assert run.is_alive(), said()
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 1 and state.exists() and not out.exists()
+    run.join(300)
+    stderr = said()[1]
+    assert run.exitcode == 1 and state.exists() and not (tmp_path / "out").exists()
     assert "of 2 was lost (SIGKILL)" in stderr and "--resume" in stderr and "Traceback" not in stderr

@@ -15,10 +15,11 @@ import ibprune
 from ibprune import cli
 from ibprune.budget import make_budget
 from ibprune.costs import count_params
-from ibprune.embeddings import TokenUse
+from ibprune.embeddings import TokenUse, factorize_
 from ibprune.errors import BadRecipe, PlanMismatch, UnsupportedModel
 from ibprune.folders import verify, write_model
 from ibprune.inject import inject_
+from ibprune.models import find_source, load_dense
 from ibprune.plans import PruningPlan, full_plan, is_rotated
 from ibprune.rotation import check_rotation, principal_axes, rotate_
 from ibprune.sites import find_sites
@@ -158,6 +159,18 @@ def test_a_plan_refuses_what_modules_show(family, head):
     config.architectures = [head]
     with pytest.raises(UnsupportedModel, match="takes a mean over the features"):
         ibprune.plan(config, 0.8, rotate=True)
+
+
+def test_a_pruned_model_whose_output_shares_factors_is_refused_by_plan_and_run_alike(tokenizer, tmp_path):
+    model = build("llama-tied", "LlamaForCausalLM", dtype=torch.float32)
+    factorize_(model)
+    sites = find_sites(model)
+    plan = PruningPlan("llama", {name: site.n_units for name, site in sites.items()}, random_keep(sites, 5))
+    write_model(compact_(model, plan), tokenizer, plan, tmp_path)
+    loaded = load_dense(find_source(str(tmp_path))).model
+    for refused in (lambda: check_rotation(loaded), lambda: ibprune.plan(str(tmp_path), 0.9, rotate=True)):
+        with pytest.raises(UnsupportedModel, match="pruned already, and its output shares the factors"):
+            refused()
 
 
 def test_what_no_structure_tells_the_figures_do():
