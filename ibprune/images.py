@@ -105,7 +105,7 @@ def load_images(source: str, *, label_column: str = "", seed: int = 0) -> ImageD
         raise BadData(f"expected pictures in every split of '{name}', found an empty one.")
     # The pictures of one array are of one size: looking at the first is enough.
     seen = [rows.select([0]) if path.suffix == ".npz" else rows for rows in splits.values()]
-    sizes = frozenset(_open(image, name).size for rows in seen for image in rows[IMAGE])
+    sizes = frozenset(_size(image, name) for rows in seen for image in rows[IMAGE])
     splits = hold_out(splits, source, seed=seed)
     train, held_out, labels = number_classes(name, splits["train"], splits["held_out"], LABEL)
     if not labels:
@@ -228,18 +228,23 @@ def _open(image: Mapping, name: str) -> Picture.Image:
         raise BadData(f"could not read {_label(image, name)} as a picture: {first_line(error)}") from error
 
 
+def _size(image: Mapping, name: str) -> tuple[int, int]:
+    with _open(image, name) as picture:  # which keeps a file open until its pixels are read
+        return picture.size
+
+
 def _label(image: Mapping, name: str) -> str:
     return f"'{image['path']}'" if image.get("path") else f"a row of '{name}'"
 
 
 def _decode(image: Mapping, mode: str, name: str) -> Picture.Image:
-    picture = _open(image, name)
-    try:
-        if picture.mode[0] in "IF":
-            raise ValueError(f"its mode is {picture.mode}; 8 bits a channel are expected.")
-        return ImageOps.exif_transpose(picture).convert(mode)
-    except UNREADABLE as error:
-        raise BadData(f"could not read {_label(image, name)} as a picture: {first_line(error)}") from error
+    with _open(image, name) as picture:
+        try:
+            if picture.mode[0] in "IF":
+                raise ValueError(f"its mode is {picture.mode}; 8 bits a channel are expected.")
+            return ImageOps.exif_transpose(picture).convert(mode)
+        except UNREADABLE as error:
+            raise BadData(f"could not read {_label(image, name)} as a picture: {first_line(error)}") from error
 
 
 def picture_mode(channels: int) -> str:
