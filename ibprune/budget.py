@@ -116,19 +116,30 @@ def solve_by_cost(scores: Scores, sites: dict[str, Site], model: CostModel, budg
 
 
 def solve_by_shares(
-    scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget, pressure: Mapping[str, float]
+    scores: Scores,
+    sites: dict[str, Site],
+    model: CostModel,
+    budget: Budget,
+    pressure: Mapping[str, float],
+    *,
+    effective: bool = False,
 ) -> Keep:
     """Keeps the best units within each kind; kind k keeps the fraction exp(-t * pressure[k]).
 
     One t for all kinds is found by bisection so that the budget is met. Kinds that `pressure` does
     not name, or names with 0, keep everything. Equal shares are pressure 1 for every kind but "layers".
 
+    Args:
+        effective: Whether the shares are those of an earlier plan (`fractions_kept`), and its widths come back however
+            the sub-layers rank now: units inside those that go count for nothing, and no more of these go, where the
+            budget can be met so. Else what such units take of a share is lost, and left for all kinds to fill.
+
     Raises:
         BadRecipe: The kinds under pressure cannot reach the budget by themselves.
     """
     if budget.ties:
-        return _solve_tied(solve_by_shares, scores, sites, model, budget, pressure)
-    keep = keep_within(scores, sites, model, budget, pressure)
+        return _solve_tied(solve_by_shares, scores, sites, model, budget, pressure, effective=effective)
+    keep = keep_within(scores, sites, model, budget, pressure, effective=effective)
     if _cost(keep, model, budget) > budget.limit:
         raise BadRecipe(
             f"cutting {', '.join(kind for kind, p in pressure.items() if p > 0)} alone leaves "
@@ -145,26 +156,35 @@ def keep_within(
     budget: Budget,
     pressure: Mapping[str, float],
     *,
+    effective: bool = False,
     most: float | None = None,
     halvings: int = 60,
 ) -> Keep:
     """The fractions of `solve_by_shares` for one budget; above its limit where the pressed kinds cannot reach it.
 
     Args:
+        effective: As there.
         most: The largest t that is tried; by default, all that can make a difference.
         halvings: How often the interval of t is halved.
     """
     if budget.ties:
-        return _solve_tied(keep_within, scores, sites, model, budget, pressure, most=most, halvings=halvings)
-    ranking = Ranking(scores, sites)
+        return _solve_tied(
+            keep_within, scores, sites, model, budget, pressure, effective=effective, most=most, halvings=halvings
+        )
+    layers = [name for name, site in sites.items() if site.kind == "layers" and site.block] if effective else []
+    ranking = Ranking(scores, sites, {name: _inner_sites(model, sites, name) for name in layers})
 
     def keep_at(t: float) -> Keep:
-        fractions = {kind: float(np.exp(-t * pressure.get(kind, 0.0))) for kind in ranking.kinds}
+        # A sub-layer more than the earlier plan cut would leave so much that all kinds got other shares.
+        deep = {kind: min(t, 1.0) if effective and kind == "layers" else t for kind in ranking.kinds}
+        fractions = {kind: float(np.exp(-deep[kind] * pressure.get(kind, 0.0))) for kind in ranking.kinds}
         return ranking.keep(fractions, budget.round_to)
 
     low, high = 0.0, most or 20.0 / min([value for value in pressure.values() if value > 0], default=1.0)
     if _cost(keep_at(low), model, budget) <= budget.limit:
         return keep_at(low)
+    if effective and _cost(keep_at(high), model, budget) > budget.limit:
+        return keep_within(scores, sites, model, budget, pressure, most=most, halvings=halvings)
     for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (low, middle) if _cost(keep_at(middle), model, budget) <= budget.limit else (middle, high)
@@ -196,15 +216,18 @@ def fractions_kept(keep: Keep, sites: dict[str, Site]) -> dict[str, float]:
 
 
 class Ranking:
-    """The units of each kind in one order over all sites, best first, floors in front."""
+    """The units of each kind in one order over all sites, best first, floors in front.
 
-    def __init__(self, scores: Scores, sites: dict[str, Site]):
-        self.sites = sites
+    Args:
+        inside: The sites inside each sub-layer, of which none but the floors stay when it goes.
+    """
+
+    def __init__(self, scores: Scores, sites: dict[str, Site], inside: Mapping[str, list[str]]):
+        self.sites, self.inside = sites, inside
         self.kinds: dict[str, list[Site]] = {}
         for site in sites.values():
             self.kinds.setdefault(site.kind, []).append(site)
-        self.order: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self.most: dict[str, int] = {}
+        self.order: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # site, unit, and whether it may stay
         for kind, members in self.kinds.items():
             values, owner, unit = [], [], []
             for i, site in enumerate(members):
@@ -215,21 +238,26 @@ class Ranking:
                 unit.append(np.arange(site.n_units))
             values = np.concatenate(values)
             best = np.argsort(-values, kind="stable")
-            self.order[kind] = np.concatenate(owner)[best], np.concatenate(unit)[best]
-            self.most[kind] = np.count_nonzero(values > -np.inf)
+            self.order[kind] = np.concatenate(owner)[best], np.concatenate(unit)[best], values[best] > -np.inf
 
     def keep(self, fractions: Mapping[str, float], round_to: int = 1) -> Keep:
         """The best `fractions[kind]` of the units of each kind; widths rounded down."""
         keep: Keep = {}
-        for kind, members in self.kinds.items():
-            owner, unit = self.order[kind]
-            floor = sum(site.min_units for site in members)
-            total = min(max(floor, int(fractions[kind] * len(owner) + 1e-9)), self.most[kind])
+        gone: set[str] = set()
+        for kind in sorted(self.kinds, key=lambda kind: kind != "layers"):
+            members, (owner, unit, may_stay) = self.kinds[kind], self.order[kind]
+            lost = np.array([site.name in gone for site in members])[owner]
+            total = max(sum(site.min_units for site in members), int(fractions[kind] * len(owner) + 1e-9))
+            first = np.flatnonzero(may_stay & ~lost)[:total]
             for i, site in enumerate(members):
-                units = unit[:total][owner[:total] == i]
-                units = units[: max(allowed_width(len(units), site, round_to), site.min_units)]
-                keep[site.name] = tuple(sorted(units.tolist()))
-        return keep
+                units = unit[first][owner[first] == i]
+                width = max(allowed_width(len(units), site, round_to), site.min_units)
+                if site.name in gone:
+                    units, width = unit[owner == i], site.min_units
+                keep[site.name] = tuple(sorted(units[:width].tolist()))
+            if kind == "layers":
+                gone = {inner for layer, inners in self.inside.items() if not keep[layer] for inner in inners}
+        return {site.name: keep[site.name] for members in self.kinds.values() for site in members}
 
 
 def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:

@@ -346,7 +346,7 @@ def one_shot(
         return {name: torch.tensor(units, dtype=torch.int64) for name, units in found.items()}
 
     if pressure is not None:
-        keep = solve_by_shares(scores, sites, cost_model, budget, pressure)
+        keep = solve_by_shares(scores, sites, cost_model, budget, pressure, effective=True)
     elif choice.shares == "probe":
         found = choice.journal.once(f"{first}shares", probed)
         keep = {name: tuple(found[name].tolist()) for name in sites}

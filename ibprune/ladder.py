@@ -161,7 +161,7 @@ def _target(scores: Scores, structure: Structure, budget: Budget, pressure: dict
     sites, cost_model = structure.sites, structure.costs.of(budget.cost)
     if shares != "cost":
         try:
-            return solve_by_shares(scores, sites, cost_model, budget, pressure)
+            return solve_by_shares(scores, sites, cost_model, budget, pressure, effective=True)
         except BadRecipe:  # the last units of the kinds that are cut cost more than the budget leaves
             pass
     return solve_by_cost(scores, sites, cost_model, budget)

@@ -157,7 +157,16 @@ class MaskLearning:
             ramped = replace(self.budget, limit=limit, round_to=1)
             # t = 1 is the target: no need to look far, or closely
             self.masks.set_keep(
-                keep_within(self.scores(), self.sites, self.cost_model, ramped, self.pressure, most=4.0, halvings=12)
+                keep_within(
+                    self.scores(),
+                    self.sites,
+                    self.cost_model,
+                    ramped,
+                    self.pressure,
+                    effective=True,
+                    most=4.0,
+                    halvings=12,
+                )
             )
             self._note(limit)
             if self.tell is not None:
@@ -217,7 +226,7 @@ class MaskLearning:
     def _final_keep(self) -> Keep:
         scores = self.scores()
         try:
-            keep = solve_by_shares(scores, self.sites, self.cost_model, self.budget, self.pressure)
+            keep = solve_by_shares(scores, self.sites, self.cost_model, self.budget, self.pressure, effective=True)
         except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
             keep = self.target
         known = scores | {name: scores[name].masked_fill(behind, -torch.inf) for name, behind in self.behind.items()}

@@ -7,13 +7,13 @@ import torch
 from conftest import TINY
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from ibprune.budget import fill, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import fill, fractions_kept, make_budget, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import amount, macs_model, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe
 from ibprune.memory import measure_memory
-from ibprune.shares import MOST_RECOVERED, equal_pressure, probe_shares
+from ibprune.shares import MOST_RECOVERED, as_pressure, equal_pressure, probe_shares
 from ibprune.sites import find_sites
 from ibprune.structure import prepare_
 from ibprune.vanilla import plain_structure
@@ -154,6 +154,29 @@ def test_a_removed_sublayer_comes_back_narrower_when_there_is_room():
     keep = solve_by_cost(scores, sites, params, budget)
     head = params.unit_cost(params.n_units, "encoder.layer.0.heads")
     assert budget.limit - spent(params, keep) < head
+
+
+def test_shares_of_a_plan_come_back_however_sub_layers_rank():
+    """Units inside sub-layers that go must not use up the share of their kind: all shares would drift."""
+    config = BertConfig(**WIDE.to_diff_dict() | {"num_hidden_layers": 8})
+    sites, params, _ = setting(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def scores():
+        return {name: torch.rand(site.n_units, generator=generator) for name, site in sites.items()}
+
+    pressure = as_pressure({"hidden": 0.8, "heads": 0.5, "layers": 0.75, "ffn": 0.4, "embedding_rank": 0.5})
+    budget = make_budget(params, sites, keep=0.35, scope="model", round_to=1)
+    asked = fractions_kept(solve_by_shares(scores(), sites, params, budget, pressure), sites)
+    drift = {True: 0.0, False: 0.0}
+    for _ in range(6):
+        ranked = scores()
+        for effective in drift:
+            keep = solve_by_shares(ranked, sites, params, budget, as_pressure(asked), effective=effective)
+            assert spent(params, keep) <= budget.limit
+            found = fractions_kept(keep, sites)
+            drift[effective] = max(drift[effective], *(abs(found[kind] - asked[kind]) for kind in asked))
+    assert drift[True] < 0.05 < 0.1 < drift[False]
 
 
 def test_the_search_follows_the_measured_loss():
