@@ -347,7 +347,7 @@ class _CostTable:
         width = max([len(term.sites) for term in terms], default=0)
         padding = len(self.names)  # a site that always keeps one unit
         self.sites = np.array(
-            [[spot[s] for s in term.sites] + [padding] * (width - len(term.sites)) for term in terms]
+            [[spot[s] for s in term.sites] + [padding] * (width - len(term.sites)) for term in terms], dtype=np.int64
         ).reshape(len(terms), width)
         self.rank = next((spot[term.rank] for term in terms if term.rank), -1)
         self.when = np.array([0 if not term.rank else 2 if term.dense else 1 for term in terms])

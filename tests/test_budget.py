@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from ibprune.budget import fill, fractions_kept, make_budget, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
-from ibprune.costs import amount, macs_model, params_model
+from ibprune.costs import CostModel, Term, amount, macs_model, params_model
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadRecipe
 from ibprune.memory import measure_memory
@@ -45,6 +45,19 @@ WIDE = BertConfig(vocab_size=500, hidden_size=128, num_hidden_layers=3, num_atte
 
 GROUPED = LlamaConfig(vocab_size=200, hidden_size=128, num_hidden_layers=3, num_attention_heads=8,
                       num_key_value_heads=4, intermediate_size=512)  # fmt: skip
+
+
+def test_a_cost_that_no_unit_has_a_part_in_is_met_by_all_of_them_or_refused():
+    """As a latency may be that was fitted on a machine too busy to tell widths apart."""
+    sites, params, _ = setting()
+    model = CostModel("latency", (Term(7, (), False),), params.n_units)
+    scores = {name: torch.rand(site.n_units) for name, site in sites.items()}
+    budget = make_budget(model, sites, keep=1.0, scope="model", round_to=1)
+    for keep in (solve_by_cost(scores, sites, model, budget),
+                 solve_by_shares(scores, sites, model, budget, equal_pressure(sites))):  # fmt: skip
+        assert {name: len(units) for name, units in keep.items()} == {name: s.n_units for name, s in sites.items()}
+    with pytest.raises(BadRecipe, match="saves no latency here"):
+        make_budget(model, sites, keep=0.9, scope="model", round_to=1)
 
 
 @pytest.mark.parametrize("round_to", [1, 8])

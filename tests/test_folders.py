@@ -124,7 +124,6 @@ def test_a_pruned_encoder_decoder_writes_alike_after_reloading(family, tmp_path,
             assert torch.equal(same, ids) and torch.allclose(other, logits, atol=1e-5 * logits.abs().max())
 
 
-@pytest.mark.usefixtures("own_process")
 def test_an_output_that_a_checkpoint_holds_apart_from_the_embedding_stays_apart(tmp_path, tokenizer):
     """Flan-T5: its config says that they are tied, its weights that they are not."""
     model = build("t5-gated", "T5ForConditionalGeneration", dtype=torch.float32)

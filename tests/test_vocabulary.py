@@ -414,7 +414,6 @@ def test_an_encoder_is_distilled_word_by_word_where_the_tokens_differ(spelt):
     assert torch.allclose(found[0, 0], means[1], atol=1e-6) and there[:, 0].tolist() == [1, 1, 1, 1, 0]
 
 
-@pytest.mark.usefixtures("own_process")
 def test_a_tokenizer_that_makes_other_tokens_fails_the_check(spelt, tmp_path):
     model = ibprune.load(spelt["BertModel"])
     tokenizer = AutoTokenizer.from_pretrained(spelt["BertModel"])
