@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 from conftest import inputs_of, outputs, random_keep, token_ids
-from test_folders import pruned
+from test_folders import cut, pruned
 
 import ibprune
 from ibprune.folders import write_model
+from ibprune.models import find_source, load_dense
 from ibprune.task_heads import auto_class
 
 CASES = {
@@ -127,6 +128,23 @@ def test_adapters_are_trained_saved_loaded_and_merged(case, tmp_path):
     assert same(loaded, adapted)
     loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert same(load(case, tmp_path / "merged"), adapted) and same(ibprune.load(tmp_path / "merged"), adapted)
+
+
+@needs["peft"]
+def test_a_pruned_minilm_is_fine_tuned_by_trainer_and_adapters_and_saved_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("ibprune.models.hub_reachable", lambda: False)
+    loaded = load_dense(find_source("minilm"), n_labels=2)
+    torch.nn.init.normal_(loaded.model.classifier.weight)
+
+    def half_or_more(sites):
+        return random_keep({name: site.at_least(site.n_units // 2) for name, site in sites.items()}, 5)
+
+    model, plan = cut(loaded.model, half_or_more, factorize=False)
+    (tmp_path / "small").mkdir()
+    assert write_model(model, loaded.tokenizer, plan, tmp_path / "small") == "remote_code"
+    case = "bert", tmp_path / "small", outputs(model)
+    test_the_trainer_trains_and_its_folders_load_both_ways(case, tmp_path)
+    test_adapters_are_trained_saved_loaded_and_merged(case, tmp_path)
 
 
 @needs["peft"]
