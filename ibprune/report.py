@@ -227,13 +227,13 @@ def whole_line(report: dict) -> str:
     if first is None:
         return ""
     before = f"{code(report['model'])} had been pruned before"
-    if "params" not in first:
+    if not all(isinstance(first.get(key), int) and first[key] > 0 for key in ("params", "macs")):
         return f"{before}; how much, its folder does not say."
     pruned = report["pruned"]
     left = f"{pruned['params'] / first['params']:.1%} of the {first['params']:,} parameters"
-    if first["macs_input"] == macs_input(report):
+    if first.get("macs_input") == macs_input(report):
         left += f" and {pruned['macs'] / first['macs']:.1%} of the MACs"
-    return f"{before}: in all, {left} of {code(first['model'])} are left."
+    return f"{before}: in all, {left} of {code(str(first.get('model')))} are left."
 
 
 def kept_names(report: dict) -> dict[str, str]:

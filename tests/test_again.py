@@ -121,7 +121,9 @@ def test_what_a_base_was_cut_of_is_handed_on_by_training_and_said_to_be_unknown_
     report = json.loads((Path(pruned) / "report.json").read_text())
     said = whole_line(report | {"first": dense})  # the MACs are of another length, and are not compared
     assert said.endswith(f"in all, {report['pruned']['params'] / 1000:.1%} of the 1,000 parameters of `m` are left.")
-    assert whole_line(report | {"first": {}}).endswith("had been pruned before; how much, its folder does not say.")
+    for unknown in ({}, dense | {"params": 0}, dense | {"macs": "many"}):
+        said = whole_line(report | {"first": unknown})
+        assert said.endswith("had been pruned before; how much, its folder does not say.")
 
 
 def test_a_pruned_model_is_planned_trained_judged_audited_and_timed(pruned, reviews, tmp_path, capsys):
