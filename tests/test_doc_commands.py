@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 import ibprune
-from ibprune import cli, data, feeding, pipeline, training
+from ibprune import cli, data, feeding, legacy, pipeline, training
 
 NETWORK = "needs a network: it fetches packages, or the project"
 SEVERAL = "starts processes; tests/test_processes.py does, and has runs in two of them"
@@ -148,7 +148,7 @@ def stage(tmp_path_factory, pieces, sentencepiece):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         found = {"auto_class": "AutoModel", "max_abs_diff": 0.0, "ways": [], "transformers": ""}
-        for module in (pipeline, training):  # the folder again in a fresh process
+        for module in (pipeline, training, legacy):  # the folder again in a fresh process
             patch.setattr(module, "verify", lambda model, folder, tier, *rest, **more: found | {"tier": tier})
         patch.setattr("ibprune.audit_output.draw_audit", lambda found, folder: [])
         patch.setattr("ibprune.estimating.measured_rate", lambda *given: 1e10)
