@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
@@ -161,15 +162,20 @@ def pareto_page(found: dict) -> str:
     )
 
 
-def _render(template: str, **values: object) -> str:
-    environment = Environment(
+@cache
+def _environment() -> Environment:
+    """The templates; each is compiled once, which takes longer than to fill it in."""
+    return Environment(
         loader=PackageLoader("ibprune"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
+
+
+def _render(template: str, **values: object) -> str:
+    return _environment().get_template(template).render(**values)
 
 
 def _base(model: str) -> str:

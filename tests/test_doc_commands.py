@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 import ibprune
-from ibprune import cli, data, feeding
+from ibprune import cli, data, feeding, legacy, pipeline, training
 
 NETWORK = "needs a network: it fetches packages, or the project"
 SEVERAL = "starts processes; tests/test_processes.py does, and has runs in two of them"
@@ -110,7 +110,7 @@ def pieces() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, pieces, sentencepiece):  # noqa: F811
-    """A folder with everything that the pages name, and runs that take two steps where no flag says how many."""
+    """A folder with everything that the pages name; what takes longest beside the runs, other tests look at."""
     root = tmp_path_factory.mktemp("stage")
     for name, head in (("minilm", "BertModel"), ("my-classifier", "BertForSequenceClassification")):
         model = build("bert", head, dtype=torch.float32, vocab_size=len(pieces))
@@ -147,6 +147,11 @@ def stage(tmp_path_factory, pieces, sentencepiece):  # noqa: F811
     save(root / "bert-pruned-heads", old, old.state_dict(), pruned_heads=gone)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        found = {"auto_class": "AutoModel", "max_abs_diff": 0.0, "ways": [], "transformers": ""}
+        for module in (pipeline, training, legacy):  # the folder again in a fresh process
+            patch.setattr(module, "verify", lambda model, folder, tier, *rest, **more: found | {"tier": tier})
+        patch.setattr("ibprune.audit_output.draw_audit", lambda found, folder: [])
+        patch.setattr("ibprune.estimating.measured_rate", lambda *given: 1e10)
         patch.setattr(feeding, "load_prose", partial(feeding.load_prose, limit=2800))
         rows = data.read_file(root / "reviews.tsv")
         task = {"train": rows.select(range(64)), "held_out": rows.select(range(64, 96))}
