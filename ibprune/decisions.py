@@ -8,9 +8,9 @@ import numpy as np
 
 from ibprune.budget import Budget
 from ibprune.groups import Site
+from ibprune.names import DECISION, DECISION_SCHEMA
 from ibprune.ties import Keep, Scores
 
-DECISION, SCHEMA = "decision.json", "ibprune.decision/1"  # in a folder
 PARTS = 256  # of a kind's units in the order of their scores
 POINTS = 200  # of a path
 
@@ -96,7 +96,7 @@ def make_decision(score: str, kinds: dict[str, dict], path: dict | None = None) 
         kinds: As `rank_kinds` gives it.
         path: As `make_path` gives it.
     """
-    return {"schema": SCHEMA, "score": score, "kinds": kinds, "path": path}
+    return {"schema": DECISION_SCHEMA, "score": score, "kinds": kinds, "path": path}
 
 
 def write_decision(decision: dict, folder: Path) -> None:

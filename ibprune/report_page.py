@@ -12,12 +12,10 @@ from markupsafe import Markup, escape
 from ibprune.audit_output import audit_intro, audit_table, further_table
 from ibprune.checksums import PAGE
 from ibprune.curves import RANKED_BY, draw_descent, draw_ranked
-from ibprune.decisions import DECISION
-from ibprune.decisions import SCHEMA as DECISION_SCHEMA
 from ibprune.drawing import Cell, Chart, Stack, draw_layers, listed, make_chart, unit_map
 from ibprune.errors import BadRecipe, PlanMismatch
 from ibprune.model_card import limits
-from ibprune.names import MODULE_KINDS
+from ibprune.names import DECISION, DECISION_SCHEMA, MODULE_KINDS
 from ibprune.report import (
     MODULE_SCHEMA,
     PARETO,
