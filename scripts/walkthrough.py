@@ -19,6 +19,7 @@ INSTALL = (
     f"pip install -q -c {ROOT}/constraints.txt torch",
     f"pip install -q -c {ROOT}/constraints.txt '{ROOT}[demo]'",
 )
+INDEX_WARNING = "WARNING: Location 'file:"  # of pip, on package folders that a machine's settings name and it lacks
 LOAD = """python -c "
 import ibprune
 model = ibprune.load('smoke')
@@ -49,7 +50,9 @@ def run(command: str, folder: Path, environment: dict[str, str]) -> tuple[str, f
                           stderr=subprocess.STDOUT, check=False)  # fmt: skip
     if done.returncode not in (0, 2):
         sys.exit(f"{command}: ended with {done.returncode}\n{done.stdout}")
-    return done.stdout, time.perf_counter() - start
+    lines = done.stdout.splitlines()
+    said = "\n".join(line for line in lines if not line.startswith(INDEX_WARNING))
+    return said, time.perf_counter() - start
 
 
 def main() -> None:
