@@ -294,6 +294,8 @@ def main(argv: list[str] | None = None) -> None:
         found[cell.file] = json.loads(file.read_text())
         if found[cell.file]["settings"] != {"values": cell.values, "test": cell.test}:
             raise SystemExit(f"{file} was run with other settings: delete it, or give the row or score another name.")
+        if any("agrees" not in examples for examples in found[cell.file]["examples"].values()):
+            raise SystemExit(f"{file} is of an older version of this script, which kept no agreement: delete it.")
     record = {
         "machine": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
         "versions": found[cells[0].file]["versions"], "records": summarise(cells, found),

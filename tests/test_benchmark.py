@@ -71,6 +71,11 @@ def test_a_table_is_run_once_and_goes_on(script, folders, reviews, tmp_path, cap
     assert again[0] == before[0]  # with its seconds: not run again
     examples = [json.loads(found[1])["examples"] for found in (before, again)]
     assert examples[0] == examples[1]
+    old = json.loads(cells[0].read_text())
+    del old["examples"]["dev"]["agrees"]
+    cells[0].write_text(json.dumps(old))
+    with pytest.raises(SystemExit, match="fisher__0.json is of an older version of this script"):
+        script["main"]([str(path)])
     path.write_text(yaml.safe_dump(table | {"total_steps": 6}))
     with pytest.raises(SystemExit, match="was run with other settings"):
         script["main"]([str(path)])
