@@ -19,7 +19,7 @@ RANKED_BY = {  # what a score says, for the page
     "magnitude": "the squared weights that go with a unit",
     "random": "chance",
 }
-SEEN = 30.0  # times the least score that the largest one is, from which on powers of ten are drawn
+SEEN = 30.0  # times the least score above 0 that the largest one is, from which on powers of ten are drawn
 DECADES = 8  # that are drawn at the most
 
 
@@ -73,8 +73,9 @@ def draw_ranked(kind: str, found: dict) -> Ranked:
     """
     units, kept, scores, stays = (found[key] for key in ("units", "kept", "scores", "stays"))
     finite = [float(score) for score in scores if score is not None]
-    powers = bool(finite) and finite[0] > 0 and finite[0] > SEEN * max(finite[-1], 0.0)
-    least = max(min((x for x in finite if x > 0), default=1.0), finite[0] * 10.0**-DECADES) if powers else 0.0
+    least = min((x for x in finite if x > 0), default=0.0)
+    powers = bool(finite) and finite[-1] >= 0 and finite[0] > SEEN * least > 0  # learned scores may be negative
+    least = max(least, finite[0] * 10.0**-DECADES) if powers else 0.0
     heights = [math.log10(max(score, least)) if powers else score for score in finite]
     axis = make_axis(heights, unit="power" if powers else "", most=3)
     n, threshold, beyond = len(scores), found["threshold"], found["beyond"]

@@ -173,6 +173,15 @@ def test_a_path_is_kept_in_few_points_and_drawn_with_its_stops(run):
     assert any("1.00 of the dense one at first, 0.30 from step" in label for label in found.labels())
 
 
+def test_scores_below_zero_stay_below_the_others():
+    """What masks learn is a logarithm already: as powers of ten, the worst unit would be drawn beside the next."""
+    drawn = draw_ranked("heads", {"units": 4, "kept": 2, "threshold": 4.0, "beyond": 0,
+                                  "scores": [7.0, 4.0, 2.0, -0.7], "stays": [1.0, 1.0, 0.0, 0.0]})  # fmt: skip
+    heights = [y for _, y in drawn.points]
+    assert heights[2] - heights[3] > heights[1] - heights[2]
+    assert not any("e" in label for _, label in drawn.y.ticks)
+
+
 @pytest.mark.parametrize("scores", [[3.0, 2.0, 1.0], [1e6, 1.0, 0.0], [0.0, 0.0, 0.0], [5.0, -1.0, -9.0], [None] * 3])
 def test_any_scores_can_be_drawn(scores):
     told = {"units": 3, "kept": 1, "threshold": scores[0], "beyond": 0, "scores": scores, "stays": [1.0, 0.0, 0.0]}
