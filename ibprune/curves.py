@@ -19,7 +19,7 @@ RANKED_BY = {  # what a score says, for the page
     "magnitude": "the squared weights that go with a unit",
     "random": "chance",
 }
-SEEN = 30.0  # times the least score above 0 that the largest one is, from which on powers of ten are drawn
+SEEN = 100.0  # times the least score above 0 that the largest one is, from which on powers of ten are drawn
 DECADES = 8  # that are drawn at the most
 
 

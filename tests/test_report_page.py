@@ -381,3 +381,12 @@ def test_the_templates_are_packaged():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["ibprune"]
     files = [path.relative_to(ROOT / "ibprune").as_posix() for path in (ROOT / "ibprune" / "templates").iterdir()]
     assert len(files) >= 4 and all(any(fnmatch.fnmatch(file, p) for p in patterns) for file in files)
+
+
+def test_powers_of_ten_have_whole_exponents():
+    for low in (-7.9, -1.2, 0.0, 0.45):
+        for span in (2.01, 3.7, 8.0):
+            labels = [label for _, label in make_axis([low, low + span], unit="power", most=3).ticks]
+            assert len(labels) >= 2 and not any("." in label for label in labels)
+    narrow = {"units": 2, "kept": 1, "threshold": 90.0, "beyond": 0, "scores": [90.0, 1.0], "stays": [1.0, 0.0]}
+    assert not any("1e" in label for _, label in draw_ranked("ffn", narrow).y.ticks)
