@@ -130,9 +130,10 @@ def solve_by_shares(
     not name, or names with 0, keep everything. Equal shares are pressure 1 for every kind but "layers".
 
     Args:
-        effective: Whether the shares are those of an earlier plan (`fractions_kept`), and its widths come back however
-            the sub-layers rank now: units inside those that go count for nothing, and no more of these go, where the
-            budget can be met so. Else what such units take of a share is lost, and left for all kinds to fill.
+        effective: Whether the pressures are those of an earlier plan, by `pool_of`, and its widths come back however
+            the units rank now: those inside sub-layers that go count for nothing, no more of these go, where the
+            budget can be met so, and widths are rounded to the nearest. Else what such units take of a share is lost,
+            and what rounding down takes, and left for all kinds to fill.
 
     Raises:
         BadRecipe: The kinds under pressure cannot reach the budget by themselves.
@@ -172,13 +173,16 @@ def keep_within(
             keep_within, scores, sites, model, budget, pressure, effective=effective, most=most, halvings=halvings
         )
     layers = [name for name, site in sites.items() if site.kind == "layers" and site.block] if effective else []
-    ranking = Ranking(scores, sites, {name: _inner_sites(model, sites, name) for name in layers})
+    pools = {name: pool_of(site) if effective else site.kind for name, site in sites.items()}
+    ranking = Ranking(scores, sites, {name: _inner_sites(model, sites, name) for name in layers}, pools)
+    # A tie has a name of its own, and the share of the stream.
+    pressed = {pool: pressure.get(pool, pressure.get(of[0].kind, 0.0)) for pool, of in ranking.pools.items()}
 
     def keep_at(t: float) -> Keep:
         # A sub-layer more than the earlier plan cut would leave so much that all kinds got other shares.
-        deep = {kind: min(t, 1.0) if effective and kind == "layers" else t for kind in ranking.kinds}
-        fractions = {kind: float(np.exp(-deep[kind] * pressure.get(kind, 0.0))) for kind in ranking.kinds}
-        return ranking.keep(fractions, budget.round_to)
+        deep = {pool: min(t, 1.0) if effective and pool == "layers" else t for pool in pressed}
+        fractions = {pool: float(np.exp(-deep[pool] * value)) for pool, value in pressed.items()}
+        return ranking.keep(fractions, budget.round_to, nearest=effective)
 
     low, high = 0.0, most or 20.0 / min([value for value in pressure.values() if value > 0], default=1.0)
     if _cost(keep_at(low), model, budget) <= budget.limit:
@@ -205,30 +209,45 @@ def _solve_tied(
     return untied(ties, found, known)
 
 
-def fractions_kept(keep: Keep, sites: dict[str, Site]) -> dict[str, float]:
-    """Kept share of the units of each kind."""
+def fractions_kept(
+    keep: Keep, sites: dict[str, Site], pool: Callable[[Site], str] = lambda site: site.kind
+) -> dict[str, float]:
+    """Kept share of the units of each kind, or of each pool."""
     total: dict[str, list[int]] = {}
     for name, site in sites.items():
-        counts = total.setdefault(site.kind, [0, 0])
+        counts = total.setdefault(pool(site), [0, 0])
         counts[0] += len(keep[name])
         counts[1] += site.n_units
-    return {kind: kept / units for kind, (kept, units) in total.items()}
+    return {name: kept / units for name, (kept, units) in total.items()}
+
+
+def pool_of(site: Site) -> str:
+    """Whose units are ranked together where an earlier plan says how many stay: those of a kind.
+
+    The residual stream and what else has a width of its own (a pooler, a task's head) are one kind, "hidden", and a
+    share of each: a unit of the stream costs many times one of a pooler, so that a few that change their places would
+    take steps of width from all else.
+    """
+    return site.name if site.kind == "hidden" else site.kind
 
 
 class Ranking:
-    """The units of each kind in one order over all sites, best first, floors in front.
+    """The units of each pool in one order over all its sites, best first, floors in front.
 
     Args:
         inside: The sites inside each sub-layer, of which none but the floors stay when it goes.
+        pools: The pool of each site, such as its kind; sub-layers are one.
     """
 
-    def __init__(self, scores: Scores, sites: dict[str, Site], inside: Mapping[str, list[str]]):
+    def __init__(
+        self, scores: Scores, sites: dict[str, Site], inside: Mapping[str, list[str]], pools: Mapping[str, str]
+    ):
         self.sites, self.inside = sites, inside
-        self.kinds: dict[str, list[Site]] = {}
-        for site in sites.values():
-            self.kinds.setdefault(site.kind, []).append(site)
+        self.pools: dict[str, list[Site]] = {}
+        for name, site in sites.items():
+            self.pools.setdefault(pools[name], []).append(site)
         self.order: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # site, unit, and whether it may stay
-        for kind, members in self.kinds.items():
+        for pool, members in self.pools.items():
             values, owner, unit = [], [], []
             for i, site in enumerate(members):
                 score = _array(scores[site.name]).copy()
@@ -238,26 +257,29 @@ class Ranking:
                 unit.append(np.arange(site.n_units))
             values = np.concatenate(values)
             best = np.argsort(-values, kind="stable")
-            self.order[kind] = np.concatenate(owner)[best], np.concatenate(unit)[best], values[best] > -np.inf
+            self.order[pool] = np.concatenate(owner)[best], np.concatenate(unit)[best], values[best] > -np.inf
 
-    def keep(self, fractions: Mapping[str, float], round_to: int = 1) -> Keep:
-        """The best `fractions[kind]` of the units of each kind; widths rounded down."""
+    def keep(self, fractions: Mapping[str, float], round_to: int = 1, *, nearest: bool = False) -> Keep:
+        """The best `fractions[pool]` of the units of each pool; widths rounded down, or to the nearest."""
         keep: Keep = {}
         gone: set[str] = set()
-        for kind in sorted(self.kinds, key=lambda kind: kind != "layers"):
-            members, (owner, unit, may_stay) = self.kinds[kind], self.order[kind]
+        for pool in sorted(self.pools, key=lambda pool: pool != "layers"):
+            members, (owner, unit, may_stay) = self.pools[pool], self.order[pool]
             lost = np.array([site.name in gone for site in members])[owner]
-            total = max(sum(site.min_units for site in members), int(fractions[kind] * len(owner) + 1e-9))
-            first = np.flatnonzero(may_stay & ~lost)[:total]
+            total = max(sum(site.min_units for site in members), int(fractions[pool] * len(owner) + 1e-9))
+            chosen = np.bincount(owner[np.flatnonzero(may_stay & ~lost)[:total]], minlength=len(members))
             for i, site in enumerate(members):
-                units = unit[first][owner[first] == i]
-                width = max(allowed_width(len(units), site, round_to), site.min_units)
+                units = unit[(owner == i) & (may_stay | (site.name in gone))]
+                width = max(allowed_width(int(chosen[i]), site, round_to), site.min_units)
+                if nearest:
+                    above = allowed_width(int(chosen[i]), site, round_to, up=True)
+                    width = above if above - chosen[i] <= chosen[i] - width and above <= len(units) else width
                 if site.name in gone:
-                    units, width = unit[owner == i], site.min_units
+                    width = site.min_units
                 keep[site.name] = tuple(sorted(units[:width].tolist()))
-            if kind == "layers":
+            if pool == "layers":
                 gone = {inner for layer, inners in self.inside.items() if not keep[layer] for inner in inners}
-        return {site.name: keep[site.name] for members in self.kinds.values() for site in members}
+        return {name: keep[name] for name in self.sites}
 
 
 def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, budget: Budget) -> Keep:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from ibprune.budget import Budget, Keep, fractions_kept, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import Budget, Keep, fractions_kept, make_budget, pool_of, solve_by_cost, solve_by_shares
 from ibprune.candidates import probe_loss, reader, recovered_loss
 from ibprune.channels import Found
 from ibprune.choosing import Choice, refit_, score_units
@@ -89,7 +89,7 @@ def cut(
     budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to,
                          ties=structure.ties)  # fmt: skip
     _, _, keep = one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
-    pressure = as_pressure(fractions_kept(keep, sites)) if choice.shares == "probe" else None
+    pressure = as_pressure(fractions_kept(keep, sites, pool_of)) if choice.shares == "probe" else None
     n_units, rows = {name: site.n_units for name, site in structure.everything.items()}, keep["vocab"]
     student = copy.deepcopy(dense)
     if len(rows) < n_units["vocab"]:
@@ -219,7 +219,8 @@ def choose_and_compact_(
     What decided it is returned too, as `ibprune.decisions.make_decision` has it.
 
     Args:
-        pressure: The shares, where a search has found them: kind k keeps exp(-t * pressure[k]) of its units.
+        pressure: The shares, where a search has found them, by `pool_of`: pool p keeps exp(-t * pressure[p]) of its
+            units.
     """
     sites, notes = structure.sites, {}
     masks, scores, keep = one_shot(student, structure, budget, choice, pressure=pressure) if sites else (None, {}, {})

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import (
+    Budget,
+    Keep,
+    Scores,
+    fractions_kept,
+    least_cost,
+    make_budget,
+    pool_of,
+    solve_by_cost,
+    solve_by_shares,
+)
 from ibprune.choosing import refit_
 from ibprune.console import Quiet
 from ibprune.cutting import as_before, is_learned, learn_keep, one_shot, per_cost, prepare_cut, ranked_by
@@ -102,10 +112,11 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
     """What one mask run leaves at each budget, compacted and not recovered, and what decided it, the largest first.
 
     Scores, and how the cut is shared between kinds, come from the smallest budget: the others lie on the way there,
-    where kind k keeps exp(-t * pressure[k]) of its units. Then the mask learning of one run goes down this way and
-    stops at each budget: units that a budget cut never come back, so that plans are nested. Its steps are divided by
-    how far each stretch goes down. Each model starts its recovery from the weights at its stop; the next stretch goes
-    on from there without that recovery. One-shot scores refit each model apart, from the dense weights.
+    where pool p (`ibprune.budget.pool_of`) keeps exp(-t * pressure[p]) of its units. Then the mask learning of one run
+    goes down this way and stops at each budget: units that a budget cut never come back, so that plans are nested. Its
+    steps are divided by how far each stretch goes down. Each model starts its recovery from the weights at its stop;
+    the next stretch goes on from there without that recovery. One-shot scores refit each model apart, from the dense
+    weights.
 
     Args:
         choose: The budgets, the largest first, by the least share that can be reached.
@@ -127,7 +138,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
             for keep in shares
         ]
         masks, scores, target = one_shot(student, structure, budgets[-1], choice)
-        pressure = {kind: -math.log(max(share, 1e-9)) for kind, share in fractions_kept(target, sites).items()}
+        pressure = {pool: -math.log(max(share, 1e-9)) for pool, share in fractions_kept(target, sites, pool_of).items()}
         start, within = per_cost(scores, structure, budgets[-1]), None
     above, done, points, stops, learned = 1.0, 0, [], [], is_learned(choice)
     for budget in budgets:

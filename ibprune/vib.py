@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ibprune.budget import Budget, Keep, fractions_kept, keep_within, solve_by_shares
+from ibprune.budget import Budget, Keep, fractions_kept, keep_within, pool_of, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.decisions import rank_kinds
@@ -53,10 +53,10 @@ class MaskSettings:
 class MaskLearning:
     """Masks from step to step while the weights train: the ramp of the budget, the noise and the KL, whoever trains.
 
-    The masks start from a ranking. The hard mask is the exact top-k of the present -log_alpha
-    within each kind, as many units as fit under a limit that follows a ramp from the dense cost down to
-    the budget, cut between kinds as in the target; so no controller is needed. When the noise ends, the
-    exact budget is taken once, rounding and all, and the last steps train what stays. The loss is
+    The masks start from a ranking. The hard mask is the exact top-k of the present -log_alpha within each kind (each
+    pool, `ibprune.budget.pool_of`), as many units as fit under a limit that follows a ramp from the dense cost down
+    to the budget, shared between them as in the target; so no controller is needed. When the noise ends, the exact
+    budget is taken once, rounding and all, and the last steps train what stays. The loss is
 
         loss + sum_j beta_j * KL_j,   beta_j = beta * cost_j / dense cost   (VIBNet eq. 10 with gamma = cost)
 
@@ -100,7 +100,8 @@ class MaskLearning:
         self.model, self.masks, self.sites, self.cost_model, self.budget = model, masks, sites, cost_model, budget
         self.target, self.steps, self.seed, self.settings = target, steps, seed, settings
         self.rescore, self.within, self.share, self.tell = rescore, within, share, tell
-        self.pressure = {kind: -float(np.log(max(part, 1e-9))) for kind, part in fractions_kept(target, sites).items()}
+        shares = fractions_kept(target, sites, pool_of)
+        self.pressure = {pool: -float(np.log(max(share, 1e-9))) for pool, share in shares.items()}
         self.noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
         self.ranks = dict(start)  # of a gradual score
         self.dense = self.top = cost_model(cost_model.n_units, scope=budget.scope)

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from ibprune.budget import fill, fractions_kept, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import fill, fractions_kept, make_budget, pool_of, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, Term, amount, macs_model, params_model
 from ibprune.embeddings import factorize_
@@ -180,16 +180,41 @@ def test_shares_of_a_plan_come_back_however_sub_layers_rank():
 
     pressure = as_pressure({"hidden": 0.8, "heads": 0.5, "layers": 0.75, "ffn": 0.4, "embedding_rank": 0.5})
     budget = make_budget(params, sites, keep=0.35, scope="model", round_to=1)
-    asked = fractions_kept(solve_by_shares(scores(), sites, params, budget, pressure), sites)
+    asked = fractions_kept(solve_by_shares(scores(), sites, params, budget, pressure), sites, pool_of)
     drift = {True: 0.0, False: 0.0}
     for _ in range(6):
         ranked = scores()
         for effective in drift:
             keep = solve_by_shares(ranked, sites, params, budget, as_pressure(asked), effective=effective)
             assert spent(params, keep) <= budget.limit
-            found = fractions_kept(keep, sites)
+            found = fractions_kept(keep, sites, pool_of)
             drift[effective] = max(drift[effective], *(abs(found[kind] - asked[kind]) for kind in asked))
     assert drift[True] < 0.05 < 0.1 < drift[False]
+
+
+def test_narrow_kinds_keep_their_width_however_the_units_rank():
+    """Rounding down, a share that is wanted a little smaller took a whole step of a rank, and other kinds got it."""
+    sites, params, _ = setting(BertConfig(**WIDE.to_diff_dict() | {"vocab_size": 4000}))
+    generator = torch.Generator().manual_seed(0)
+
+    def scores():
+        return {name: torch.rand(site.n_units, generator=generator) for name, site in sites.items()}
+
+    pressure = as_pressure({"hidden": 0.7, "heads": 0.5, "layers": 0.67, "ffn": 0.4, "embedding_rank": 0.2})
+    budget = make_budget(params, sites, keep=0.25, scope="model", round_to=8)
+    target = solve_by_shares(scores(), sites, params, budget, pressure)
+    asked = as_pressure(fractions_kept(target, sites, pool_of))
+    narrow = ("hidden", "embedding_rank")
+    assert all(len(target[name]) < sites[name].n_units for name in narrow)
+    drifted = 0
+    for _ in range(12):
+        ranked = scores()
+        keep = solve_by_shares(ranked, sites, params, budget, asked, effective=True)
+        assert spent(params, keep) <= budget.limit
+        assert {name: len(keep[name]) for name in narrow} == {name: len(target[name]) for name in narrow}
+        other = solve_by_shares(ranked, sites, params, budget, asked)
+        drifted += any(len(other[name]) != len(target[name]) for name in narrow)
+    assert drifted
 
 
 def test_the_search_follows_the_measured_loss():
