@@ -132,8 +132,8 @@ def solve_by_shares(
     Args:
         effective: Whether the pressures are those of an earlier plan, by `pool_of`, and its widths come back however
             the units rank now: those inside sub-layers that go count for nothing, no more of these go, where the
-            budget can be met so, and widths are rounded to the nearest. Else what such units take of a share is lost,
-            and what rounding down takes, and left for all kinds to fill.
+            budget can be met so, and counts and widths are rounded to the nearest. Else what such units take of a
+            share is lost, and what rounding down takes, and left for all kinds to fill.
 
     Raises:
         BadRecipe: The kinds under pressure cannot reach the budget by themselves.
@@ -260,13 +260,14 @@ class Ranking:
             self.order[pool] = np.concatenate(owner)[best], np.concatenate(unit)[best], values[best] > -np.inf
 
     def keep(self, fractions: Mapping[str, float], round_to: int = 1, *, nearest: bool = False) -> Keep:
-        """The best `fractions[pool]` of the units of each pool; widths rounded down, or to the nearest."""
+        """The best `fractions[pool]` of the units of each pool; counts and widths rounded down, or to the nearest."""
         keep: Keep = {}
         gone: set[str] = set()
         for pool in sorted(self.pools, key=lambda pool: pool != "layers"):
             members, (owner, unit, may_stay) = self.pools[pool], self.order[pool]
             lost = np.array([site.name in gone for site in members])[owner]
-            total = max(sum(site.min_units for site in members), int(fractions[pool] * len(owner) + 1e-9))
+            total = int(fractions[pool] * len(owner) + (0.5 if nearest else 1e-9))
+            total = max(sum(site.min_units for site in members), total)
             chosen = np.bincount(owner[np.flatnonzero(may_stay & ~lost)[:total]], minlength=len(members))
             for i, site in enumerate(members):
                 units = unit[(owner == i) & (may_stay | (site.name in gone))]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from ibprune.report import PARETO, PARETO_SCHEMA
 from ibprune.report_page import write_page
 from ibprune.resuming import open_journal
 from ibprune.saves import rng_state, set_rng_state
+from ibprune.shares import as_pressure
 from ibprune.structure import Structure
 from ibprune.vib import only
 
@@ -138,7 +138,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
             for keep in shares
         ]
         masks, scores, target = one_shot(student, structure, budgets[-1], choice)
-        pressure = {pool: -math.log(max(share, 1e-9)) for pool, share in fractions_kept(target, sites, pool_of).items()}
+        pressure = as_pressure(fractions_kept(target, sites, pool_of))
         start, within = per_cost(scores, structure, budgets[-1]), None
     above, done, points, stops, learned = 1.0, 0, [], [], is_learned(choice)
     for budget in budgets:

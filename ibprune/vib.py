@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -22,6 +21,7 @@ from ibprune.losses import Batch
 from ibprune.masks import MaskSet
 from ibprune.processes import n_processes, process_index
 from ibprune.resuming import NO_JOURNAL, Journal
+from ibprune.shares import as_pressure
 from ibprune.trainer import TrainSettings, TrainState, train
 
 NOISELESS_KINDS = ("hidden", "embedding_rank")  # one draw would hit every norm, or every token, at once
@@ -100,8 +100,7 @@ class MaskLearning:
         self.model, self.masks, self.sites, self.cost_model, self.budget = model, masks, sites, cost_model, budget
         self.target, self.steps, self.seed, self.settings = target, steps, seed, settings
         self.rescore, self.within, self.share, self.tell = rescore, within, share, tell
-        shares = fractions_kept(target, sites, pool_of)
-        self.pressure = {pool: -float(np.log(max(share, 1e-9))) for pool, share in shares.items()}
+        self.pressure = as_pressure(fractions_kept(target, sites, pool_of))
         self.noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
         self.ranks = dict(start)  # of a gradual score
         self.dense = self.top = cost_model(cost_model.n_units, scope=budget.scope)

@@ -217,6 +217,25 @@ def test_narrow_kinds_keep_their_width_however_the_units_rank():
     assert drifted
 
 
+def test_what_an_earlier_plan_kept_whole_stays_whole():
+    """Its pressure is very small and not none: rounded down, that took a sub-layer, and a step of the stream."""
+    sites, params, _ = setting(WIDE)
+    generator = torch.Generator().manual_seed(0)
+
+    def scores():
+        return {name: torch.rand(site.n_units, generator=generator) for name, site in sites.items()}
+
+    whole = ("hidden", "layers", "embedding_rank")
+    pressure = {"heads": 1.0, "ffn": 1.0}
+    budget = make_budget(params, sites, keep=0.6, scope="model", round_to=8)
+    target = solve_by_shares(scores(), sites, params, budget, pressure)
+    asked = as_pressure(fractions_kept(target, sites, pool_of))
+    for _ in range(6):
+        keep = solve_by_shares(scores(), sites, params, budget, asked, effective=True)
+        assert all(len(keep[name]) == site.n_units for name, site in sites.items() if site.kind in whole)
+        assert spent(params, keep) <= budget.limit
+
+
 def test_the_search_follows_the_measured_loss():
     """A loss that only hidden features carry: the search must spare them, whatever the scores say."""
     sites, params, _ = setting(WIDE)
