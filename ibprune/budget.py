@@ -1,5 +1,6 @@
 """The budget solver: from scores and a cost model to the units that stay, never above the limit."""
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ import torch
 from ibprune.costs import CostModel, amount
 from ibprune.errors import BadRecipe
 from ibprune.groups import Site
-from ibprune.ties import Keep, Scores, Tie, tied_costs, tied_scores, tied_sites, untied
+from ibprune.ties import Keep, Scores, Tie, tied_costs, tied_names, tied_scores, tied_sites, untied
 
 WIDTH_KINDS = ("ffn", "hidden", "embedding_rank", "vocab", "channels")
 WIDE = 128  # features from which on a width is rounded, where it has two steps
+FAR = 4.0  # times the pressures of an earlier plan: enough for a ranking that changed
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,17 @@ def solve_by_shares(
     not name, or names with 0, keep everything. Equal shares are pressure 1 for every kind but "layers".
 
     Args:
-        effective: Whether the pressures are those of an earlier plan, by `pool_of`, and its widths come back however
-            the units rank now: those inside sub-layers that go count for nothing, no more of these go, where the
-            budget can be met so, and counts and widths are rounded to the nearest. Else what such units take of a
+        effective: Whether the pressures are those of an earlier plan (`effective_fractions`), and its widths come back
+            however the units rank now: those inside sub-layers that go count for nothing, no more of these go, where
+            the budget can be met so, and counts and widths are rounded to the nearest. Else what such units take of a
             share is lost, and what rounding down takes, and left for all kinds to fill.
 
     Raises:
         BadRecipe: The kinds under pressure cannot reach the budget by themselves.
     """
     if budget.ties:
-        return _solve_tied(solve_by_shares, scores, sites, model, budget, pressure, effective=effective)
+        pressed = _tied_pressure(budget.ties, sites, pressure)
+        return _solve_tied(solve_by_shares, scores, sites, model, budget, pressed, effective=effective)
     keep = keep_within(scores, sites, model, budget, pressure, effective=effective)
     if _cost(keep, model, budget) > budget.limit:
         raise BadRecipe(
@@ -158,41 +161,43 @@ def keep_within(
     pressure: Mapping[str, float],
     *,
     effective: bool = False,
-    most: float | None = None,
     halvings: int = 60,
 ) -> Keep:
     """The fractions of `solve_by_shares` for one budget; above its limit where the pressed kinds cannot reach it.
 
     Args:
         effective: As there.
-        most: The largest t that is tried; by default, all that can make a difference.
         halvings: How often the interval of t is halved.
     """
     if budget.ties:
-        return _solve_tied(
-            keep_within, scores, sites, model, budget, pressure, effective=effective, most=most, halvings=halvings
-        )
+        pressed = _tied_pressure(budget.ties, sites, pressure)
+        return _solve_tied(keep_within, scores, sites, model, budget, pressed, effective=effective, halvings=halvings)
     layers = [name for name, site in sites.items() if site.kind == "layers" and site.block] if effective else []
     pools = {name: pool_of(site) if effective else site.kind for name, site in sites.items()}
     ranking = Ranking(scores, sites, {name: _inner_sites(model, sites, name) for name in layers}, pools)
-    # A tie has a name of its own, and the share of the stream.
-    pressed = {pool: pressure.get(pool, pressure.get(of[0].kind, 0.0)) for pool, of in ranking.pools.items()}
 
-    def keep_at(t: float) -> Keep:
-        # A sub-layer more than the earlier plan cut would leave so much that all kinds got other shares.
-        deep = {pool: min(t, 1.0) if effective and pool == "layers" else t for pool in pressed}
-        fractions = {pool: float(np.exp(-deep[pool] * value)) for pool, value in pressed.items()}
+    def keep_at(t: float, deepest: float) -> Keep:
+        deep = {pool: min(t, deepest) if of[0].kind == "layers" else t for pool, of in ranking.pools.items()}
+        fractions = {pool: float(np.exp(-t * pressure.get(pool, 0.0))) for pool, t in deep.items()}
         return ranking.keep(fractions, budget.round_to, nearest=effective)
 
-    low, high = 0.0, most or 20.0 / min([value for value in pressure.values() if value > 0], default=1.0)
-    if _cost(keep_at(low), model, budget) <= budget.limit:
-        return keep_at(low)
-    if effective and _cost(keep_at(high), model, budget) > budget.limit:
-        return keep_within(scores, sites, model, budget, pressure, most=most, halvings=halvings)
+    low, high = 0.0, 20.0 / min([value for value in pressure.values() if value > 0], default=1.0)
+    if _cost(keep_at(low, math.inf), model, budget) <= budget.limit:
+        return keep_at(low, math.inf)
+    # The earlier plan is at t = 1. A sub-layer more than it cut would leave so much that all kinds got other shares: so
+    # first no more of these go, then more of them, and only then what it kept whole, under next to no pressure.
+    near = [(0.0, FAR, 1.0), (1.0, FAR, math.inf)] if effective and FAR < high else []
+    for start, end, deepest in near:
+        if _cost(keep_at(end, deepest), model, budget) <= budget.limit:
+            low, high = start, end
+            break
+    else:
+        low, deepest = (FAR if near else 0.0), math.inf
     for _ in range(halvings):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _cost(keep_at(middle), model, budget) <= budget.limit else (middle, high)
-    return keep_at(high)
+        middle = math.sqrt(low * high) if near and high > FAR else (low + high) / 2
+        below = _cost(keep_at(middle, deepest), model, budget) <= budget.limit
+        low, high = (low, middle) if below else (middle, high)
+    return keep_at(high, deepest)
 
 
 def _solve_tied(
@@ -209,26 +214,46 @@ def _solve_tied(
     return untied(ties, found, known)
 
 
-def fractions_kept(
-    keep: Keep, sites: dict[str, Site], pool: Callable[[Site], str] = lambda site: site.kind
-) -> dict[str, float]:
-    """Kept share of the units of each kind, or of each pool."""
+def _tied_pressure(ties: tuple[Tie, ...], sites: dict[str, Site], pressure: Mapping[str, float]) -> Mapping[str, float]:
+    """The pressures with those on the ties that have pools of their own: what is tied has one share."""
+    pools = {tie.site.name: pool_of(sites[tied_names(tie)[0]]) for tie in ties}
+    return {**pressure, **{name: pressure[pool] for name, pool in pools.items() if pool in pressure}}
+
+
+def fractions_kept(keep: Keep, sites: dict[str, Site]) -> dict[str, float]:
+    """Kept share of the units of each kind."""
+    return _fractions({name: len(units) for name, units in keep.items()}, sites, lambda site: site.kind)
+
+
+def effective_fractions(keep: Keep, sites: dict[str, Site], model: CostModel) -> dict[str, float]:
+    """Kept share of the units of each pool (`pool_of`), of a plan whose shares are to come back (`solve_by_shares`).
+
+    Units inside sub-layers that go are gone: a plan lists as many of them as their floors say.
+    """
+    kept = {name: len(units) for name, units in keep.items()}
+    for layer, site in sites.items():
+        if site.kind == "layers" and site.block and not keep[layer]:
+            kept |= dict.fromkeys(_inner_sites(model, sites, layer), 0)
+    return _fractions(kept, sites, pool_of)
+
+
+def _fractions(kept: Mapping[str, int], sites: dict[str, Site], pool: Callable[[Site], str]) -> dict[str, float]:
     total: dict[str, list[int]] = {}
     for name, site in sites.items():
         counts = total.setdefault(pool(site), [0, 0])
-        counts[0] += len(keep[name])
+        counts[0] += kept[name]
         counts[1] += site.n_units
     return {name: kept / units for name, (kept, units) in total.items()}
 
 
 def pool_of(site: Site) -> str:
-    """Whose units are ranked together where an earlier plan says how many stay: those of a kind.
+    """Whose units are ranked together where an earlier plan says how many stay: those of a kind, if they are alike.
 
-    The residual stream and what else has a width of its own (a pooler, a task's head) are one kind, "hidden", and a
-    share of each: a unit of the stream costs many times one of a pooler, so that a few that change their places would
-    take steps of width from all else.
+    The residual stream and what else has a width of its own (a pooler, a task's head) are one kind, "hidden", and have
+    a share each, and so have sub-layers of attention and of FFNs. One of these costs many times another, so that a few
+    that change places would take steps of width from all else, or leave more FFN units than the FFNs that stay have.
     """
-    return site.name if site.kind == "hidden" else site.kind
+    return site.name if site.kind == "hidden" else site.group.name if site.kind == "layers" else site.kind
 
 
 class Ranking:
@@ -236,7 +261,7 @@ class Ranking:
 
     Args:
         inside: The sites inside each sub-layer, of which none but the floors stay when it goes.
-        pools: The pool of each site, such as its kind; sub-layers are one.
+        pools: The pool of each site, such as its kind.
     """
 
     def __init__(
@@ -263,11 +288,11 @@ class Ranking:
         """The best `fractions[pool]` of the units of each pool; counts and widths rounded down, or to the nearest."""
         keep: Keep = {}
         gone: set[str] = set()
-        for pool in sorted(self.pools, key=lambda pool: pool != "layers"):
+        for pool in sorted(self.pools, key=lambda pool: self.pools[pool][0].kind != "layers"):
             members, (owner, unit, may_stay) = self.pools[pool], self.order[pool]
             lost = np.array([site.name in gone for site in members])[owner]
             total = int(fractions[pool] * len(owner) + (0.5 if nearest else 1e-9))
-            total = max(sum(site.min_units for site in members), total)
+            total = max(sum(site.min_units for site in members if site.name not in gone), total)
             chosen = np.bincount(owner[np.flatnonzero(may_stay & ~lost)[:total]], minlength=len(members))
             for i, site in enumerate(members):
                 units = unit[(owner == i) & (may_stay | (site.name in gone))]
@@ -278,8 +303,8 @@ class Ranking:
                 if site.name in gone:
                     width = site.min_units
                 keep[site.name] = tuple(sorted(units[:width].tolist()))
-            if pool == "layers":
-                gone = {inner for layer, inners in self.inside.items() if not keep[layer] for inner in inners}
+            if members[0].kind == "layers":
+                gone |= {name for site in members if not keep[site.name] for name in self.inside.get(site.name, ())}
         return {name: keep[name] for name in self.sites}
 
 
@@ -331,7 +356,8 @@ def fill(keep: Keep, scores: Scores, sites: dict[str, Site], model: CostModel, b
                     dormant -= set(inside[name])
                     break
         if best is None:
-            return keep
+            whole = _drop_useless_rank(keep, {n: s for n, s in sites.items() if may_stay[n].all()}, model, budget)
+            return keep if whole == keep else fill(whole, scores, sites, model, budget)
         _, name, kept, new = best
         keep[name] = tuple(sorted({*keep[name], *new}))
         left[name] = left[name][len(new) :]

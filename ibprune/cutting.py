@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from ibprune.budget import Budget, Keep, fractions_kept, make_budget, pool_of, solve_by_cost, solve_by_shares
+from ibprune.budget import Budget, Keep, effective_fractions, make_budget, solve_by_cost, solve_by_shares
 from ibprune.candidates import probe_loss, reader, recovered_loss
 from ibprune.channels import Found
 from ibprune.choosing import Choice, refit_, score_units
@@ -89,7 +89,7 @@ def cut(
     budget = make_budget(cost_model, sites, keep=recipe.budget, scope=recipe.scope, round_to=recipe.round_to,
                          ties=structure.ties)  # fmt: skip
     _, _, keep = one_shot(student, replace(structure, sites=sites), budget, choice, ranked=ranked, feed=feed)
-    pressure = as_pressure(fractions_kept(keep, sites, pool_of)) if choice.shares == "probe" else None
+    pressure = as_pressure(effective_fractions(keep, sites, cost_model)) if choice.shares == "probe" else None
     n_units, rows = {name: site.n_units for name, site in structure.everything.items()}, keep["vocab"]
     student = copy.deepcopy(dense)
     if len(rows) < n_units["vocab"]:

@@ -12,10 +12,9 @@ from ibprune.budget import (
     Budget,
     Keep,
     Scores,
-    fractions_kept,
+    effective_fractions,
     least_cost,
     make_budget,
-    pool_of,
     solve_by_cost,
     solve_by_shares,
 )
@@ -138,7 +137,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
             for keep in shares
         ]
         masks, scores, target = one_shot(student, structure, budgets[-1], choice)
-        pressure = as_pressure(fractions_kept(target, sites, pool_of))
+        pressure = as_pressure(effective_fractions(target, sites, cost_model))
         start, within = per_cost(scores, structure, budgets[-1]), None
     above, done, points, stops, learned = 1.0, 0, [], [], is_learned(choice)
     for budget in budgets:

@@ -212,7 +212,7 @@ def pruned_before(folder: Path) -> dict | None:
         return None
     found = read_object(path)
     check_own(found, path)
-    if found.get("first") or found.get("schema") != SCHEMA:
+    if found.get("first") is not None or found.get("schema") != SCHEMA:
         return found.get("first")
     try:
         sizes = {key: found["dense"][key] for key in ("params", "macs")}

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ibprune.budget import Budget, Keep, fractions_kept, keep_within, pool_of, solve_by_shares
+from ibprune.budget import Budget, Keep, effective_fractions, keep_within, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.decisions import rank_kinds
@@ -100,7 +100,7 @@ class MaskLearning:
         self.model, self.masks, self.sites, self.cost_model, self.budget = model, masks, sites, cost_model, budget
         self.target, self.steps, self.seed, self.settings = target, steps, seed, settings
         self.rescore, self.within, self.share, self.tell = rescore, within, share, tell
-        self.pressure = as_pressure(fractions_kept(target, sites, pool_of))
+        self.pressure = as_pressure(effective_fractions(target, sites, cost_model))
         self.noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
         self.ranks = dict(start)  # of a gradual score
         self.dense = self.top = cost_model(cost_model.n_units, scope=budget.scope)
@@ -155,19 +155,10 @@ class MaskLearning:
         if step % 5 == 0:
             limit = int(self.top - min(1.0, (step + 1) / max(1, ramp)) * (self.top - self.budget.limit))
             ramped = replace(self.budget, limit=limit, round_to=1)
-            # t = 1 is the target: no need to look far, or closely
-            self.masks.set_keep(
-                keep_within(
-                    self.scores(),
-                    self.sites,
-                    self.cost_model,
-                    ramped,
-                    self.pressure,
-                    effective=True,
-                    most=4.0,
-                    halvings=12,
-                )
+            keep = keep_within(  # not closely: the limit moves on
+                self.scores(), self.sites, self.cost_model, ramped, self.pressure, effective=True, halvings=12
             )
+            self.masks.set_keep(keep)
             self._note(limit)
             if self.tell is not None:
                 self.tell(self.facts(limit))

@@ -1,13 +1,14 @@
 """The solver: exact, never above the limit, rounded inside, and one division by cost."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from ibprune.budget import fill, fractions_kept, make_budget, pool_of, solve_by_cost, solve_by_shares
+from ibprune.budget import effective_fractions, fill, keep_within, make_budget, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, Term, amount, macs_model, params_model
 from ibprune.embeddings import factorize_
@@ -180,14 +181,14 @@ def test_shares_of_a_plan_come_back_however_sub_layers_rank():
 
     pressure = as_pressure({"hidden": 0.8, "heads": 0.5, "layers": 0.75, "ffn": 0.4, "embedding_rank": 0.5})
     budget = make_budget(params, sites, keep=0.35, scope="model", round_to=1)
-    asked = fractions_kept(solve_by_shares(scores(), sites, params, budget, pressure), sites, pool_of)
+    asked = effective_fractions(solve_by_shares(scores(), sites, params, budget, pressure), sites, params)
     drift = {True: 0.0, False: 0.0}
     for _ in range(6):
         ranked = scores()
         for effective in drift:
             keep = solve_by_shares(ranked, sites, params, budget, as_pressure(asked), effective=effective)
             assert spent(params, keep) <= budget.limit
-            found = fractions_kept(keep, sites, pool_of)
+            found = effective_fractions(keep, sites, params)
             drift[effective] = max(drift[effective], *(abs(found[kind] - asked[kind]) for kind in asked))
     assert drift[True] < 0.05 < 0.1 < drift[False]
 
@@ -203,7 +204,7 @@ def test_narrow_kinds_keep_their_width_however_the_units_rank():
     pressure = as_pressure({"hidden": 0.7, "heads": 0.5, "layers": 0.67, "ffn": 0.4, "embedding_rank": 0.2})
     budget = make_budget(params, sites, keep=0.25, scope="model", round_to=8)
     target = solve_by_shares(scores(), sites, params, budget, pressure)
-    asked = as_pressure(fractions_kept(target, sites, pool_of))
+    asked = as_pressure(effective_fractions(target, sites, params))
     narrow = ("hidden", "embedding_rank")
     assert all(len(target[name]) < sites[name].n_units for name in narrow)
     drifted = 0
@@ -215,6 +216,65 @@ def test_narrow_kinds_keep_their_width_however_the_units_rank():
         other = solve_by_shares(ranked, sites, params, budget, asked)
         drifted += any(len(other[name]) != len(target[name]) for name in narrow)
     assert drifted
+
+
+def test_a_plan_comes_back_with_its_own_scores():
+    """The floors of what is inside sub-layers that go were counted as kept, and given to the sub-layers that stay."""
+    sites, params, _ = setting(BertConfig(**WIDE.to_diff_dict() | {"num_hidden_layers": 8, "vocab_size": 2000}))
+    generator = torch.Generator().manual_seed(0)
+    for budgeted, layers in ((0.3, 0.75), (0.2, 0.6), (0.15, 0.5)):
+        scores = {name: torch.rand(site.n_units, generator=generator) for name, site in sites.items()}
+        budget = make_budget(params, sites, keep=budgeted, scope="model", round_to=8)
+        pressure = as_pressure({"hidden": 0.8, "heads": 0.5, "layers": layers, "ffn": 0.4, "embedding_rank": 0.5})
+        target = solve_by_shares(scores, sites, params, budget, pressure)
+        asked = as_pressure(effective_fractions(target, sites, params))
+        keep = solve_by_shares(scores, sites, params, budget, asked, effective=True)
+        for name, site in sites.items():
+            if site.kind in ("layers", "embedding_rank") or name == "hidden":
+                assert keep[name] == target[name], name
+        heads = [sum(len(plan[n]) for n, s in sites.items() if s.kind == "heads") for plan in (target, keep)]
+        assert heads[0] == heads[1]
+
+
+def test_the_ramp_ends_where_the_final_choice_is():
+    """Whatever sub-layers are liked less now: none that the ramp cut comes back, and what stayed whole stays whole."""
+    sites, params, _ = setting(BertConfig(**WIDE.to_diff_dict() | {"num_hidden_layers": 8}))
+    generator = torch.Generator().manual_seed(0)
+
+    def scores(liked):
+        return {
+            name: torch.rand(site.n_units, generator=generator) + (site.group.name == liked)
+            for name, site in sites.items()
+        }
+
+    chosen = {name: site for name, site in sites.items() if site.kind in ("layers", "hidden")}
+    names = sorted({site.group.name for site in sites.values() if site.kind == "layers"})
+    budget = make_budget(params, chosen, keep=0.6, scope="model", round_to=8)
+    for first, then in (names, names[::-1]):
+        target = solve_by_shares(scores(first), chosen, params, budget, {"layers": 1.0})
+        asked = as_pressure(effective_fractions(target, chosen, params))
+        ranked = scores(then)
+        ramp = keep_within(ranked, chosen, params, replace(budget, round_to=1), asked, effective=True, halvings=12)
+        keep = solve_by_shares(ranked, chosen, params, budget, asked, effective=True)
+        kept = [{n for n, s in chosen.items() if s.kind == "layers" and plan[n]} for plan in (ramp, keep)]
+        assert kept[0] <= kept[1] and len(keep["hidden"]) == len(ramp["hidden"]) == sites["hidden"].n_units
+
+
+def test_a_rank_that_saves_nothing_is_given_up_after_filling_too():
+    sites, params, _ = setting(BertConfig(**WIDE.to_diff_dict() | {"num_hidden_layers": 1}))
+    generator = torch.Generator().manual_seed(0)
+    checked = 0
+    for _ in range(60):
+        scores = {name: torch.rand(site.n_units, generator=generator) for name, site in sites.items()}
+        share = 0.3 + 0.6 * float(torch.rand((), generator=generator))
+        budget = make_budget(params, sites, keep=share, scope="model", round_to=8)
+        kept = dict(zip(("hidden", "heads", "layers", "ffn", "embedding_rank"), torch.rand(5, generator=generator)))
+        keep = solve_by_shares(scores, sites, params, budget, as_pressure({k: float(v) for k, v in kept.items()}))
+        (rank,) = (name for name, site in sites.items() if site.kind == "embedding_rank")
+        whole = keep | {rank: tuple(range(sites[rank].n_units))}
+        checked += len(keep[rank]) < sites[rank].n_units
+        assert keep == whole or spent(params, whole) > spent(params, keep)
+    assert checked > 5
 
 
 def test_what_an_earlier_plan_kept_whole_stays_whole():
@@ -229,7 +289,7 @@ def test_what_an_earlier_plan_kept_whole_stays_whole():
     pressure = {"heads": 1.0, "ffn": 1.0}
     budget = make_budget(params, sites, keep=0.6, scope="model", round_to=8)
     target = solve_by_shares(scores(), sites, params, budget, pressure)
-    asked = as_pressure(fractions_kept(target, sites, pool_of))
+    asked = as_pressure(effective_fractions(target, sites, params))
     for _ in range(6):
         keep = solve_by_shares(scores(), sites, params, budget, asked, effective=True)
         assert all(len(keep[name]) == site.n_units for name, site in sites.items() if site.kind in whole)

@@ -101,7 +101,7 @@ def test_solvers_and_ramps_keep_the_ties(family, head):
         for keep in (
             solve_by_cost(scores, sites, costs, budget),
             solve_by_shares(scores, sites, costs, budget, pressure),
-            keep_within(scores, sites, costs, budget, pressure, most=9.0, halvings=12),
+            keep_within(scores, sites, costs, budget, pressure, halvings=12),
         ):
             assert set(keep) == set(sites)
             assert costs(costs.n_units | {n: len(units) for n, units in keep.items()}) <= budget.limit
