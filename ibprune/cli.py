@@ -453,8 +453,10 @@ def _mi_results(arguments: argparse.Namespace) -> list[dict]:
     estimators = tuple((arguments.estimators or "pairwise,ksg,ksg-copula,gaussian,gaussian-copula,infonce").split(","))
     try:
         seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
+        if min(seeds) < 0:
+            raise ValueError("below 0")
     except ValueError:
-        raise BadRecipe(f"--seeds: expected a comma list of whole numbers, found '{arguments.seeds}'.") from None
+        raise BadRecipe(f"--seeds: expected a comma list of whole numbers from 0, found '{arguments.seeds}'.") from None
     if arguments.n < 10:
         raise BadRecipe(f"--n: expected at least 10 samples, found {arguments.n}.")
 

@@ -18,7 +18,8 @@ def contrast(folders: Iterable[str | Path]) -> dict:
     Returns:
         {"runs", "notes"}. A run has its "folder", "model", "data" (None of a module), "device", "score", "seed" and
         "budget", the pair [dense, pruned] of "params", "macs", "file_bytes" (None of a module) and each of "metrics",
-        and "latency_ratio", pruned over dense. Notes say what must not be compared.
+        and "latency_ratio", pruned over dense, of an input and precision in words ("timed"). Notes say what must not be
+        compared.
 
     Raises:
         BadRecipe: A folder without the report of a pruned model.
@@ -42,6 +43,7 @@ def _run(folder: Path) -> dict:
             "model": report["model"],
             "data": report.get("data"),
             "device": report["device"],
+            "timed": _timed(report),
             "score": how["score"],
             "seed": how["seed"],
             "budget": report["budget"],
@@ -53,9 +55,19 @@ def _run(folder: Path) -> dict:
         raise PlanMismatch(f"expected the report of a run in '{folder}', found one without {error}.") from error
 
 
+def _timed(report: dict) -> str:
+    """What the latencies are of, for people."""
+    shape = report.get("latency_input") or {"shape": tuple(report.get("example_shape") or ())}
+    return f"{' x '.join(f'{size}' for size in shape.values())} in {report.get('precision', 'fp32')}"
+
+
 def _notes(runs: list[dict]) -> Iterable[str]:
     """What differs between runs and so forbids a comparison."""
-    for key, those, what in (("data", "data", "metrics"), ("device", "devices", "latency ratios")):
+    for key, those, what in (
+        ("data", "data", "metrics"),
+        ("device", "devices", "latency ratios"),
+        ("timed", "inputs", "latency ratios"),
+    ):
         found = sorted({str(run[key] or "unknown") for run in runs})
         if len(found) > 1:
             yield f"{what} are not to be compared: the {those} differ ({', '.join(found)})"

@@ -32,7 +32,7 @@ from ibprune.annotations import (
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
 from ibprune.names import ANSWERS, TAGS, WRITES
-from ibprune.reading import END_OF_TEXT, Stream, open_files
+from ibprune.reading import END_OF_TEXT, Stream, open_files, table_options
 
 GLUE = {  # task: (text columns, metrics); the validation split of mnli has its own name
     "cola": (("sentence",), ("matthews_correlation",)),
@@ -263,8 +263,7 @@ def read_file(path: Path) -> Dataset:
             return Dataset.from_dict({"text": [part.strip() for part in parts if part.strip()]})
         if path.suffix == ".conll":
             return read_conll(path.read_text(encoding="utf-8"))
-        options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
-        rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+        rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train", **table_options(path.suffix))
         return flatten_squad(rows) if is_squad(rows.features) else rows
     except BadData:
         raise
@@ -311,6 +310,10 @@ def _describe(
     note = f"Left out {left_out:,} rows of '{name}' without text or label." if left_out else ""
     if not label:
         return TextData(name, train, held_out, text, note=note)
+    if left_out and all(_whole(rows, label) for rows in (train, held_out)):  # the gaps had made some of them decimals
+        train, held_out = (
+            rows.cast_column(label, Value("int64")) if _is_decimal(rows, label) else rows for rows in (train, held_out)
+        )
     train, held_out, labels = number_classes(name, train, held_out, label)
     metrics = metrics or (("accuracy",) if labels else ("spearmanr",))
     return TextData(name, train, held_out, text, label, labels, metrics, note)
@@ -351,6 +354,13 @@ def number_classes(
         if values != list(range(len(values))):
             index = {value: i for i, value in enumerate(values)}
             train, held_out = (recode(rows, label, index.__getitem__, "int64") for rows in (train, held_out))
+    if not labels and not _is_decimal(held_out, label):
+        raise BadData(
+            f"expected decimals in the column '{label}' of the held-out rows of '{name}', as in training, found "
+            f"{_kind(held_out, label)}."
+        )
+    if not labels and len(_unique(held_out, label)) < 2:
+        raise BadData(f"expected more than one number in '{label}' of the held-out rows of '{name}', found one.")
     if labels and len(labels) < 2:
         raise BadData(f"expected at least two classes in the column '{label}' of '{name}', found {len(labels)}.")
     return train, held_out, labels
@@ -395,11 +405,18 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
     left_out = len(rows) - len(kept)
     if not kept:
         raise BadData(f"expected rows with text{' and a label' if label else ''} in '{name}', found none.")
-    if left_out:
-        rows = rows.select(kept)
-        if label and rows.features[label].dtype == "float64" and all(v.is_integer() for v in rows[label]):
-            rows = rows.cast_column(label, Value("int64"))  # the gaps had made whole numbers decimals
-    return rows, left_out
+    return (rows.select(kept) if left_out else rows), left_out
+
+
+def _is_decimal(rows: Dataset, column: str) -> bool:
+    return _kind(rows, column).startswith("float")
+
+
+def _whole(rows: Dataset, column: str) -> bool:
+    """Whether a column holds whole numbers, of whatever type."""
+    if _is_decimal(rows, column):
+        return all(value.is_integer() for value in rows[column])
+    return _kind(rows, column).startswith("int")
 
 
 def _kind(rows: Dataset, column: str) -> str:

@@ -182,6 +182,8 @@ def write_model(
     raw = (config if config is not None else model.config).to_dict()
     raw["architectures"] = [type(model).__name__]
     raw.pop("_name_or_path", None)
+    for sizes in (raw, *(part for part in raw.values() if isinstance(part, dict) and "dtype" in part)):
+        sizes["dtype"] = str(model.dtype).removeprefix("torch.")  # it was loaded in another
     if model.config._experts_implementation == "eager":  # not kept by itself
         raw["experts_implementation"] = "eager"
     if tier == "remote_code":

@@ -155,7 +155,7 @@ def _from_arrays(path: Path) -> dict[str, Dataset]:
             arrays = {key.lower(): file[key] for key in file.files}
     except FileNotFoundError as error:
         raise BadData(f"expected an npz file at '{path}', found nothing.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # a npy file: TypeError
         raise BadData(f"could not read '{path}' as npz: {first_line(error)}") from error
     splits = {}
     for split, names in ARRAYS.items():

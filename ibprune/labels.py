@@ -40,7 +40,10 @@ def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
         return data
     n = config.num_labels
     if n == 1 and not objective:
-        return replace(_recoded(data, float), labels=(), metrics=("spearmanr",))
+        values = dict(enumerate(data.labels))  # whole numbers have been taken for classes
+        return replace(
+            _recoded(data, lambda value: float(values.get(value, value)), "float64"), labels=(), metrics=("spearmanr",)
+        )
     known = {str(key): int(value) for key, value in (config.label2id or {}).items()}
     found = data.labels or tuple(_whole_numbers(data))
     if set(found) <= set(known):
@@ -73,8 +76,7 @@ def _whole_numbers(data: Data) -> list[str]:
     return [str(int(value)) for value in values] if all(value.is_integer() for value in values) else []
 
 
-def _recoded(data: Data, code: Callable) -> Data:
-    kind = "float64" if code is float else "int64"
+def _recoded(data: Data, code: Callable, kind: str = "int64") -> Data:
     try:
         train, held_out = (recode(rows, data.label_column, code, kind) for rows in (data.train, data.held_out))
         data = replace(data, train=train, held_out=held_out)

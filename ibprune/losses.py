@@ -111,7 +111,7 @@ def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor
     """Loss on the labels, per sequence, (batch,); zeros for an encoder, which has none."""
     match objective.name:
         case "classification":
-            return F.cross_entropy(outputs.logits.float(), batch["labels"], reduction="none")
+            return _class_loss(outputs.logits.float(), batch["labels"])
         case "regression":
             return (outputs.logits.float().squeeze(-1) - batch["labels"]).square()
         case "causal_lm":
@@ -131,6 +131,24 @@ def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor
             return losses
         case _:
             return outputs.last_hidden_state.new_zeros(len(batch["input_ids"]))
+
+
+def _class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy per sample, (batch,), with classes (batch,) or their shares (batch, classes).
+
+    Raises:
+        BadData: Outputs and labels of any other kind, as a module of the user's own may have.
+    """
+    fits = labels.shape == (logits.shape if labels.is_floating_point() else logits.shape[:1])
+    if logits.dim() != 2 or not fits:
+        raise BadData(
+            "expected outputs (batch, classes), with classes (batch,) or shares (batch, classes), for cross entropy, "
+            f"found {tuple(logits.shape)} and {tuple(labels.shape)} of {labels.dtype}: give loss=, a function of both."
+        )
+    try:
+        return F.cross_entropy(logits, labels, reduction="none")
+    except IndexError as error:  # on a CPU
+        raise BadData(f"expected classes from 0 to {logits.shape[1] - 1}, found {labels.max().item()}.") from error
 
 
 def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # mean over each sequence's labels

@@ -103,24 +103,28 @@ class VIBMask(nn.Module):
 
 
 class MaskSet(nn.Module):
-    """The masks of a model by site name; a site name holds dots, which module names may not."""
+    """The masks of a model by site name.
+
+    A site name holds dots, which module names may not, and may be what a ModuleDict has of its own, such as "keys".
+    """
 
     def __init__(self, masks: dict[str, VIBMask]):
         super().__init__()
-        self.by_key = nn.ModuleDict({name.replace(".", "/"): mask for name, mask in masks.items()})
+        self.names = {_key(name): name for name in masks}
+        self.by_key = nn.ModuleDict({_key(name): mask for name, mask in masks.items()})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Passes x on: an nn.Sequential runs through all its children, and its masks are one of them."""
         return x
 
     def __getitem__(self, name: str) -> VIBMask:
-        return self.by_key[name.replace(".", "/")]
+        return self.by_key[_key(name)]
 
     def __iter__(self) -> Iterator[str]:
-        return (key.replace("/", ".") for key in self.by_key)
+        return iter(self.names.values())
 
     def items(self) -> Iterator[tuple[str, VIBMask]]:
-        return ((key.replace("/", "."), mask) for key, mask in self.by_key.items())
+        return ((self.names[key], mask) for key, mask in self.by_key.items())
 
     def set_noise(self, scale: float, *, sites: list[str]) -> None:
         for name in sites:
@@ -143,3 +147,8 @@ class MaskSet(nn.Module):
         """Cuts every unit that `keep` does not name."""
         for name, mask in self.items():
             mask.cut(keep[name])
+
+
+def _key(name: str) -> str:
+    """The module name of a site's mask."""
+    return "/" + name.replace(".", "/")

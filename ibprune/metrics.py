@@ -100,7 +100,7 @@ _LOCAL = {
     "macro_f1": (_CLASSES, lambda p, r: sk.f1_score(r, p, average="macro")),
     "squad": (_ANSWERS, _squad),
     "matthews_correlation": (_CLASSES, lambda p, r: sk.matthews_corrcoef(r, p)),
-    "spearmanr": (_VALUES, lambda p, r: stats.spearmanr(p, r)[0]),
+    "spearmanr": (_VALUES, lambda p, r: stats.spearmanr(p, r)[0] if np.ptp(p) else 0.0),  # all alike order nothing
 }
 
 

@@ -442,7 +442,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        BadRecipe: None there, or one without a vocabulary: transformers would make up an empty one.
+        BadRecipe: None there, or one without a vocabulary (transformers would make up an empty one) or padding.
     """
     missing = f"expected a tokenizer beside the model in '{source.name}' (tokenizer.json, vocab.txt, …), found none."
     folder = Path(source.location)
@@ -454,7 +454,12 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise BadRecipe(f"could not load the tokenizer of '{source.name}': {first_line(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise BadRecipe(missing)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise BadRecipe(
+            f"expected a token to pad with in the tokenizer of '{source.name}', found neither a pad_token nor an "
+            "eos_token: set tokenizer.pad_token and save it again."
+        )
+    if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

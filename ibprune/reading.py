@@ -117,8 +117,19 @@ def _rows(files: list[str]) -> Iterator[dict]:
 
 
 def _with_reader(file: str) -> IterableDataset:
-    options = {"sep": "\t", "quoting": 3} if file.endswith(".tsv") else {}
-    return load_dataset(STREAMED[Path(file).suffix], data_files=file, split="train", streaming=True, **options)
+    suffix = Path(file).suffix
+    return load_dataset(STREAMED[suffix], data_files=file, split="train", streaming=True, **table_options(suffix))
+
+
+def table_options(suffix: str) -> dict:
+    """How the rows of a file with this ending are read: cells that say None, NA or null are words, not gaps.
+
+    Example:
+        >>> table_options(".jsonl")
+        {}
+    """
+    gaps = {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}
+    return {".csv": gaps, ".tsv": {"sep": "\t", "quoting": 3} | gaps}.get(suffix, {})
 
 
 def _json_lines(file: str) -> Iterator[dict]:

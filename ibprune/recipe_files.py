@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ibprune.errors import BadRecipe, did_you_mean
+from ibprune.errors import BadRecipe, did_you_mean, first_line
 
 _PLACES = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes")  # installed; in a checkout
 
@@ -57,6 +57,9 @@ def copy_recipe(name: str, target: str | Path) -> Path:
     if not target.parent.is_dir():
         raise BadRecipe(f"expected a folder '{target.parent}', found none: make it first.")
     partial = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(source, partial)
-    partial.rename(target)
+    try:
+        shutil.copyfile(source, partial)
+        partial.rename(target)
+    except OSError as error:
+        raise BadRecipe(f"could not write '{target}': {first_line(error)}") from error
     return target

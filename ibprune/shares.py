@@ -88,6 +88,7 @@ def probe_shares(
             return
         tried.add(key)
         loss = loss_of(keep, math.inf if best is None else best[0])
+        loss = math.inf if math.isnan(loss) else loss  # nothing is less than a NaN
         if best is None or loss < best[0]:
             kept = fractions_kept(keep, sites)
             best = loss, keep, pressure or {kind: 1.0 - share for kind, share in kept.items()}

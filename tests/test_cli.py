@@ -94,6 +94,7 @@ def test_recipes_are_listed_shown_and_copied_but_never_over_a_file(tmp_path, cap
     for words, message in (
         (["copy", "smoke", str(tmp_path)], "expected a new file, found"),
         (["copy", "smoke", str(tmp_path / "no" / "x.yaml")], "expected a folder"),
+        (["copy", "smoke", "/proc/x.yaml"], "could not write"),
         (["show", "smok"], "did you mean 'smoke'"),
         (["show"], "expected the name of a recipe after show"),
     ):

@@ -14,6 +14,7 @@ from ibprune.errors import BadData
 from ibprune.labels import match_labels
 from ibprune.metrics import load_metric
 from ibprune.prose import load_prose
+from ibprune.reading import open_files
 
 
 def test_a_folder_gives_its_own_split_and_quotes_are_literal(tmp_path):
@@ -183,10 +184,65 @@ def test_labels_take_the_numbers_that_a_trained_head_knows():
     assert list(rare.train["label"]) == [0, 2] and len(rare.labels) == 3
     floats = match_labels(labelled([0.0, 1.0], metrics=("spearmanr",)), classifier(2), "m")
     assert list(floats.train["label"]) == [0, 1] and floats.metrics == ("accuracy",)
-    scores = match_labels(labelled([1, 4, 5], labels=("1", "4", "5"), metrics=("accuracy",)), classifier(1), "m")
-    assert scores.labels == () and scores.train.features["label"].dtype == "float64"
+    scores = match_labels(labelled([0, 1, 2], labels=("1", "4", "5"), metrics=("accuracy",)), classifier(1), "m")
+    assert (
+        list(scores.train["label"]) == [1, 4, 5]
+        and scores.labels == ()
+        and scores.train.features["label"].dtype == "float64"
+    )
     assert match_labels(data, BertConfig(architectures=["BertModel"]), "m") is data
     with pytest.raises(BadData, match="trained for 2 outputs"):
         match_labels(labelled([0, 1, 2], labels=("a", "b", "c"), metrics=("accuracy",)), classifier(2), "m")
     with pytest.raises(BadData, match="BertForTokenClassification"):
         match_labels(data, BertConfig(architectures=["BertForTokenClassification"]), "m")
+
+
+def test_whole_numbers_of_a_regressor_keep_their_values(tmp_path):
+    """They are taken for classes while no model is known, and numbered: the numbers are not what it was trained on."""
+    rows = [f"text {i}\t{(1, 3, 5, 10)[i % 4]}" for i in range(40)]
+    (tmp_path / "ratings.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    data = load_data(tmp_path / "ratings.tsv")
+    assert data.labels == ("1", "3", "5", "10")
+    matched = match_labels(data, classifier(1), "m")
+    assert matched.labels == () and set(matched.train["label"]) == {1.0, 3.0, 5.0, 10.0}
+    words = [f"text {i}\t{('low', 'high')[i % 2]}" for i in range(40)]
+    (tmp_path / "words.tsv").write_text("\n".join(["sentence\tlabel", *words]))
+    with pytest.raises(BadData, match="could not convert string to float"):
+        match_labels(load_data(tmp_path / "words.tsv"), classifier(1), "m")
+
+
+@pytest.mark.parametrize("gap", range(0, 60, 7))
+def test_a_row_without_a_label_changes_no_classes_into_decimals(gap, tmp_path):
+    """Whether the gap falls into the training rows or the held-out ones."""
+    rows = [f"text {i}\t{'' if i == gap else i % 2}" for i in range(60)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    data = load_data(tmp_path / "rows.tsv")
+    assert data.labels == ("0", "1") and data.metrics == ("accuracy",) and "1 rows" in data.note
+    assert {str(part.features["label"].dtype) for part in (data.train, data.held_out)} == {"int64"}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_none_and_na_are_words(ending, tmp_path):
+    mark = {"csv": ",", "tsv": "\t"}[ending]
+    texts = ["null", *(f"text {i}" for i in range(1, 60))]
+    rows = [f"{text}{mark}{('None', 'NA', 'pos')[i % 3]}" for i, text in enumerate(texts)]
+    (tmp_path / f"rows.{ending}").write_text("\n".join([f"sentence{mark}label", *rows]))
+    data = load_data(tmp_path / f"rows.{ending}")
+    assert data.labels == ("NA", "None", "pos") and len(data.train) + len(data.held_out) == 60 and not data.note
+    (read,) = open_files([tmp_path / f"rows.{ending}"]).take(1)
+    assert read == {"sentence": "null", "label": "None"}
+
+
+def test_held_out_labels_of_another_kind_or_all_alike_are_refused(tmp_path):
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *(f"text {i}\t0.{i}" for i in range(1, 30))]))
+    for labels, reason in (
+        (["pos"] * 5, "expected decimals in the column 'label'"),
+        (["0.5"] * 5, "expected more than one number in 'label' of the held-out rows"),
+    ):
+        (tmp_path / "dev.tsv").write_text("\n".join(["sentence\tlabel", *(f"text\t{label}" for label in labels)]))
+        with pytest.raises(BadData, match=reason):
+            load_data(tmp_path)
+
+
+def test_predictions_that_are_all_alike_order_nothing():
+    assert load_metric("spearmanr").compute(predictions=[0.5, 0.5], references=[1.0, 2.0]) == {"spearmanr": 0.0}

@@ -56,6 +56,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     np.savez(tmp_path / "alone.npz", x=np.zeros(100))
     np.savez(tmp_path / "objects.npz", x=np.array([{}] * 20, dtype=object), y=np.zeros(20))
     (tmp_path / "text.npz").write_text("no arrays")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04abc")
+    np.save(tmp_path / "one.npy", np.zeros(20))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     for argv, words in (
         (["--xy", "nan.npz"], "NaN"),
         (["--xy", "short.npz"], "as many"),
@@ -63,9 +66,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (["--xy", "objects.npz"], "arrays 'x' and 'y'"),
         (["--xy", "text.npz"], "arrays 'x' and 'y'"),
         (["--xy", "none.npz"], "arrays 'x' and 'y'"),
+        (["--xy", "cut.npz"], "arrays 'x' and 'y'"),
+        (["--xy", "one.npz"], "arrays 'x' and 'y'"),
         (["--tasks", "gausian"], "no task"),
         (["--estimators", "ksgg", "--tasks", "1v1-normal", "--n", "100"], "expected an estimator"),
         (["--seeds", "a"], "whole numbers"),
+        (["--seeds", "0,-1"], "whole numbers from 0"),
         (["--n", "3"], "at least 10"),
     ):
         argv = [str(tmp_path / a) if a.endswith(".npz") else a for a in argv]

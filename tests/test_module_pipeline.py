@@ -205,6 +205,45 @@ def test_a_loss_of_ones_own_is_one_value_per_sample(resnet):
         ibprune.prune(model, 0.5, train_loader=loader, loss=nn.functional.cross_entropy, **quick())
 
 
+class Attends(nn.Module):
+    """Layers with the names of what a dictionary does."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys, self.values, self.pop = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.items = nn.ModuleDict({"1/2": nn.Linear(8, 8), "1/4": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        mixed = self.keys(x).relu() * self.values(x)
+        return self.pop(self.items["1/2"](mixed).relu() + self.items["1/4"](mixed).relu())
+
+
+def test_layers_may_have_any_name(tmp_path):
+    loader = [(torch.randn(16, 6), torch.randint(3, (16,)))] * 3
+    torch.manual_seed(0)
+    result = ibprune.prune(Attends(), 0.6, train_loader=loader, **quick(score="vib"))
+    result.save(tmp_path / "out")
+    assert result.report["pruned"]["params"] <= 0.6 * result.report["dense"]["params"]
+    x = torch.randn(4, 6)
+    assert torch.allclose(ibprune.load(tmp_path / "out", model=Attends())(x), result.model(x), atol=1e-6)
+
+
+def test_outputs_that_are_no_classes_need_a_loss(resnet):
+    """A softmax over the width of a picture would run, where it is as wide as there are classes."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    for labels in (torch.randint(4, (8, 8, 8)), torch.randint(4, (8,))):
+        with pytest.raises(BadData, match=r"outputs \(batch, classes\).* found \(8, 4, 8, 8\).*: give loss="):
+            ibprune.prune(net, 0.6, train_loader=[(torch.randn(8, 3, 8, 8), labels)] * 3, **quick())
+    model, data = resnet
+    x = data.tensors[0][:8]
+    for labels, words in (
+        (torch.rand(8), "classes"),
+        (torch.full((8,), 40), "expected classes from 0 to .*, found 40"),
+    ):
+        with pytest.raises(BadData, match=words):
+            ibprune.prune(model, 0.6, train_loader=[(x, labels)] * 3, **quick())
+
+
 def test_bad_arguments_say_what_to_do(resnet):
     model, data = resnet
     loader = DataLoader(data, batch_size=32)

@@ -1,6 +1,7 @@
 """Whole runs on tiny models: every objective, every score, the folder, the report, and the same run again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import DATA, outputs
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import ibprune
 from ibprune import cli
@@ -231,3 +232,20 @@ def test_a_trained_llama_keeps_its_perplexity_and_generates(tmp_path):
     ids = torch.tensor([[1, 403, 407, 261]])
     texts = [result.model.generate(ids, max_new_tokens=40, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_checkpoint_stays_one(dtype, folders, reviews, tmp_path):
+    """The config says what the weights are, so that what loads the folder, or cuts it again, takes them as they are."""
+    model = AutoModelForSequenceClassification.from_pretrained(folders["BertForSequenceClassification"]).to(dtype)
+    shutil.copytree(folders["BertForSequenceClassification"], tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    steps = dict(data=reviews, score="magnitude", shares="cost", mask_steps=0, recover_steps=0, audit=False)
+    sizes = []
+    for source, keep in (("half", 0.8), ("once", 0.9)):
+        target = tmp_path / {"half": "once", "once": "twice"}[source]
+        ibprune.prune(str(tmp_path / source), keep, output=str(target), **steps)
+        assert ibprune.load(target).dtype == dtype
+        assert json.loads((target / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        sizes.append((target / "model.safetensors").stat().st_size)
+    assert sizes[1] < sizes[0]

@@ -1,6 +1,7 @@
 """Every estimator by name, on known distributions and on a user's own pair of arrays."""
 
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -118,7 +119,7 @@ def estimate_file(path: str | Path, *, estimators: tuple[str, ...] = (), seed: i
     try:
         with np.load(path) as arrays:
             x, y = arrays["x"], arrays["y"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:  # a npy file: TypeError
         reason = str(error).splitlines()[0]
         raise BadSamples(f"expected a npz file with the arrays 'x' and 'y' at '{path}': {reason}") from error
     discrete = y.ndim == 1 and y.dtype.kind in "iubUS"
