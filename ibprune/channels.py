@@ -7,6 +7,8 @@ from math import sqrt
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from ibprune.errors import BadData, BadRecipe, UnsupportedModel, did_you_mean, first_line
 from ibprune.groups import Cut, Group, MaskAt, Site, axis_dims
@@ -84,6 +86,18 @@ def find_channels(model: nn.Module, example: torch.Tensor, *, kinds: tuple[str, 
             + (f" ({reasons})." if reasons else ": no layer's features are read by another layer.")
         )
     return Found(sites, refused)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises `UnsupportedModel` for weights that are made of others (weight_norm, spectral_norm) or not made yet."""
+    for name, module in model.named_modules():
+        if is_parametrized(module) or hasattr(module, "weight_g"):  # the older weight_norm has no other sign
+            raise UnsupportedModel(
+                f"expected weights that are parameters, found '{name}' with weights computed from others: call "
+                "torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) on it first."
+            )
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            raise UnsupportedModel(f"expected weights, found none yet in '{name}': run the model once before.")
 
 
 def prepare_(model: nn.Module, sites: dict[str, Site]) -> None:

@@ -1,7 +1,7 @@
 """Masks in a training loop of one's own: five lines put them in, and the cut model is a folder that loads."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -85,6 +85,9 @@ class MaskedTraining:
             {"model": name, "budget": budget, "cost": cost, "scope": scope, "kinds": kinds, "round_to": round_to,
              "shares": shares, "seed": seed}
         )  # fmt: skip
+        batches = list(batches)  # of a single batch its names
+        if not all(isinstance(batch, Mapping) and all(map(torch.is_tensor, batch.values())) for batch in batches):
+            raise BadData("expected a list of batches, each a dict of tensors: batches=[next(iter(loader))].")
         few = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
         if not few:
             raise BadData("expected a few batches to rank the units by, found none: batches=[next(iter(loader))].")

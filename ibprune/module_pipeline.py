@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ibprune.budget import make_budget
-from ibprune.channels import find_channels
+from ibprune.channels import check_weights, find_channels
 from ibprune.choosing import Choice
 from ibprune.console import Quiet
 from ibprune.costs import COSTS
@@ -171,6 +171,7 @@ def prune_module(
     pairs = Pairs(train_loader)
     batches = pairs.first(CALIBRATION, device)
     example = batches[0]["inputs"][:2] if example is None else example
+    check_weights(model)
     dense = copy.deepcopy(model).to(device).eval()
     with timer("trace"):
         found = find_channels(dense, example, kinds=settings.kinds)

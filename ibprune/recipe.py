@@ -106,7 +106,7 @@ class Recipe(BaseModel):
     Fields whose default is None are decided by the model's objective (see `feeding.DEFAULTS`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(description="Hub id, folder or alias of the dense model")
     budget: float | tuple[float, ...] | None = Field(

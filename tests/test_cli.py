@@ -227,6 +227,7 @@ def test_recipes_are_strict_and_flags_override_them(tmp_path):
         (["--model", "minilm", "--budget", "0.5", "--cost", "flops"], "expected one of latency, macs, memory, params"),
         (["--model", "minilm", "--budget", "0.5", "--kinds", "head"], "did you mean 'heads'"),
         (["--model", "minilm", "--budget", "0.5", "--batch-size", "0"], "--batch-size"),
+        (["--model", "minilm", "--budget", "0.5", "--lr", "inf"], "--lr"),
         (["--model", "minilm", "--budget", "0.5", "--seed", "99999999999"], "--seed"),
         (["--recipe", "missing.yaml"], "could not read the recipe"),
         (["prun", "--model", "minilm"], "did you mean 'prune'"),

@@ -243,6 +243,9 @@ def test_decoders_are_masked_too(family, head, dtype, tmp_path):
 def test_misuse_is_named():
     model = classifier()
     few = batches(1)
+    for wrong in (few[0], [{"input_ids": [[1, 2]]}]):  # one batch, and lists
+        with pytest.raises(BadData, match="expected a list of batches, each a dict of tensors"):
+            ibprune.MaskedTraining(model, 0.5, batches=wrong)
     masked = ibprune.MaskedTraining(model, 0.5, batches=few, round_to=1, shares="equal")
     with pytest.raises(PlanMismatch, match="expected a model without masks"):
         ibprune.MaskedTraining(model, 0.5, batches=few)

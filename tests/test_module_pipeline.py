@@ -244,6 +244,17 @@ def test_outputs_that_are_no_classes_need_a_loss(resnet):
             ibprune.prune(model, 0.6, train_loader=[(x, labels)] * 3, **quick())
 
 
+def test_weights_that_are_computed_or_not_made_yet_are_refused_by_name():
+    loader = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,)))] * 3
+    for layer, words in (
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), "'0' with weights computed from others: call"),
+        (nn.LazyConv2d(8, 3), "expected weights, found none yet in '0'"),
+    ):
+        net = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 4))
+        with pytest.raises(UnsupportedModel, match=words):
+            ibprune.prune(net, 0.6, train_loader=loader, **quick())
+
+
 def test_bad_arguments_say_what_to_do(resnet):
     model, data = resnet
     loader = DataLoader(data, batch_size=32)
