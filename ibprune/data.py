@@ -55,6 +55,7 @@ TEXT_COLUMNS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentenc
 LABEL_COLUMNS = ("label", "labels", "score")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 READERS |= {".conll": "conll"}
+MISSING = {"NA", "N/A", "NaN", "nan", "None", "null"}  # among numbers; among words they are words
 LEAST = 20  # rows of which some can be held out
 HELD_OUT = 2000  # rows held out at most, where nothing says how many
 AUDITABLE = 400  # rows held out of small data where a fifth allows it: an audit of fewer than 200 says nothing
@@ -304,13 +305,16 @@ def _from_hub(
 def _describe(
     name: str, splits: dict[str, Dataset], text: tuple[str, ...], label: str, metrics: tuple[str, ...]
 ) -> TextData:
+    splits = _as_numbers(splits, label)
     parts = [_complete(name, split, splits[split], text, label) for split in ("train", "held_out")]
-    train, held_out = (rows for rows, _ in parts)
-    left_out = sum(count for _, count in parts)
+    train, held_out = (rows for rows, _, _ in parts)
+    left_out = sum(count for _, count, _ in parts)
     note = f"Left out {left_out:,} rows of '{name}' without text or label." if left_out else ""
     if not label:
         return TextData(name, train, held_out, text, note=note)
-    if left_out and all(_whole(rows, label) for rows in (train, held_out)):  # the gaps had made some of them decimals
+    if any(gaps for *_, gaps in parts) and all(
+        _whole(rows, label) for rows in (train, held_out)
+    ):  # which the gaps made decimals
         train, held_out = (
             rows.cast_column(label, Value("int64")) if _is_decimal(rows, label) else rows for rows in (train, held_out)
         )
@@ -359,8 +363,6 @@ def number_classes(
             f"expected decimals in the column '{label}' of the held-out rows of '{name}', as in training, found "
             f"{_kind(held_out, label)}."
         )
-    if not labels and len(_unique(held_out, label)) < 2:
-        raise BadData(f"expected more than one number in '{label}' of the held-out rows of '{name}', found one.")
     if labels and len(labels) < 2:
         raise BadData(f"expected at least two classes in the column '{label}' of '{name}', found {len(labels)}.")
     return train, held_out, labels
@@ -382,8 +384,8 @@ def recode(rows: Dataset, column: str, code: Callable, kind: str) -> Dataset:
     return rows.remove_columns(column).add_column(column, values, feature=feature)
 
 
-def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label: str) -> tuple[Dataset, int]:
-    """The rows with a text in every column and a label, and how many had none.
+def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label: str) -> tuple[Dataset, int, bool]:
+    """The rows with a text in every column and a label, how many had none, and whether a label was missing.
 
     Raises:
         BadData: A column is missing, holds no text, or no finite label a row, or nothing is left.
@@ -405,7 +407,22 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
     left_out = len(rows) - len(kept)
     if not kept:
         raise BadData(f"expected rows with text{' and a label' if label else ''} in '{name}', found none.")
-    return (rows.select(kept) if left_out else rows), left_out
+    gaps = bool(label) and not all(columns[-1])
+    return (rows.select(kept) if left_out else rows), left_out, gaps
+
+
+def _as_numbers(splits: dict[str, Dataset], column: str) -> dict[str, Dataset]:
+    """The splits with a column as numbers, where only words for a missing one, in any of them, had made it text."""
+    present = {split: rows for split, rows in splits.items() if column in rows.column_names}
+    texts = [split for split, rows in present.items() if _kind(rows, column) in ("string", "large_string")]
+    values = {value for split in texts for value in splits[split].unique(column)} - {None}
+    try:
+        known = {value: float(value) for value in values - MISSING}
+    except ValueError:  # classes by name, one of which may be such a word
+        return splits
+    if not known or not values & MISSING:
+        return splits
+    return splits | {split: recode(splits[split], column, known.get, "float64") for split in texts}
 
 
 def _is_decimal(rows: Dataset, column: str) -> bool:

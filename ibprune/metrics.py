@@ -67,6 +67,15 @@ def _entity_f1(predictions: list[list[str]], references: list[list[str]]) -> flo
     return 2 * len(ours & theirs) / max(len(ours) + len(theirs), 1)
 
 
+def _spearman(predictions: list[float], references: list[float]) -> float:
+    """Rank correlation; 0 where the predictions are all alike and order nothing."""
+    if not np.ptp(references):
+        raise BadData(
+            f"expected more than one value in the held-out labels for spearmanr, found {references[0]:g} alone."
+        )
+    return stats.spearmanr(predictions, references)[0] if np.ptp(predictions) else 0.0
+
+
 def normalise_answer(text: str) -> str:
     """An answer as SQuAD compares it: lower case, without punctuation, articles and repeated spaces.
 
@@ -100,7 +109,7 @@ _LOCAL = {
     "macro_f1": (_CLASSES, lambda p, r: sk.f1_score(r, p, average="macro")),
     "squad": (_ANSWERS, _squad),
     "matthews_correlation": (_CLASSES, lambda p, r: sk.matthews_corrcoef(r, p)),
-    "spearmanr": (_VALUES, lambda p, r: stats.spearmanr(p, r)[0] if np.ptp(p) else 0.0),  # all alike order nothing
+    "spearmanr": (_VALUES, _spearman),
 }
 
 

@@ -233,16 +233,30 @@ def test_none_and_na_are_words(ending, tmp_path):
     assert read == {"sentence": "null", "label": "None"}
 
 
-def test_held_out_labels_of_another_kind_or_all_alike_are_refused(tmp_path):
+def test_held_out_labels_of_another_kind_are_refused(tmp_path):
     (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *(f"text {i}\t0.{i}" for i in range(1, 30))]))
-    for labels, reason in (
-        (["pos"] * 5, "expected decimals in the column 'label'"),
-        (["0.5"] * 5, "expected more than one number in 'label' of the held-out rows"),
-    ):
-        (tmp_path / "dev.tsv").write_text("\n".join(["sentence\tlabel", *(f"text\t{label}" for label in labels)]))
-        with pytest.raises(BadData, match=reason):
-            load_data(tmp_path)
+    (tmp_path / "dev.tsv").write_text("\n".join(["sentence\tlabel", *["text\tpos"] * 5]))
+    with pytest.raises(BadData, match="expected decimals in the column 'label'"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("gap", ["NA", "null", ""])
+def test_words_for_a_missing_number_make_no_classes_of_the_others(gap, tmp_path):
+    values = [gap, *(f"{i / 10:.1f}" for i in range(1, 40))]
+    (tmp_path / "scores.csv").write_text(
+        "\n".join(["sentence,label", *(f"text {i},{v}" for i, v in enumerate(values))])
+    )
+    data = load_data(tmp_path / "scores.csv")
+    assert data.labels == () and "1 rows" in data.note and len(data.train) + len(data.held_out) == 39
+
+
+def test_a_row_without_a_text_makes_no_classes_of_decimals(tmp_path):
+    rows = [f"{'' if i == 3 else f'text {i}'}\t{i % 5}.0" for i in range(40)]
+    (tmp_path / "scores.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    assert load_data(tmp_path / "scores.tsv").labels == ()
 
 
 def test_predictions_that_are_all_alike_order_nothing():
     assert load_metric("spearmanr").compute(predictions=[0.5, 0.5], references=[1.0, 2.0]) == {"spearmanr": 0.0}
+    with pytest.raises(BadData, match="found 2 alone"):
+        load_metric("spearmanr").compute(predictions=[0.5, 0.7], references=[2.0, 2.0])
