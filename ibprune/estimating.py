@@ -292,13 +292,13 @@ def warn_of_memory(
         model: The dense model, on the CPU.
         shape: Of a picture, where it reads pictures.
     """
-    device, params = present_device(), count_params(model)
-    free = None if bits(recipe) else free_memory(device)  # its weights are on the device already
+    device, packed = present_device(), bits(recipe)
+    free, params = free_memory(device), model.num_parameters() if packed else count_params(model)
     positions = shape[1] * shape[2] if shape else recipe.max_length
     if free is None or WEIGHT * params * (2 * (2 + MOMENTS) + recipe.batch_size * positions) < free:
         return
-    if device.type == "cpu":
-        free += WEIGHT * params  # is there already
+    if packed or device.type == "cpu":
+        free += model.get_memory_footprint()  # is there already
     try:
         work = measure(recipe, model.config, type(model), objective.name, dry_run(recipe, device), shape=shape,
                        processes=n_processes())  # fmt: skip

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ import ibprune
 from ibprune import quantised
 from ibprune.console import Quiet
 from ibprune.errors import BadRecipe, Stopped
-from ibprune.estimating import estimate
+from ibprune.estimating import estimate, warn_of_memory
 from ibprune.inject import inject_
 from ibprune.lora import adapted_layers
+from ibprune.losses import Objective
 from ibprune.models import find_source, load_dense
 from ibprune.plans import PruningPlan
 from ibprune.quantised import check_quantised, copied, packed_bytes, whole_skeleton
@@ -215,3 +217,17 @@ def test_an_estimate_counts_the_bytes_that_are_held(width, tokenizer, tmp_path):
 def test_a_plan_says_what_such_a_run_cuts(classifier):
     groups = ibprune.plan(classifier["model"], 0.6, load_in_4bit=True, round_to=1)["groups"]
     assert {kind for kind, group in groups.items() if group["cut"]} == {"heads", "ffn", "layers", "hidden"}
+
+
+def test_too_little_memory_for_what_is_quantised_is_said(folders, monkeypatch):
+    """Its weights are held already; what else a run takes is compared with what is left."""
+    source, lines = find_source(folders["LlamaForCausalLM"]), []
+    recipe = make_recipe(dict(model="x", budget=0.5, max_length=16, load_in_4bit=True, mode="faster", mask_steps=2))
+    model = load_dense(source, quantisation=NF4, device=torch.device("cpu")).model
+    console = SimpleNamespace(say=lines.append)
+    held = model.get_memory_footprint()
+    for free, said in ((10**9, 0), (held, 1)):
+        monkeypatch.setattr("ibprune.estimating.free_memory", lambda device, free=free: free)
+        warn_of_memory(recipe, model, Objective("causal_lm"), None, console)
+        assert len(lines) == said
+    assert "--mode faster" in lines[0] and "are free on 'cpu'" in lines[0]
