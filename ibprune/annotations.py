@@ -158,25 +158,39 @@ def is_squad(features: Features) -> bool:
 def read_conll(text: str) -> Dataset:
     """Sentences of CoNLL's form: a word a line, its tag the last field, a blank line after each sentence.
 
+    Lines before a sentence's first word that begin with "#" are comments, unless they have as many fields and tabs as
+    words have.
+
     Raises:
-        BadData: A line of a word without a tag.
+        BadData: A line of a word without a tag, or words that are numbered, as in CoNLL-U.
 
     Example:
-        >>> read_conll("Ada B-PER\\nran O\\n")[0]
+        >>> read_conll("# sent_id = 1\\nAda B-PER\\nran O\\n")[0]
         {'tokens': ['Ada', 'ran'], 'tags': ['B-PER', 'O']}
     """
+    lines = [line.strip() for line in text.splitlines()]
+    forms = {_form(line) for line in lines if len(line.split()) > 1 and line[0] != "#"}
     sentences: list[tuple[list[str], list[str]]] = [([], [])]
-    for number, line in enumerate(text.splitlines(), 1):
-        fields = line.split()
+    for number, line in enumerate(lines, 1):
+        fields, (words, tags) = line.split(), sentences[-1]
         if not fields or fields[0] == "-DOCSTART-":
             sentences.append(([], []))
+        elif not words and line[0] == "#" and forms and _form(line) not in forms:
+            continue
         elif len(fields) == 1:
-            raise BadData(f"expected a word and its tag in line {number}, found '{_short(line.strip())}'")
+            raise BadData(f"expected a word and its tag in line {number}, found '{_short(fields[0])}'")
         else:
-            sentences[-1][0].append(fields[0])
-            sentences[-1][1].append(fields[-1])
+            words.append(fields[0])
+            tags.append(fields[-1])
     whole = [sentence for sentence in sentences if sentence[0]]
+    if whole and all(words == [str(1 + i) for i in range(len(words))] for words, _ in whole):
+        raise BadData("expected a word in the first column and its tag in the last, found numbered words (CoNLL-U)")
     return Dataset.from_dict({"tokens": [words for words, _ in whole], "tags": [tags for _, tags in whole]})
+
+
+def _form(line: str) -> tuple[int, int]:
+    """How many fields and tabs a line has."""
+    return len(line.split()), line.count("\t")
 
 
 def as_text(value: str | Sequence[str] | None) -> str:

@@ -138,8 +138,11 @@ def _check(
     output: str | None,
 ) -> None:  # fmt: skip
     for flag, values in (("--batches", batches), ("--lengths", lengths), ("--rounds", (rounds,))):
-        if values is not None and (not values or any(isinstance(v, bool) or v < 1 for v in values)):
-            raise BadRecipe(f"{flag}: expected whole numbers of at least 1, found {', '.join(map(str, values))}.")
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or not values or any(type(v) is not int or v < 1 for v in values):
+            found = ", ".join(map(str, values)) if isinstance(values, list | tuple) else repr(values)
+            raise BadRecipe(f"{flag}: expected whole numbers of at least 1, found {found}.")
     for names, valid, flag in ((runtimes, RUNTIMES, "--runtimes"), ((precision,), PRECISIONS, "--precision")):
         for name in names or ("",):
             if name not in valid:

@@ -13,7 +13,7 @@ from ibprune.audit_output import write_audit
 from ibprune.auditing import Side
 from ibprune.auditing import audit as audit_models
 from ibprune.console import Quiet
-from ibprune.errors import BadData, BadRecipe
+from ibprune.errors import BadData, BadRecipe, did_you_mean
 from ibprune.features import default_pooling
 from ibprune.feeding import find_data, find_pictures, make_picture_feed
 from ibprune.folders import check_output, staged
@@ -21,7 +21,7 @@ from ibprune.inputs import MOST_INPUTS, Inputs, encode_inputs, encode_pairs, enc
 from ibprune.loading import load_any
 from ibprune.losses import Batch
 from ibprune.measures import AuditSettings
-from ibprune.mi.probes import Probe
+from ibprune.mi.probes import PROBES, Probe
 from ibprune.models import Loaded, find_source, load_config, load_dense, load_processor, load_tokenizer
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe, make_recipe
@@ -90,6 +90,8 @@ def audit(
         >>> found["layers"][-1]["I_XL"]["retained"]  # doctest: +SKIP
     """
     console = console or Quiet()
+    if probe not in PROBES:
+        raise BadRecipe(f"--probe: found {probe!r}: {did_you_mean(str(probe), PROBES)}.")
     folder = check_output(output) if output else None
     if isinstance(dense, nn.Module):
         unasked = {"task": task, "text_columns": text_columns, "label_column": label_column, "image_size": image_size,

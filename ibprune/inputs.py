@@ -186,7 +186,7 @@ def encode_pairs(loader: Iterable, *, most: int) -> Inputs:
     for batch in pairs:
         inputs, rows = batch["inputs"].detach().cpu(), []
         for i, row in enumerate(inputs):
-            digest = hashlib.sha256(row.contiguous().numpy().tobytes()).digest()
+            digest = hashlib.sha256(_bytes(row)).digest()
             if digest not in seen and len(seen) < most:
                 seen.add(digest)
                 rows.append(i)
@@ -200,10 +200,15 @@ def encode_pairs(loader: Iterable, *, most: int) -> Inputs:
     _check_enough(len(seen), name)
     labels = torch.cat(targets)
     is_class = labels.ndim == 1 and not labels.is_floating_point()
-    whole = hashlib.sha256(b"".join(batch["inputs"].contiguous().numpy().tobytes() for batch in batches)).hexdigest()
+    whole = hashlib.sha256(b"".join(_bytes(batch["inputs"]) for batch in batches)).hexdigest()
     return Inputs(
         name, batches, labels.long().tolist() if is_class else None, found - len(seen), None, whole, split="given"
     )
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """Of any dtype, bfloat16 too, which numpy has not."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _check_enough(found: int, name: str) -> None:

@@ -97,7 +97,7 @@ def load_module(folder: str | Path, model: nn.Module | Callable[[], nn.Module]) 
     if isinstance(model, nn.Module):
         module = copy.deepcopy(model)
     else:
-        module = model()
+        module = model() if callable(model) else model
     if not isinstance(module, nn.Module):
         raise PlanMismatch(f"expected model= to make an nn.Module, found {type(module).__name__}.")
     if not (folder / WEIGHTS).is_file():

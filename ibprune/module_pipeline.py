@@ -103,6 +103,9 @@ class ModuleSettings:
             raise BadRecipe(UNTAUGHT + ".")
         if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
             raise BadRecipe(f"lr: expected a number above 0, found {self.lr!r}.")
+        decay = self.weight_decay
+        if not (isinstance(decay, (int, float)) and math.isfinite(decay) and decay >= 0):
+            raise BadRecipe(f"weight_decay: expected a number of at least 0, found {decay!r}.")
 
 
 @dataclass(frozen=True)

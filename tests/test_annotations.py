@@ -13,7 +13,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 
 import ibprune
 from ibprune import cli
-from ibprune.annotations import first_pieces
+from ibprune.annotations import first_pieces, read_conll
 from ibprune.collating import Collate, CollateWindows, answer_windows
 from ibprune.console import Quiet
 from ibprune.data import TextData, load_data
@@ -122,6 +122,17 @@ def test_words_with_tags_are_found_in_files(tmp_path):
     (tmp_path / "rows.conll").write_text("-DOCSTART- -X- O\n\n" + "Ada NNP B-PER\nran VB O\n\nhome NN O\n\n" * 20)
     data = load_data(str(tmp_path / "rows.conll"))
     assert len(data.train) + len(data.held_out) == 40 and data.labels == ("B-PER", "O")
+
+
+def test_comments_in_conll_are_no_words_and_numbered_words_are_refused(tmp_path):
+    """A word "#" has a tag and as many fields as other words; `# text = …` has not."""
+    assert read_conll("# newdoc id = a\n\n# text = Ada ran off\nAda B-PER\nran O\n\n# O\n1 O\n# O\n")["tokens"] == [
+        ["Ada", "ran"], ["#", "1", "#"],
+    ]  # fmt: skip
+    rows = "".join(f"{i}\t{word}\t_\tNOUN\t_\n" for i, word in enumerate(("Ada", "ran"), 1)) + "\n"
+    (tmp_path / "rows.conll").write_text(("# text = Ada ran\n" + rows) * 30)
+    with pytest.raises(BadData, match="found numbered words"):
+        load_data(str(tmp_path / "rows.conll"))
 
 
 def test_answers_are_found_in_every_nesting(tmp_path):

@@ -119,6 +119,16 @@ def test_a_plain_module_with_layers_named_by_the_user():
         audit(Side("a", cnn), Side("b", cnn), given, layers=("7",), settings=FAST)
 
 
+def test_inputs_in_bfloat16_are_audited_and_a_misspelt_probe_is_one_line():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).to(torch.bfloat16)
+    pairs = [(part, torch.arange(60) % 2) for part in torch.randn(240, 8).to(torch.bfloat16).split(60)]
+    found = ibprune.audit(net, net, data=pairs, layers=("0",))
+    assert found["data"]["n"] == 240 and found["layers"][0]["I_XL"]["retained"] == 1
+    with pytest.raises(BadRecipe, match="--probe: found 'mlpp': did you mean 'mlp'"):
+        ibprune.audit(net, net, data=pairs, probe="mlpp")
+
+
 def test_constant_and_nan_layers():
     dense = build("bert", "BertModel", dtype=torch.float32)
     dead = copy.deepcopy(dense)

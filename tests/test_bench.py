@@ -12,6 +12,7 @@ from test_folders import pruned
 import ibprune
 from ibprune import benchmarking, cli
 from ibprune.costs import macs_model
+from ibprune.errors import BadRecipe
 from ibprune.examples import example_inputs
 from ibprune.folders import write_model
 from ibprune.footprint import footprint, lookup_params
@@ -131,6 +132,8 @@ def test_bad_flags_are_one_line(flags, expected, pairs, capsys, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert expected in refused(capsys, "bench", *pairs["llama-tied"], *flags)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(BadRecipe, match="--batches: expected whole numbers of at least 1, found 8"):
+        ibprune.bench(*pairs["llama-tied"], batches=8)
 
 
 def test_models_that_do_not_belong_together_are_one_line(pairs, capsys, tmp_path, tokenizer):

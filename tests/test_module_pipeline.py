@@ -163,6 +163,8 @@ def test_a_folder_that_does_not_fit_is_refused(resnet, tmp_path):
         ibprune.load(folder)
     with pytest.raises(BadRecipe, match="new or empty output folder"):
         result.save(folder)
+    with pytest.raises(PlanMismatch, match="expected model= to make an nn.Module, found str"):
+        ibprune.load(folder, model="ResNet")
     with pytest.raises(PlanMismatch, match="found none: is model= the dense one"):
         ibprune.load(folder, model=lenet5)
     wider = ResNet("conv")
@@ -271,6 +273,7 @@ def test_bad_arguments_say_what_to_do(resnet):
     attempt(BadRecipe, "and distill none that they are not", distill=False, divergence="reverse")
     attempt(BadRecipe, "recover_steps: expected a whole number of at least 0, found -1", recover_steps=-1)
     attempt(BadRecipe, "lr: expected a number above 0", lr=float("nan"))
+    attempt(BadRecipe, "weight_decay: expected a number of at least 0, found -1", weight_decay=-1)
     attempt(BadRecipe, r"kinds: expected a tuple .*, found 'channels'", kinds="channels")
     attempt(BadRecipe, "expected budget=", budget=None)
     attempt(BadRecipe, r"expected a budget in \(0, 1\]", budget=1.5)

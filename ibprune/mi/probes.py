@@ -20,6 +20,9 @@ PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 
 LEAST_PER_CLASS = 10
 
 
+PROBES = ("logistic", "mlp")
+
+
 @dataclass(frozen=True)
 class Probe:
     """A family V of predictors.
@@ -38,8 +41,8 @@ class Probe:
     hidden: int = 128
 
     def __post_init__(self):
-        if self.kind not in ("logistic", "mlp"):
-            raise ValueError(f"expected a probe of logistic or mlp, found '{self.kind}'.")
+        if self.kind not in PROBES:
+            raise ValueError(f"expected a probe of {' or '.join(PROBES)}, found '{self.kind}'.")
 
 
 LOGISTIC = Probe()
