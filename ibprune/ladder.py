@@ -23,7 +23,6 @@ from ibprune.console import Quiet
 from ibprune.cutting import as_before, is_learned, learn_keep, one_shot, per_cost, prepare_cut, ranked_by
 from ibprune.decisions import make_decision, make_path, rank_kinds
 from ibprune.engine import finish_trackers
-from ibprune.errors import BadRecipe
 from ibprune.folders import check_output, staged
 from ibprune.inject import MASKS
 from ibprune.loading import load
@@ -167,11 +166,8 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
 
 
 def _target(scores: Scores, structure: Structure, budget: Budget, pressure: dict[str, float], *, shares: str) -> Keep:
-    """The units that a budget keeps, on the way to the smallest; by score per cost where that way does not reach it."""
+    """The units that a budget keeps, on the way to the smallest."""
     sites, cost_model = structure.sites, structure.costs.of(budget.cost)
-    if shares != "cost":
-        try:
-            return solve_by_shares(scores, sites, cost_model, budget, pressure, effective=True)
-        except BadRecipe:  # the last units of the kinds that are cut cost more than the budget leaves
-            pass
-    return solve_by_cost(scores, sites, cost_model, budget)
+    if shares == "cost":
+        return solve_by_cost(scores, sites, cost_model, budget)
+    return solve_by_shares(scores, sites, cost_model, budget, pressure, effective=True)

@@ -15,7 +15,6 @@ from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.decisions import rank_kinds
 from ibprune.engine import draw
-from ibprune.errors import BadRecipe
 from ibprune.groups import Site
 from ibprune.losses import Batch
 from ibprune.masks import MaskSet
@@ -98,7 +97,7 @@ class MaskLearning:
         tell: Callable[[dict[str, float]], None] | None = None,
     ):
         self.model, self.masks, self.sites, self.cost_model, self.budget = model, masks, sites, cost_model, budget
-        self.target, self.steps, self.seed, self.settings = target, steps, seed, settings
+        self.steps, self.seed, self.settings = steps, seed, settings
         self.rescore, self.within, self.share, self.tell = rescore, within, share, tell
         self.pressure = as_pressure(effective_fractions(target, sites, cost_model))
         self.noisy = [name for name, site in sites.items() if rescore is None and is_noisy(site)]
@@ -216,10 +215,7 @@ class MaskLearning:
 
     def _final_keep(self) -> Keep:
         scores = self.scores()
-        try:
-            keep = solve_by_shares(scores, self.sites, self.cost_model, self.budget, self.pressure, effective=True)
-        except BadRecipe:  # some kinds stay whole in the target and the others cannot go lower: it is met unit by unit
-            keep = self.target
+        keep = solve_by_shares(scores, self.sites, self.cost_model, self.budget, self.pressure, effective=True)
         known = scores | {name: scores[name].masked_fill(behind, -torch.inf) for name, behind in self.behind.items()}
         self.notes["kinds"] = rank_kinds(known, keep, self.sites)
         return keep

@@ -8,7 +8,15 @@ import torch
 from conftest import TINY
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from ibprune.budget import effective_fractions, fill, keep_within, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import (
+    effective_fractions,
+    fill,
+    keep_within,
+    least_cost,
+    make_budget,
+    solve_by_cost,
+    solve_by_shares,
+)
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, Term, amount, macs_model, params_model
 from ibprune.embeddings import factorize_
@@ -294,6 +302,27 @@ def test_what_an_earlier_plan_kept_whole_stays_whole():
         keep = solve_by_shares(scores(), sites, params, budget, asked, effective=True)
         assert all(len(keep[name]) == site.n_units for name, site in sites.items() if site.kind in whole)
         assert spent(params, keep) <= budget.limit
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_whatever_the_shares_of_a_plan_a_budget_is_met_with_them_under_other_scores(grouped):
+    """Kinds that stayed whole give where nothing else can: the solver has no other way out."""
+    sites, model = remembering(GROUPED) if grouped else setting(WIDE)[:2]
+    generator = torch.Generator().manual_seed(0)
+    kinds, tight = sorted({site.kind for site in sites.values()}), 0
+    for i in range(24):
+        of = torch.randperm(len(kinds), generator=generator)[: 1 + i % len(kinds)].tolist()
+        chosen = {name: site for name, site in sites.items() if site.kind in {kinds[j] for j in of}}
+        draws = [{n: torch.rand(s.n_units, generator=generator) for n, s in chosen.items()} for _ in range(2)]
+        round_to = (1, 8)[i % 2]
+        least = least_cost(model, chosen, scope="model", round_to=round_to) / model.of_dense(scope="model")
+        share = least + (1 - least) * (0.001, 0.3)[i % 3 > 0]
+        budget = make_budget(model, chosen, keep=share, scope="model", round_to=round_to)
+        asked = as_pressure(effective_fractions(solve_by_cost(draws[0], chosen, model, budget), chosen, model))
+        keep = solve_by_shares(draws[1], chosen, model, budget, asked, effective=True)
+        assert spent(model, keep) <= budget.limit
+        tight += share < least + 0.01
+    assert tight > 5
 
 
 def test_the_search_follows_the_measured_loss():
