@@ -69,6 +69,8 @@ class LatencyTable:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"expected format '{FORMAT}'")
         n_units = data["model"]["n_units"]
+        if not isinstance(n_units, dict):
+            raise ValueError(f"expected the units of each site, found {n_units!r}")
         terms = tuple(
             Term(int(_number(first)), tuple(map(str, sites)), False) for first, *sites in data["model"]["terms"]
         )

@@ -156,6 +156,7 @@ def test_an_argument_of_line_breaks_is_refused():
         {"model": {"n_units": {}, "terms": [[10**400]]}},
         {"model": {"n_units": {}, "terms": [["5"]]}},
         {"model": {"n_units": {"a": "5"}, "terms": [[5, "a"]]}},
+        {"model": {"n_units": "{'a': 5}", "terms": [[5, "a"]]}},
     ],
 )
 def test_latency_tables_of_another_kind_are_refused(change):
