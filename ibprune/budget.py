@@ -226,15 +226,20 @@ def fractions_kept(keep: Keep, sites: dict[str, Site]) -> dict[str, float]:
 
 
 def effective_fractions(keep: Keep, sites: dict[str, Site], model: CostModel) -> dict[str, float]:
-    """Kept share of the units of each pool (`pool_of`), of a plan whose shares are to come back (`solve_by_shares`).
+    """Kept share of the units of each pool (`pool_of`), of a plan whose shares are to come back (`solve_by_shares`)."""
+    return _fractions({name: len(units) for name, units in present(keep, sites, model).items()}, sites, pool_of)
 
-    Units inside sub-layers that go are gone: a plan lists as many of them as their floors say.
+
+def present(keep: Keep, sites: dict[str, Site], model: CostModel) -> Keep:
+    """The units of a plan that are in the model: none inside sub-layers that go, whatever a plan lists of these.
+
+    A plan lists as many as their floors say, or as all layers keep alike.
     """
-    kept = {name: len(units) for name, units in keep.items()}
+    found = dict(keep)
     for layer, site in sites.items():
         if site.kind == "layers" and site.block and not keep[layer]:
-            kept |= dict.fromkeys(_inner_sites(model, sites, layer), 0)
-    return _fractions(kept, sites, pool_of)
+            found |= {name: () for name in _inner_sites(model, sites, layer)}
+    return found
 
 
 def _fractions(kept: Mapping[str, int], sites: dict[str, Site], pool: Callable[[Site], str]) -> dict[str, float]:

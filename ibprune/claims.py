@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ibprune.errors import UnsupportedModel
 
 MOST = 2**31 - 1  # of anything that a config counts
-MOST_LAYERS = 4096  # a module is built for each
+MOST_LAYERS = 512  # modules are made for each, several times: 3 ms of a processor for a BERT block
 MOST_LABELS = 2**20  # a name is made for each
 LAYERS = re.compile(r"layers?$|depth|blocks?$|groups?$|repeats?$")
 ATTENTIONS = ("eager", "sdpa", "flex_attention")  # for flash_attention_2 a kernel of the Hub may be taken

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from ibprune.budget import Budget, Keep, effective_fractions, make_budget, solve_by_cost, solve_by_shares
+from ibprune.budget import Budget, Keep, effective_fractions, make_budget, present, solve_by_cost, solve_by_shares
 from ibprune.candidates import probe_loss, reader, recovered_loss
 from ibprune.channels import Found
 from ibprune.choosing import Choice, refit_, score_units
@@ -232,7 +232,8 @@ def choose_and_compact_(
     keep = as_before(choice.journal, "kept units", keep)
     plan = structure.plan(student, keep)
     path = make_path(notes.get("path", []), [[choice.settings.steps, budget.keep]], budget)
-    decision = make_decision(ranked_by(choice), notes.get("kinds") or rank_kinds(scores, keep, sites), path)
+    kinds = notes.get("kinds") or rank_kinds(scores, present(keep, sites, structure.costs.params), sites)
+    decision = make_decision(ranked_by(choice), kinds, path)
     return structure.compact(student, plan), plan, decision
 
 

@@ -20,7 +20,7 @@ def rank_kinds(scores: Scores, keep: Keep, sites: dict[str, Site]) -> dict[str, 
 
     Args:
         scores: By site, (n_units,); one that is not finite belongs to a unit that was cut before.
-        keep: The units that stay, by site.
+        keep: The units that stay, by site (`ibprune.budget.present`).
         sites: Those to cut.
 
     Returns:

@@ -15,6 +15,7 @@ from ibprune.budget import (
     effective_fractions,
     least_cost,
     make_budget,
+    present,
     solve_by_cost,
     solve_by_shares,
 )
@@ -159,7 +160,7 @@ def rungs(job: Job, choose: Callable[[float], tuple[float, ...]]) -> Iterator[Ru
             keep = as_before(choice.journal, f"kept units {budget.keep:g}", keep)
             plan = structure.plan(small, keep)
             small = structure.compact(small, plan)
-            kinds = notes.get("kinds") or rank_kinds(known, keep, sites)
+            kinds = notes.get("kinds") or rank_kinds(known, present(keep, sites, structure.costs.params), sites)
             decision = make_decision(ranked_by(choice), kinds, make_path(points, stops, budget))
         yield small, plan, budget, structure, decision
         within, above = keep, budget.keep

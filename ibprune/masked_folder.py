@@ -73,7 +73,7 @@ def write_folder(
         latency_input=dict(zip(names, shape)),
         command=_call(recipe, steps),
         hub={"model": None, "data": None},
-        kept=kept_by_kind(plan, structure.everything),
+        kept=kept_by_kind(plan, structure),
         audit_note="the training was a loop of its own: `ibprune audit DENSE FOLDER --data DATA` compares both models",
         world_size=1,
         device=str(device),

@@ -85,7 +85,7 @@ def model_card(report: dict, audit: dict | None, *, name: str) -> str:
         "|---|---|---|",
         *(f"| {plain(names[kind])} | {share:.1%} | {1 - share:.1%} |" for kind, share in report["kept"].items()),
         "",
-        "`plan.json` lists every unit that stayed."
+        "`plan.json` lists the units that stayed; what it lists inside a removed sub-layer went with it."
         + (
             " Its `hidden` units are directions, which the dense model does not have."
             if report.get("directions")

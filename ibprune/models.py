@@ -203,12 +203,18 @@ def _pruned_config(source: Source, raw: dict, path: Path) -> PreTrainedConfig:
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     """Of a checkpoint with this config, which `save_pretrained` leaves with the name of one.
 
+    Raises:
+        UnsupportedModel: It is the name of none.
+
     Example:
         >>> stored_dtype(PreTrainedConfig(dtype="bfloat16"))
         torch.bfloat16
     """
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+    named = getattr(config, "dtype", None) or torch.float32
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedModel(f"expected a dtype such as 'float32' as 'dtype' of the config, found {named!r}.")
+    return dtype
 
 
 def model_class(config: PreTrainedConfig, *, classify: bool, objective: str = "") -> type[PreTrainedModel]:

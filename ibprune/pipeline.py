@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ibprune.audit_output import write_audit
 from ibprune.auditing import Side as AuditSide
 from ibprune.auditing import audit
-from ibprune.budget import Budget
+from ibprune.budget import Budget, present
 from ibprune.checksums import write_report
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
@@ -25,7 +25,6 @@ from ibprune.evaluation import evaluate_model
 from ibprune.features import default_pooling
 from ibprune.feeding import Feed
 from ibprune.folders import check_output, staged, verify, write_model
-from ibprune.groups import Site
 from ibprune.hub_folders import check_target, push
 from ibprune.images import ImageData
 from ibprune.inputs import MOST_INPUTS, encode_inputs, encode_pictures
@@ -270,7 +269,7 @@ def _write(job: Job, pruned: Pruned, folder: Path, **more: object) -> dict:
             "model": None if Path(source.name).is_dir() else source.name,
             "data": hub_data(recipe.task, recipe.data),
         },
-        kept=kept_by_kind(plan, pruned.structure.everything),
+        kept=kept_by_kind(plan, pruned.structure),
         quantised=bits(recipe) or None,
         directions=[len(plan.keep["hidden"]), plan.n_units["hidden"]] if plan.rotated else None,
         vocabulary=compare_tokenizers(feed.preprocessor, own_feed.preprocessor, texts) if texts else None,
@@ -387,10 +386,11 @@ def side(costs: Costs, kept: dict[str, int] | None, metrics: dict[str, float], l
     )
 
 
-def kept_by_kind(plan: PruningPlan, sites: dict[str, Site]) -> dict[str, float]:
+def kept_by_kind(plan: PruningPlan, structure: Structure) -> dict[str, float]:
     """Kept share of the units of each kind; sub-layers of attention and FFN together are "layers"."""
     totals: dict[str, list[int]] = {}
-    for name, units in plan.keep.items():
+    sites = {name: structure.everything[name] for name in plan.keep}
+    for name, units in present(plan.keep, sites, structure.costs.params).items():
         kind = sites[name].kind
         totals.setdefault(kind, [0, 0])
         totals[kind][0] += len(units)

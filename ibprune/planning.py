@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ibprune.budget import fractions_kept, least_cost, make_budget
+from ibprune.budget import fractions_kept, least_cost, make_budget, present
 from ibprune.channels import find_channels
 from ibprune.costs import FEMTOSECONDS_PER_MS
 from ibprune.embeddings import named_rows
@@ -162,7 +162,7 @@ def _points(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel, fix
         points.append({
             "predicted": {"params": costs.params(kept), "macs": costs.macs(kept)} | _latency(costs, kept),
             "budget": costs.achieved(target, found),
-            "kept": fractions_kept(found.keep, sites),
+            "kept": fractions_kept(present(found.keep, sites, costs.params), sites),
             "tier": tier_of(small),
         })  # fmt: skip
     if all("unreachable" in point for point in points):

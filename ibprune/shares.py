@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, solve_by_cost, solve_by_shares
+from ibprune.budget import Budget, Keep, Scores, fractions_kept, least_cost, present, solve_by_cost, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel, amount
 from ibprune.errors import BadRecipe
@@ -123,7 +123,7 @@ def probe_shares(
         except BadRecipe:
             return None
 
-    return _after_recovery(recovered_loss_of, best[1:], solved, sites, console)
+    return _after_recovery(recovered_loss_of, best[1:], solved, sites, model, console)
 
 
 def _after_recovery(
@@ -131,6 +131,7 @@ def _after_recovery(
     first: tuple[Keep, dict[str, float]],
     solved: Callable[[dict[str, float]], tuple[Keep, dict[str, float]] | None],
     sites: dict[str, Site],
+    model: CostModel,
     console: Quiet,
 ) -> Keep:
     """The cut with the least loss after a short recovery, of at most `MOST_RECOVERED`.
@@ -148,7 +149,8 @@ def _after_recovery(
         key = tuple(len(units) for units in cut.values())
         if key not in losses:
             losses[key] = recovered_loss_of(cut)
-            kept = ", ".join(f"{kind} {share:.0%}" for kind, share in fractions_kept(cut, sites).items())
+            shares = fractions_kept(present(cut, sites, model), sites)
+            kept = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
             console.say(f"after a short recovery: loss {losses[key]:.4f} with {kept}")
         return losses[key]
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ibprune.budget import Budget, Keep, effective_fractions, keep_within, solve_by_shares
+from ibprune.budget import Budget, Keep, effective_fractions, keep_within, present, solve_by_shares
 from ibprune.console import Quiet
 from ibprune.costs import CostModel
 from ibprune.decisions import rank_kinds
@@ -217,7 +217,7 @@ class MaskLearning:
         scores = self.scores()
         keep = solve_by_shares(scores, self.sites, self.cost_model, self.budget, self.pressure, effective=True)
         known = scores | {name: scores[name].masked_fill(behind, -torch.inf) for name, behind in self.behind.items()}
-        self.notes["kinds"] = rank_kinds(known, keep, self.sites)
+        self.notes["kinds"] = rank_kinds(known, present(keep, self.sites, self.cost_model), self.sites)
         return keep
 
 

@@ -182,6 +182,7 @@ def test_a_module_s_folder_of_another_shape_is_refused(selected, tmp_path):
         ("intermediate_size", 10**12),
         ("intermediate_size", 2**30),
         ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 3000),
         ("num_labels", 10**9),
         ("hidden_size", 12 * 10**7),
     ],
@@ -204,6 +205,14 @@ def test_a_config_that_claims_what_no_weights_bear_out_reserves_nothing(key, val
     with pytest.raises(IBPruneError):
         load_any(str(dense))
     with pytest.raises(UnsupportedModel):
+        plan(str(dense), 0.5)
+
+
+@pytest.mark.parametrize("named", ["2", 2, "nn", "save"])
+def test_a_config_cannot_name_a_dtype_that_is_none(named, folders, tmp_path):
+    """Such a name may be that of something else in torch."""
+    dense = edited(shutil.copytree(folders["BertForMaskedLM"], tmp_path / "dense"), lambda raw: raw.update(dtype=named))
+    with pytest.raises(IBPruneError):
         plan(str(dense), 0.5)
 
 

@@ -249,3 +249,20 @@ def test_a_half_precision_checkpoint_stays_one(dtype, folders, reviews, tmp_path
         assert json.loads((target / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
         sizes.append((target / "model.safetensors").stat().st_size)
     assert sizes[1] < sizes[0]
+
+
+def test_units_inside_sub_layers_that_go_are_not_counted_as_kept(folders, reviews, tmp_path):
+    """A plan lists as many of them as their floors say; the file has none."""
+    result = ibprune.prune(folders["BertForSequenceClassification"], 0.12, output=str(tmp_path / "out"), data=reviews,
+                           kinds=("heads", "ffn", "layers"), cost="macs", score="magnitude", shares="cost",
+                           recover_steps=0, audit=False)  # fmt: skip
+    tensors, kept, head = load_file(tmp_path / "out" / "model.safetensors"), result.report["kept"], 24 // 4
+    decision, listed = json.loads((tmp_path / "out" / "decision.json").read_text())["kinds"], {}
+    sizes = {"heads": ("attention.self.query.weight", 3 * 4, head), "ffn": ("intermediate.dense.weight", 3 * 20, 1)}
+    for kind, (weight, total, size) in sizes.items():
+        rows = sum(len(tensor) for name, tensor in tensors.items() if name.endswith(weight))
+        assert kept[kind] == pytest.approx(rows / size / total)
+        assert (decision[kind]["kept"], decision[kind]["units"]) == (rows // size, total)
+        listed[kind] = sum(len(units) for site, units in result.plan.keep.items() if site.endswith(kind)) / total
+    assert kept["layers"] < 1 and any(listed[kind] > kept[kind] for kind in sizes)
+    assert f"| {kept['heads']:.1%} |" in (tmp_path / "out" / "README.md").read_text()
