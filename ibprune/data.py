@@ -31,6 +31,7 @@ from ibprune.annotations import (
 )
 from ibprune.errors import BadData, did_you_mean, first_line
 from ibprune.hub import hub_reachable
+from ibprune.json_files import check_rows
 from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.reading import END_OF_TEXT, Stream, open_files, table_options
 
@@ -264,6 +265,8 @@ def read_file(path: Path) -> Dataset:
             return Dataset.from_dict({"text": [part.strip() for part in parts if part.strip()]})
         if path.suffix == ".conll":
             return read_conll(path.read_text(encoding="utf-8"))
+        if READERS[path.suffix] == "json":
+            check_rows(path)
         rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train", **table_options(path.suffix))
         return flatten_squad(rows) if is_squad(rows.features) else rows
     except BadData:

@@ -260,3 +260,20 @@ def test_predictions_that_are_all_alike_order_nothing():
     assert load_metric("spearmanr").compute(predictions=[0.5, 0.5], references=[1.0, 2.0]) == {"spearmanr": 0.0}
     with pytest.raises(BadData, match="found 2 alone"):
         load_metric("spearmanr").compute(predictions=[0.5, 0.7], references=[2.0, 2.0])
+
+
+def test_rows_that_are_null_are_refused_where_the_parser_would_end_the_process(tmp_path):
+    """At the start of JSON lines and where many follow each other pyarrow 26 has a segmentation fault."""
+    rows = "".join(json.dumps({"text": f"word {i} and more", "label": i % 2}) + "\n" for i in range(40))
+    for ending in ("json", "jsonl"):
+        path = tmp_path / f"rows.{ending}"
+        for text, line in (("null", 1), ("\n \n\tnull\n" + rows, 3), ("\ufeffnull\n" + rows, 1), ("nulll", 1),
+                           (rows + "null\n" * 3, 41), ('null {"a": 1}\n' + rows, 1)):  # fmt: skip
+            path.write_text(text)
+            with pytest.raises(BadData, match=f"line {line} is null: take such rows out"):
+                load_data(str(path))
+        path.write_text(rows.replace("word", "null"))
+        assert len(load_data(str(path)).train) == 32
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": f"word {i}", "label": None} for i in range(40)], indent=1))
+    with pytest.raises(BadData, match="label"):
+        load_data(str(tmp_path / "rows.json"))
