@@ -194,7 +194,8 @@ def hold_out(splits: dict[str, Dataset], source: str, *, seed: int) -> dict[str,
         return splits
     rows = splits["train"]
     if len(rows) < LEAST:
-        raise BadData(f"expected at least {LEAST} rows in '{source}', found {len(rows)}.")
+        ends = f" A text of a txt file ends at a blank line or {END_OF_TEXT}." if source.endswith(".txt") else ""
+        raise BadData(f"expected at least {LEAST} rows in '{source}', found {len(rows)}.{ends}")
     parts = rows.train_test_split(test_size=held_out_size(len(rows)), seed=seed)
     return {"train": parts["train"], "held_out": parts["test"]}
 

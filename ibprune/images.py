@@ -223,7 +223,11 @@ def stored_digest(image: Mapping) -> str:
 def _open(image: Mapping, name: str) -> Picture.Image:
     """A picture whose header has been read; its pixels follow when they are asked for."""
     try:
-        return Picture.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        picture = Picture.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        if picture.mode[0] in "IF":
+            picture.close()
+            raise ValueError(f"its mode is {picture.mode}; 8 bits a channel are expected.")
+        return picture
     except (*UNREADABLE, TypeError) as error:
         raise BadData(f"could not read {_label(image, name)} as a picture: {first_line(error)}") from error
 
@@ -240,11 +244,12 @@ def _label(image: Mapping, name: str) -> str:
 def _decode(image: Mapping, mode: str, name: str) -> Picture.Image:
     with _open(image, name) as picture:
         try:
-            if picture.mode[0] in "IF":
-                raise ValueError(f"its mode is {picture.mode}; 8 bits a channel are expected.")
             return ImageOps.exif_transpose(picture).convert(mode)
         except UNREADABLE as error:
-            raise BadData(f"could not read {_label(image, name)} as a picture: {first_line(error)}") from error
+            raise BadData(
+                f"could not read {_label(image, name)} as a picture: {first_line(error).rstrip('.')}. Get it again, or "
+                "take it out."
+            ) from error
 
 
 def picture_mode(channels: int) -> str:

@@ -53,7 +53,8 @@ def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
     elif len(found) == n:
         codes = {label: i for i, label in enumerate(found)}
         text = ", ".join(f"{label} = {i}" for label, i in codes.items())
-        data = replace(data, note=f"{data.note} The model does not name its classes; taken in order: {text}.".strip())
+        why = "The model does not name its classes" if unnamed(config) else "The model has other names for its classes"
+        data = replace(data, note=f"{data.note} {why}; taken in order: {text}.".strip())
     else:
         raise BadData(
             f"'{name}' was trained for {n} outputs, the data have {len(found)} labels ({', '.join(found[:5])}): give "
@@ -68,6 +69,17 @@ def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
             labels = tuple(str((config.id2label or {}).get(i, i)) for i in range(n))
         metrics = tag_metrics(labels)
     return replace(_recoded(data, lambda value: codes[old[value]]), labels=labels, metrics=metrics)
+
+
+def unnamed(config: PreTrainedConfig) -> bool:
+    """Whether a model's classes have no names but those that transformers makes up.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> unnamed(BertConfig()), unnamed(BertConfig(id2label={0: "bad", 1: "good"}))
+        (True, False)
+    """
+    return all(str(name) == f"LABEL_{i}" for i, name in (config.id2label or {}).items())
 
 
 def _whole_numbers(data: Data) -> list[str]:

@@ -15,7 +15,7 @@ from ibprune.errors import BadData, BadRecipe
 from ibprune.estimating import check_weights, present_device
 from ibprune.feeding import Feed, find_data, find_pictures, make_feed, make_picture_feed
 from ibprune.images import ImageData
-from ibprune.labels import match_labels
+from ibprune.labels import match_labels, unnamed
 from ibprune.lora import need_peft
 from ibprune.models import Loaded, Source, build_model, find_source, has_weights, load_config, load_dense, model_class
 from ibprune.names import WRITES
@@ -106,7 +106,8 @@ def load_subject(recipe: Recipe, console: Quiet, *, untrained: bool = False) -> 
         source, n_labels=n_labels, regression=regression, untrained=fresh, objective=objective,
         quantisation=quantisation(recipe, multiplies_in(recipe.precision)), device=present_device(),
     )  # fmt: skip
-    if loaded.new_head and data.labels:
+    numbered = all(label.isdigit() for label in data.labels)
+    if data.labels and (loaded.new_head or (unnamed(loaded.model.config) and not numbered)):
         loaded.model.config.id2label = dict(enumerate(data.labels))
         loaded.model.config.label2id = {label: i for i, label in enumerate(data.labels)}
     if recipe.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:

@@ -27,6 +27,7 @@ Made by `python scripts/family_table.py > docs/families.md`: every layer keeps t
 `trust_remote_code=True`, one small file in the folder. `ibprune.load` reads both and runs no code of the folder. Uneven
 widths need code, or `ibprune.load`. A dash: the family has no such units; `ibprune plan --kinds …` says why.
 `--vanilla` cuts the kinds in the last column so that no code is needed, some in a fixed ratio (heads with `hidden`).
+An OPT with its norms behind the sub-layers (opt-350m) is refused.
 A T5 that writes keeps `hidden`: where its output is tied, a scale follows the width.
 Fewer channels of a CNN ({traced}) always need code, or `ibprune.load`.
 """

@@ -179,7 +179,9 @@ def test_labels_take_the_numbers_that_a_trained_head_knows():
     named = match_labels(data, classifier(2, label2id={"pos": 0, "neg": 1}, id2label={0: "pos", 1: "neg"}), "m")
     assert list(named.train["label"]) == [1, 0, 0] and named.labels == ("pos", "neg")
     guessed = match_labels(data, classifier(2), "m")
-    assert list(guessed.train["label"]) == [0, 1, 1] and "in order" in guessed.note
+    assert list(guessed.train["label"]) == [0, 1, 1] and "does not name its classes; taken in order" in guessed.note
+    other = match_labels(data, classifier(2, label2id={"bad": 0, "good": 1}, id2label={0: "bad", 1: "good"}), "m")
+    assert list(other.train["label"]) == [0, 1, 1] and "has other names for its classes; taken in order" in other.note
     rare = match_labels(labelled([0, 1], labels=("0", "2"), metrics=("accuracy",)), classifier(3), "m")
     assert list(rare.train["label"]) == [0, 2] and len(rare.labels) == 3
     floats = match_labels(labelled([0.0, 1.0], metrics=("spearmanr",)), classifier(2), "m")

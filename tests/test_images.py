@@ -176,11 +176,10 @@ def test_folders_and_files_that_cannot_be_used(folder, tmp_path):
     whole = (folder / "train" / "up" / "0001.png").read_bytes()
     (folder / "train" / "up" / "0001.png").write_bytes(whole[: len(whole) // 2])
     data = load_images(str(folder))  # the header is whole
-    with pytest.raises(BadData, match="could not read '.*0001.png' as a picture"):
+    with pytest.raises(BadData, match="could not read '.*0001.png' as a picture: .* Get it again, or take it out"):
         make_processor(data, 3)
     Picture.fromarray(np.zeros((16, 16), np.uint16)).save(folder / "train" / "up" / "0001.png")
-    with pytest.raises(BadData, match="its mode is I"):
-        make_processor(load_images(str(folder)), 3)
+    refused("its mode is I")  # which the header says, before anything is trained
     Picture.fromarray(np.zeros((20, 16), np.uint8)).save(folder / "train" / "up" / "0001.png")
     with pytest.raises(BadData, match="found 2 sizes, such as 16 x 16: give --image-size"):
         make_processor(load_images(str(folder)), 3)

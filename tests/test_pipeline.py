@@ -9,7 +9,7 @@ import torch
 from conftest import DATA, outputs
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import ibprune
 from ibprune import cli
@@ -266,3 +266,17 @@ def test_units_inside_sub_layers_that_go_are_not_counted_as_kept(folders, review
         listed[kind] = sum(len(units) for site, units in result.plan.keep.items() if site.endswith(kind)) / total
     assert kept["layers"] < 1 and any(listed[kind] > kept[kind] for kind in sizes)
     assert f"| {kept['heads']:.1%} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_names_of_classes_that_the_data_have_go_into_the_config(folders, reviews, tmp_path):
+    """A model that numbers its classes alone: what is deployed says which is which. Numbers are no names."""
+    job = dict(score="magnitude", shares="equal", recover_steps=0, audit=False)
+    for split in ("train", "dev"):
+        lines = (Path(reviews) / f"{split}.tsv").read_text().splitlines()
+        named = [lines[0], *(f"{line[:-1]}{('cold', 'kind')[int(line[-1])]}" for line in lines[1:])]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(named) + "\n")
+    for data, names in ((tmp_path, {0: "cold", 1: "kind"}), (reviews, {0: "LABEL_0", 1: "LABEL_1"})):
+        out = tmp_path / f"out {names[0]}"
+        ibprune.prune(folders["BertForSequenceClassification"], 0.8, data=str(data), output=str(out), **job)
+        config = AutoConfig.from_pretrained(out)
+        assert config.id2label == names and config.label2id == {name: i for i, name in names.items()}
