@@ -57,6 +57,7 @@ LABEL_COLUMNS = ("label", "labels", "score")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 READERS |= {".conll": "conll"}
 MISSING = {"NA", "N/A", "NaN", "nan", "None", "null"}  # among numbers; among words they are words
+EXACT = 2**53  # below it every whole number is a float of its own
 LEAST = 20  # rows of which some can be held out
 HELD_OUT = 2000  # rows held out at most, where nothing says how many
 AUDITABLE = 400  # rows held out of small data where a fifth allows it: an audit of fewer than 200 says nothing
@@ -436,7 +437,7 @@ def _is_decimal(rows: Dataset, column: str) -> bool:
 def _whole(rows: Dataset, column: str) -> bool:
     """Whether a column holds whole numbers, of whatever type."""
     if _is_decimal(rows, column):
-        return all(value.is_integer() for value in rows[column])
+        return all(value.is_integer() and abs(value) < EXACT for value in rows[column])
     return _kind(rows, column).startswith("int")
 
 

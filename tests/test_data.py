@@ -252,6 +252,12 @@ def test_words_for_a_missing_number_make_no_classes_of_the_others(gap, tmp_path)
     assert data.labels == () and "1 rows" in data.note and len(data.train) + len(data.held_out) == 39
 
 
+def test_numbers_beyond_whole_ones_are_no_classes(tmp_path):
+    rows = [{"text": f"word {i}", "label": 1e300 if i == 3 else i % 2} for i in range(40)] + [{"text": "a"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_data(str(tmp_path / "rows.jsonl")).labels == ()
+
+
 def test_a_row_without_a_text_makes_no_classes_of_decimals(tmp_path):
     rows = [f"{'' if i == 3 else f'text {i}'}\t{i % 5}.0" for i in range(40)]
     (tmp_path / "scores.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
