@@ -182,10 +182,18 @@ def compare(first: list[dict], other: list[dict]) -> dict:
 
 
 def paired(first: list[dict], other: list[dict], what: str) -> tuple[float, list[float]]:
-    """Mean difference of a figure per example over seeds, and its 95 % bootstrap interval over examples."""
-    differences = np.mean([np.subtract(b[what], a[what]) for a, b in zip(first, other)], axis=0)
-    draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
-    return float(differences.mean()), np.quantile(differences[draws].mean(1), (0.025, 0.975)).tolist()
+    """Mean difference of a figure per example over seeds, and its 95 % bootstrap interval over examples.
+
+    Seeds that hold out the same examples are averaged first; where each holds out some of its own, these are drawn
+    apart.
+    """
+    differences = [np.subtract(b[what], a[what]) for a, b in zip(first, other)]
+    if len({len(each) for each in differences}) == 1:
+        differences = [np.mean(differences, axis=0)]
+    rng = np.random.default_rng(0)
+    drawn = [each[rng.integers(0, len(each), (RESAMPLES, len(each)))].mean(1) for each in differences]
+    interval = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+    return float(np.mean([each.mean() for each in differences])), interval.tolist()
 
 
 def summarise(cells: list[Cell], found: dict[str, dict]) -> list[dict]:
@@ -200,7 +208,7 @@ def summarise(cells: list[Cell], found: dict[str, dict]) -> list[dict]:
             records.append({
                 "row": row, "score": label, "seeds": [c.seed for c in cells if (c.row, c.label) == (row, label)],
                 "steps": [mine[0]["settings"]["values"][key] for key in ("mask_steps", "recover_steps")],
-                "dense": mine[0]["dense"],
+                "dense": {name: mean(values) for name, values in each(mine, "dense").items()},
                 **{part: each(mine, part) for part in ("dev", "test") if part in mine[0]},
                 "params": [c["params"] for c in mine], "macs": [c["macs"] for c in mine],
                 "latency_ratio": [c["latency_ratio"] for c in mine],

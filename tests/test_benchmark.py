@@ -41,6 +41,17 @@ def test_an_interval_holds_the_mean_of_noise(script):
     assert high - low == pytest.approx(2 * 1.96 * 20**0.5 / 20, rel=0.05)  # the mean square of 1 … 7 is 20
 
 
+def test_seeds_that_hold_out_other_examples_are_drawn_apart(script):
+    """The mean of two independent means, of 400 and of 100 examples, has the variance of both by four."""
+    none = [{"nll": [0.0] * n, "right": [], "agrees": []} for n in (400, 100)]
+    noisy = [{"nll": [1 + (-1) ** i for i in range(n)], "right": [], "agrees": []} for n in (400, 100)]
+    found = script["compare"](none, noisy)
+    low, high = found["interval"]
+    assert found["difference"] == 1 and high - low == pytest.approx(
+        2 * 1.96 * ((1 / 400 + 1 / 100) / 4) ** 0.5, rel=0.05
+    )
+
+
 def test_a_table_is_run_once_and_goes_on(script, folders, reviews, tmp_path, capsys):
     table = {
         "total_steps": 4,
