@@ -13,6 +13,7 @@ from ibprune.mi.channel import (
     penalty_bound,
     readout_bracket,
     readout_curve,
+    spectrum,
 )
 from ibprune.mi.samples import BadSamples
 
@@ -105,6 +106,13 @@ def test_the_cap_is_right_for_more_features_than_samples_can_fill(d):
     truth = 0.5 * np.log1p(values).sum()
     caps = [gaussian_cap(normal(600, d, seed) * np.sqrt(values), 1.0)[0] for seed in range(8)]
     assert np.mean(caps) == pytest.approx(truth, rel=0.01)
+
+
+@pytest.mark.parametrize("d", [20, 90])
+def test_an_eigenvalue_is_the_mean_square_of_its_coordinate(d):
+    values, squares = spectrum(normal(60, d) * np.linspace(0.2, 2.0, d))
+    assert values.shape == (min(d, 60),) and squares.shape == (60, min(d, 60)) and (squares >= 0).all()
+    assert squares.mean(axis=0) == pytest.approx(values, abs=1e-9)
 
 
 def test_given_the_labels_only_the_rest_is_left():

@@ -55,6 +55,26 @@ def test_subsamples_without_a_value_give_none():
     assert found.estimate.value is None and found.estimate.status == "undersampled"
 
 
+def test_the_samples_are_split_into_one_to_most_parts():
+    (x, y), sizes = pair(1200), []
+
+    def counted(a, b):
+        sizes.append(len(a))
+        return gaussian_mi(a, b)
+
+    found = extrapolate(x, y, counted, most=4)
+    assert found.gammas == (1, 2, 3, 4) and sizes == [1200, 600, 600, 400, 400, 400, 300, 300, 300, 300]
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_units_of_measurement_change_neither_the_gaussian_estimate_nor_its_status(unit):
+    (x, y), rng = pair(2000), np.random.default_rng(0)
+    first, other = gaussian_mi(x, y), gaussian_mi(unit * x, y)
+    assert (first.status, other.status) == ("ok", "ok") and other.value == pytest.approx(first.value, abs=1e-9)
+    heavy = unit * rng.standard_t(2, size=(2000, 1))
+    assert gaussian_mi(heavy, y).status == "biased"
+
+
 def test_bad_input_is_refused():
     x, y = pair(100)
     with pytest.raises(BadSamples):
