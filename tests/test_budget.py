@@ -56,6 +56,12 @@ GROUPED = LlamaConfig(vocab_size=200, hidden_size=128, num_hidden_layers=3, num_
                       num_key_value_heads=4, intermediate_size=512)  # fmt: skip
 
 
+def test_what_an_attention_multiplies_is_of_its_block():
+    """Beyond the blocks a BERT multiplies in its pooler alone, one token of each text."""
+    sites, _, macs = setting(WIDE)
+    assert macs.of_dense(scope="model") - macs.of_dense(scope="blocks") == WIDE.hidden_size**2
+
+
 def test_a_cost_that_no_unit_has_a_part_in_is_met_by_all_of_them_or_refused():
     """As a latency may be that was fitted on a machine too busy to tell widths apart."""
     sites, params, _ = setting()

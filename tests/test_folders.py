@@ -359,6 +359,7 @@ def test_a_plan_that_does_not_fit_changes_nothing():
     "change",
     [
         lambda d: d.update(format="other/1"),
+        lambda d: d.update(format="ibprune.plan/0"),
         lambda d: d["keep"].update(hidden=[3, 1]),
         lambda d: d["keep"].update(hidden=[0, 0]),
         lambda d: d["keep"].update(hidden=[-1]),
