@@ -56,6 +56,19 @@ GROUPED = LlamaConfig(vocab_size=200, hidden_size=128, num_hidden_layers=3, num_
                       num_key_value_heads=4, intermediate_size=512)  # fmt: skip
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_unit_costs_what_the_model_loses_with_it(share, grouped):
+    """Whether the embedding is one matrix or two. A rank that is whole is left out: two matrices may be more than one."""
+    models = [remembering(GROUPED)[1]] if grouped else setting(WIDE)[1:]
+    for model in models:
+        kept = {name: max(1, int(share * n)) for name, n in model.n_units.items()}
+        for name, count in kept.items():
+            if share < 1 or "rank" not in name:
+                fewer = model(kept | {name: count - 1})
+                assert model.unit_cost(kept, name) == model(kept) - fewer >= 0
+
+
 def test_what_an_attention_multiplies_is_of_its_block():
     """Beyond the blocks a BERT multiplies in its pooler alone, one token of each text."""
     sites, _, macs = setting(WIDE)

@@ -203,6 +203,19 @@ def test_gaussian_stands_collinear_features_and_says_where_it_fails():
     assert np.mean([e.value for e in few]) == pytest.approx(0, abs=0.03)  # without debiasing about 0.25
 
 
+def test_an_estimate_says_what_it_is_of_and_where_there_is_none():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 300, 1))
+    assert "normal scores" in ksg(x, y, gaussianize=True).estimator
+    assert "normal scores" not in ksg(x, y, gaussianize=False).estimator
+    for labels in (np.arange(300), np.zeros(300, int)):
+        found = ross(x, labels)
+        assert (found.value, found.status) == (None, "degenerate")
+    wide = rng.standard_normal((21, 20))
+    assert gaussian_mi(wide[:, :10], wide[:, 10:]).value is None  # 10 + 10 features of 21 samples
+    assert gaussian_mi(wide[:, :9], wide[:, 9:18]).value is not None
+
+
 def test_bad_inputs():
     x, y = normal_pair(50, 0.5, seed=6)
     with pytest.raises(BadSamples, match="as many rows"):
