@@ -59,7 +59,7 @@ GROUPED = LlamaConfig(vocab_size=200, hidden_size=128, num_hidden_layers=3, num_
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_unit_costs_what_the_model_loses_with_it(share, grouped):
-    """Whether the embedding is one matrix or two. A rank that is whole is left out: two matrices may be more than one."""
+    """With one matrix for the embedding or two. A rank that is whole is left out: two may be more than one."""
     models = [remembering(GROUPED)[1]] if grouped else setting(WIDE)[1:]
     for model in models:
         kept = {name: max(1, int(share * n)) for name, n in model.n_units.items()}
