@@ -317,9 +317,8 @@ def _describe(
     note = f"Left out {left_out:,} rows of '{name}' without text or label." if left_out else ""
     if not label:
         return TextData(name, train, held_out, text, note=note)
-    if any(gaps for *_, gaps in parts) and all(
-        _whole(rows, label) for rows in (train, held_out)
-    ):  # which the gaps made decimals
+    gaps = any(gaps for *_, gaps in parts)
+    if gaps and all(_whole(rows, label) for rows in (train, held_out)):  # which the gaps made decimals
         train, held_out = (
             rows.cast_column(label, Value("int64")) if _is_decimal(rows, label) else rows for rows in (train, held_out)
         )

@@ -18,8 +18,6 @@ from ibprune.mi.samples import FEW, BadSamples, Estimate, as_labels, as_samples,
 
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 LEAST_PER_CLASS = 10
-
-
 PROBES = ("logistic", "mlp")
 
 
