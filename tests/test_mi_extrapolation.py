@@ -43,6 +43,17 @@ def test_an_estimate_without_bias_stays():
     assert low < found.estimate.value < high and "extrapolated" in found.estimate.estimator
 
 
+@pytest.mark.parametrize("most", [4, 6])
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(most):
+    truth, found = -2 * np.log(1 - 0.5**2), []
+    for seed in range(60):
+        found.append(extrapolate(*pair(600, d=4, seed=seed), plug_in, most=most).estimate)
+    values = np.array([estimate.value for estimate in found])
+    low, high = np.array([estimate.ci95 for estimate in found]).T
+    assert np.mean((low < truth) & (truth < high)) >= 0.85  # of 60: three standard errors below .95
+    assert 0.75 < np.median(high - low) / (2 * 1.96 * values.std()) < 1.75  # of four sizes Student's t alone is 1.25
+
+
 def test_a_line_that_bends_is_called_biased():
     x, y = pair(2000)
     found = extrapolate(x, y, lambda a, b: Estimate((2000 / len(a)) ** 2, "ok", "bent", len(a)))

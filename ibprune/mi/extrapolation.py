@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from ibprune.mi.samples import Estimate, as_pair
 
@@ -35,8 +36,8 @@ def extrapolate(
     """Removes the part of an estimator's bias that falls like 1/n (Strong et al. 1998, eq. 4; Holmes & Nemenman 2019).
 
     The samples are split at random into gamma = 1 .. `most` parts, the estimate of each part is taken, and a
-    line is fitted to their means by weighted least squares. While a parabola bends by more than a tenth of the
-    slope the largest gamma is left out.
+    line is fitted to their means by least squares. While a parabola bends by more than a tenth of the slope
+    the largest gamma is left out. The interval is Student's, from the spread over the parts, pooled over all sizes.
 
     Args:
         x, y: Samples, (n, d_x) and (n, d_y).
@@ -61,7 +62,7 @@ def extrapolate(
     if most < FEWEST:
         raise ValueError(f"expected at least {FEWEST} points of a line, found {most}.")
     order = np.random.default_rng([seed, 179_424_673]).permutation(len(x))
-    means, errors, name = [], [], ""
+    means, squares, name = [], [], ""
     for gamma in range(1, most + 1):
         found = [estimator(x[part], y[part]) for part in np.array_split(order, gamma)]
         name = f"{found[0].estimator}, extrapolated"
@@ -69,38 +70,43 @@ def extrapolate(
         if len(values) < len(found):
             break
         means.append(float(values.mean()))
-        errors.append(float(values.std(ddof=1) / np.sqrt(gamma)) if gamma > 1 else np.nan)
+        squares.append(float(values.var(ddof=0)))  # (gamma - 1) times the variance of their mean
     used = len(means)
     if used < FEWEST:
         notes = (f"only {used} of {FEWEST} subsample sizes give a value",)
         return Extrapolation(Estimate(None, "undersampled", name, len(x), notes=notes), (), tuple(means), 0.0)
-    # one value has no spread of its own: it is the best of all, so it takes the smallest seen
-    weights = 1.0 / np.maximum(np.array([np.nanmin(errors), *errors[1:]]), 1e-9 + 1e-3 * np.abs(means[0]))
+    # a mean over gamma parts errs about as much whatever gamma is, so that one error of all says more than one of each
+    error = np.sqrt(sum(squares) / _freedom(used)) + 1e-9 + 1e-3 * abs(means[0])
     gammas, values = np.arange(1, used + 1), np.array(means)
     notes = []
-    while used > FEWEST and _bends(gammas[:used], values[:used], weights[:used]):
+    while used > FEWEST and _bends(gammas[:used], values[:used], error):
         used -= 1
-    if _bends(gammas[:used], values[:used], weights[:used]):
+    if _bends(gammas[:used], values[:used], error):
         notes.append("the estimates do not yet change in proportion to 1/n")
-    slope, value = np.polyfit(gammas[:used], values[:used], 1, w=weights[:used])
-    without = np.polyfit(gammas[1:used], values[1:used], 1, w=weights[1:used])[1]
+    slope, value = np.polyfit(gammas[:used], values[:used], 1)
+    without = np.polyfit(gammas[1:used], values[1:used], 1)[1]
     if abs(without - value) > SHIFT * max(abs(value), 0.05):
         notes.append(f"without the whole sample the line ends at {without:.3f} nats")
-    interval = _interval(gammas[:used], weights[:used], value)
+    half = stats.t.ppf(0.975, _freedom(len(means))) * error * _leverage(gammas[:used])
+    interval = float(value - half), float(value + half)
     estimate = Estimate(float(value), "biased" if notes else "ok", name, len(x), interval, tuple(notes))
     return Extrapolation(estimate, tuple(gammas[:used].tolist()), tuple(means[:used]), float(slope))
 
 
-def _bends(gammas: np.ndarray, values: np.ndarray, weights: np.ndarray) -> bool:
+def _freedom(most: int) -> int:
+    """Degrees of freedom of the spread over the parts of 1 .. `most` sizes."""
+    return most * (most - 1) // 2
+
+
+def _bends(gammas: np.ndarray, values: np.ndarray, error: float) -> bool:
     """Whether a parabola's bend is both a tenth of its slope and more than its own error."""
-    design = np.vander(gammas, 3) * weights[:, None]
-    bend, slope, _ = np.linalg.lstsq(design, values * weights, rcond=None)[0]
-    error = np.sqrt(np.linalg.inv(design.T @ design)[0, 0])
-    return bool(abs(bend) > CURVATURE * abs(slope) and abs(bend) > 2 * error)
+    design = np.vander(gammas, 3)
+    bend, slope, _ = np.linalg.lstsq(design, values, rcond=None)[0]
+    own = error * np.sqrt(np.linalg.inv(design.T @ design)[0, 0])
+    return bool(abs(bend) > CURVATURE * abs(slope) and abs(bend) > 2 * own)
 
 
-def _interval(gammas: np.ndarray, weights: np.ndarray, value: float) -> tuple[float, float]:
-    """95 % of the intercept, from the spread over the parts of each size."""
-    design = np.vander(gammas, 2) * weights[:, None]
-    half = 1.96 * float(np.sqrt(np.linalg.inv(design.T @ design)[1, 1]))
-    return float(value) - half, float(value) + half
+def _leverage(gammas: np.ndarray) -> float:
+    """Error of the line's end per error of a mean, at least 1: what the sample errs by as a whole moves every mean."""
+    design = np.vander(gammas, 2)
+    return max(1.0, float(np.sqrt(np.linalg.inv(design.T @ design)[1, 1])))
