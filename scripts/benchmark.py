@@ -37,6 +37,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 import ibprune
+from ibprune.collating import windows
 from ibprune.console import Quiet, Terminal
 from ibprune.data import read_file
 from ibprune.evaluation import evaluate_model
@@ -97,10 +98,10 @@ def run_cell(cell: Cell) -> dict:
         values = cell.values | {"output": str(Path(scratch) / "out")}
         result = ibprune.prune(**values, console=Terminal())
         report = result.report
-        own = splits(make_own_feed(values, result.model), cell.test)
+        own = splits(make_own_feed(values, result.model), cell)
         subject = load_subject(make_recipe(values | {"output": f"{scratch}/none"}), Quiet())
     dense = subject.loaded.model.to(next(result.model.parameters()).device).eval()
-    read = splits(subject.feed, cell.test)  # with the dense model's own vocabulary
+    read = splits(subject.feed, cell)  # with the dense model's own vocabulary
     found = {
         "settings": {"values": cell.values, "test": cell.test},
         "dense": report["dense"]["metrics"],
@@ -120,11 +121,13 @@ def run_cell(cell: Cell) -> dict:
     return found
 
 
-def splits(feed: Feed, test: str) -> dict[str, Feed]:
+def splits(feed: Feed, cell: Cell) -> dict[str, Feed]:
     """What a finished model is judged on: the held-out rows, and those of the test file where there is one."""
-    if not test:
+    if not cell.test:
         return {"dev": feed}
-    rows = load_images(test).held_out if test.endswith(".npz") else read_file(Path(test))
+    rows = load_images(cell.test).held_out if cell.test.endswith(".npz") else read_file(Path(cell.test))
+    if feed.objective.name == "causal_lm":
+        rows = windows(rows, "text", feed.preprocessor, cell.values["max_length"])
     return {"dev": feed, "test": replace(feed, held_out_set=rows)}
 
 

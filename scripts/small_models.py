@@ -1,10 +1,10 @@
 """Writes a GPT-2 and a ViT small enough for two cores, not yet trained, and the splits they are trained and judged on.
 
     python scripts/small_models.py ../shared/data
-    ibprune train --model runs/gpt2-untrained --data runs/data/stories --max-length 128 --batch-size 16 --lr 1e-3 \\
-        --finetune-steps 2000 --output runs/gpt2-stories
+    ibprune train --model runs/gpt2-untrained --data runs/data/stories --max-length 64 --batch-size 16 --lr 1e-3 \\
+        --finetune-steps 3000 --output runs/gpt2-stories
     ibprune train --model runs/vit-untrained --data runs/data/cifar10/train.npz --batch-size 64 --lr 1e-3 \\
-        --finetune-steps 3750 --output runs/vit-cifar10
+        --finetune-steps 3000 --output runs/vit-cifar10
 
 writes `runs/gpt2-untrained` (the tokenizer of stories260K), `runs/vit-untrained`, `runs/data/stories` with train.txt,
 dev.txt and test.txt, and `runs/data/cifar10` with train.npz (its last 1,000 training images are its held-out split) and
@@ -65,15 +65,15 @@ def write_models(shared: Path, output: Path) -> None:
     gpt2 = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=256,
-        n_embd=128,
-        n_layer=6,
-        n_head=8,
+        n_embd=96,
+        n_layer=4,
+        n_head=6,
         bos_token_id=1,
         eos_token_id=2,
         architectures=["GPT2LMHeadModel"],
     )
     vit = ViTConfig(
-        image_size=32, patch_size=4, hidden_size=128, num_hidden_layers=6, num_attention_heads=8, intermediate_size=512
+        image_size=32, patch_size=8, hidden_size=96, num_hidden_layers=4, num_attention_heads=6, intermediate_size=384
     )
     for name, config in (("gpt2", gpt2), ("vit", vit)):
         config.save_pretrained(output / f"{name}-untrained")
