@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ibprune.console import Quiet, Terminal, printable
-from ibprune.errors import BadRecipe, IBPruneError, Stopped, did_you_mean, first_line, is_out_of_memory
+from ibprune.errors import BadRecipe, IBPruneError, Stopped, about_file, did_you_mean, first_line, is_out_of_memory
 from ibprune.flags import (
     VERBS,
     audit_parser,
@@ -85,7 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         if not _number():
             sys.stderr.write(f"ibprune: {printable(str(stopped))}\n")
         return 130
+    except BrokenPipeError:  # whoever reads what is printed has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
+        if isinstance(error, OSError) and "--debug" not in argv and not is_out_of_memory(error):
+            sys.stderr.write(f"ibprune: error: {printable(about_file(error))} --debug says where.\n")
+            return 2
         if is_out_of_memory(error) and "--debug" not in argv:
             sys.stderr.write(f"ibprune: error: {printable(_ran_out(error, verb))}\n")
             return 2

@@ -231,17 +231,21 @@ def macs_model(model: nn.Module, sites: dict[str, Site], *, length: int) -> Cost
 
 
 def module_macs_model(model: nn.Module, sites: dict[str, Site], example: torch.Tensor) -> CostModel:
-    """Multiply-accumulates of the convolutions and linear layers for one sample of any module.
+    """Multiply-accumulates of the layers' weights for one sample of any module.
 
-    Each weight is multiplied once per position: of the output, or of the input for a transposed
-    convolution. The positions come from one forward pass on the example, (batch, ...). Products of
-    activations with each other, as in an attention, belong to no layer and are left out.
+    Each weight of a convolution or a linear layer is multiplied once per position: of the output, or of the input for
+    a transposed convolution. The positions come from one forward pass on the example, (batch, ...). Weights of
+    `nn.MultiheadAttention` and of recurrent layers, which are never cut, count as they are. Products of activations
+    with each other, as in an attention, belong to no layer and are left out, as are weights used outside of a layer.
     """
     dims, _ = dimension_owners(model, sites)
     names = {id(p): name for name, p in model.named_parameters()}
     n_units = {name: site.n_units for name, site in sites.items()}
     terms = []
-    for path, count in _positions(model, example).items():
+    positions, fixed = _positions(model, example)
+    if fixed:
+        terms.append(Term(fixed // len(example), (), False))
+    for path, count in positions.items():
         weight = model.get_submodule(path).weight
         for coefficient, cutters in parameter_products(names[id(weight)], weight.shape, n_units, dims):
             terms.append(Term(count // len(example) * coefficient, cutters, False))
@@ -249,9 +253,13 @@ def module_macs_model(model: nn.Module, sites: dict[str, Site], example: torch.T
 
 
 @torch.no_grad()
-def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
-    """At how many positions of the whole example each layer's weight is multiplied, by module path."""
+def _positions(model: nn.Module, example: torch.Tensor) -> tuple[dict[str, int], int]:
+    """At how many positions of the whole example each layer's weight is multiplied, by module path.
+
+    And the multiply-accumulates of what is never cut: attentions with packed weights, recurrent layers.
+    """
     counts: dict[str, int] = {}
+    fixed = 0
 
     def count(path: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -261,8 +269,20 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
 
         return hook
 
+    def count_fixed(module: nn.Module, args: tuple, named: dict, output: object) -> None:
+        nonlocal fixed
+        first = args[0] if args else named.get("query", named.get("input"))
+        first = getattr(first, "data", first)  # of a packed sequence
+        if isinstance(module, nn.RNNBase):  # every matrix at every step
+            fixed += first.numel() // first.shape[-1] * sum(p.numel() for p in module.parameters() if p.ndim > 1)
+            return
+        key, value = (args[i] if len(args) > i else named[name] for i, name in ((1, "key"), (2, "value")))
+        fixed += (2 * first.numel() + key.numel() + value.numel()) * module.embed_dim  # three projections in, one out
+
     layers = [(p, m) for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     handles = [module.register_forward_hook(count(path)) for path, module in layers]
+    uncut = [module for module in model.modules() if isinstance(module, (nn.MultiheadAttention, nn.RNNBase))]
+    handles += [module.register_forward_hook(count_fixed, with_kwargs=True) for module in uncut]
     training = model.training
     try:
         model.eval()(example)
@@ -270,7 +290,7 @@ def _positions(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return counts
+    return counts, fixed
 
 
 class _Products(TorchDispatchMode):

@@ -48,6 +48,17 @@ def first_line(error: BaseException) -> str:
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
+def about_file(error: OSError) -> str:
+    """What is said of a file that could not be read or written: a full disk, no permission, a name too long.
+
+    Example:
+        >>> about_file(OSError(36, "File name too long", "a.csv"))
+        "could not read or write 'a.csv': File name too long."
+    """
+    name = f" '{error.filename}'" if error.filename is not None else ""
+    return f"could not read or write{name}: {error.strerror or first_line(error)}."
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: on a GPU, under a limit, or on the whole machine.
 

@@ -48,7 +48,7 @@ def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
     found = data.labels or tuple(_whole_numbers(data))
     if set(found) <= set(known):
         codes = {label: known[label] for label in found}
-    elif all(label.isdigit() and int(label) < n for label in found):
+    elif all(label.isdecimal() and int(label) < n for label in found):
         codes = {label: int(label) for label in found}
     elif len(found) == n:
         codes = {label: i for i, label in enumerate(found)}
@@ -65,7 +65,7 @@ def match_labels(data: Data, config: PreTrainedConfig, name: str) -> Data:
     old = dict(enumerate(data.labels)) if data.labels else {float(label): label for label in found}
     metrics = data.metrics if data.labels else ("accuracy",)
     if objective == TAGS:
-        if all(label.isdigit() for label in found):  # the model names what the data number
+        if all(label.isdecimal() for label in found):  # the model names what the data number
             labels = tuple(str((config.id2label or {}).get(i, i)) for i in range(n))
         metrics = tag_metrics(labels)
     return replace(_recoded(data, lambda value: codes[old[value]]), labels=labels, metrics=metrics)

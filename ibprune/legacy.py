@@ -1,6 +1,8 @@
 """Turns checkpoints that older tools pruned into usual folders: their shapes or zeros become a plan."""
 
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -128,6 +130,8 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
     except SafetensorError as error:
         raise BadRecipe(f"'{path}' is a damaged safetensors file: {first_line(error)}") from error
     except Exception as error:  # noqa: BLE001  reading raises what it likes
+        if not isinstance(error, pickle.UnpicklingError) or not zipfile.is_zipfile(path):
+            raise BadRecipe(f"'{path}' is no file of PyTorch's, or a damaged one: get it again.") from error
         raise BadRecipe(
             f"'{path}' holds more than tensors, such as a whole model (LLM-Pruner), and is not opened: opening it runs "
             "its code. Where you trust it, in the tool that wrote it: torch.save(model.state_dict(), "

@@ -118,6 +118,11 @@ class MaskedTraining:
         model.__dict__[MASKS] = self.masks
         self.masks.eval()
         self.start = fisher_of_loss(model, self.masks, batches, self.loss)
+        if not all(score.isfinite().all() for score in self.start.values()):
+            raise BadData(
+                "expected a finite loss on the batches that rank the units, found NaN or infinity in it or in its "
+                "gradients: mend the loss or the batches."
+            )
         if recipe.shares == "probe":
             self.target = probe_shares(self._loss_on(batches), self.start, sites, cost_model, self.budget,
                                        console=Quiet())  # fmt: skip
@@ -156,7 +161,8 @@ class MaskedTraining:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise BadRecipe(f"steps: expected the number of optimiser steps, at least 1, found {steps!r}.")
-        if self.plan is not None or self.learning is not None:
+        self._present()
+        if self.learning is not None:
             raise BadRecipe("expected masks that have not begun, found some at work: make a MaskedTraining anew.")
         self.masks.to(self.model.device)
         self.learning = MaskLearning(
@@ -175,28 +181,63 @@ class MaskedTraining:
     def advance(self) -> None:
         """One step of the masks: after `loss.backward()`, once for each step of the optimiser.
 
+        A batch that the loop leaves out, `optimizer.zero_grad()` and on, is left out here by `skip`.
+
         Raises:
             BadRecipe: Not begun, no gradient has reached the masks, or more steps than were announced.
+            BadData: A gradient of the masks is not a number; it is forgotten, and the masks are as they were.
         """
-        learning = self._begun()
-        if self.done >= learning.steps:
-            raise BadRecipe(f"expected {learning.steps} steps, as begin() was told, found one more: tell it the whole.")
+        learning = self._begun_and_not_over()
         if all(mask.mu.grad is None for _, mask in self.masks.items()):
             raise BadRecipe("expected gradients in the masks, found none: call advance() after loss.backward().")
         penalty = learning.penalty()
         if penalty.requires_grad:
             penalty.backward()
+        if not all(p.grad is None or p.grad.isfinite().all() for p in self.masks.parameters()):
+            self.optimizer.zero_grad()
+            raise BadData(
+                "expected finite gradients in the masks, found NaN or infinity: look at the loss of this batch, and "
+                "call skip() instead of advance() where the optimiser makes no step."
+            )
         update_(self.optimizer)
-        self.done += 1
-        if self.done < learning.steps:
-            learning.to_step(self.done)
+        self._step()
 
-    def _begun(self) -> MaskLearning:
+    def skip(self) -> None:
+        """One step of the announced ones in which neither the optimiser nor the masks learn.
+
+        What a `loss.backward()` left in the masks is forgotten: no optimiser of the loop's does that for them.
+
+        Raises:
+            BadRecipe: Not begun, or more steps than were announced.
+        """
+        self._begun_and_not_over()
+        self.optimizer.zero_grad()
+        self._step()
+
+    def _step(self) -> None:
+        self.done += 1
+        if self.done < self.learning.steps:
+            self.learning.to_step(self.done)
+
+    def _present(self) -> None:
         if self.plan is not None:
             raise PlanMismatch("expected masks, found a model that was cut already: train it on as it is.")
+        if not hasattr(self.model, MASKS):
+            raise PlanMismatch(
+                "expected masks, found a model from which they were removed: make a MaskedTraining anew."
+            )
+
+    def _begun(self) -> MaskLearning:
+        self._present()
         if self.learning is None:
             raise BadRecipe("expected masks that learn, found none yet: call begin(steps) first.")
         return self.learning
+
+    def _begun_and_not_over(self) -> MaskLearning:
+        learning = self._begun()
+        if self.done >= learning.steps:
+            raise BadRecipe(f"expected {learning.steps} steps, as begin() was told, found one more: tell it the whole.")
+        return learning
 
     def cut(self) -> PreTrainedModel:
         """Removes the units that did not stay, in place: the model, exactly within the budget, in eval mode.
@@ -231,6 +272,7 @@ class MaskedTraining:
         """
         if self.plan is not None:
             raise PlanMismatch("expected masks, found a model that was cut already: nothing can be taken back.")
+        self._present()
         self._hook.remove()
         remove_(self.model)
         merge_(self.model)

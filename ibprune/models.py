@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -409,6 +410,11 @@ def _read_checkpoint(
         raise BadRecipe(f"'{source.name}' holds a damaged safetensors file: {first_line(error)}") from error
     except IBPruneError:
         raise
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise BadRecipe(
+            f"could not load '{source.name}': its .bin files are damaged, or hold more than tensors, which is not "
+            "opened, as opening it runs its code: get them again, or write safetensors where you trust them."
+        ) from error
     except (OSError, ValueError, RuntimeError, ArithmeticError, TypeError, AttributeError) as error:
         raise BadRecipe(f"could not load '{source.name}': {first_line(error)}") from error
     prefix = model.base_model_prefix

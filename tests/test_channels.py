@@ -315,6 +315,38 @@ class Attentive(nn.Module):
         return self.third(torch.relu(self.second(x))).mean(1)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer in both directions, and an attention whose keys and values are of other widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(10, 2)
+        self.read = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+        self.look = nn.MultiheadAttention(10, 2, kdim=6, vdim=4, batch_first=True)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        y = self.read(x)[0]
+        return self.last(self.look(y, key=x, value=x[..., :4], need_weights=False)[0]).mean(1)
+
+
+def test_layers_that_are_never_cut_cost_what_they_multiply():
+    """At each of 5 positions; products of activations with each other are left out."""
+    x = torch.randn(3, 5, 4)
+    lstm = 2 * 4 * 5 * ((6 + 5) + (10 + 5))  # both directions, four gates, two layers: what is read and what was said
+    for model, weights in (
+        (Attentive(), 4 * 6 + 4 * 6 * 6 + 6 * 7 + 7 * 2),
+        (Recurrent(), 4 * 6 + lstm + 10 * 10 + 10 * 6 + 10 * 4 + 10 * 10 + 10 * 2),
+        (nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Linear(8, 2)),
+         4 * 8 + 4 * 8 * 8 + 2 * 8 * 12 + 8 * 2),
+    ):  # fmt: skip
+        sites = {} if isinstance(model, Recurrent) else find_channels(model, x).sites  # which no trace follows
+        costs = module_macs_model(model.to(x.dtype), sites, x)
+        assert costs(costs.n_units) == 5 * weights
+        for name in sites:  # what is cut saves what the layers around it save
+            assert costs.unit_cost(costs.n_units, name) > 0
+
+
 class Shuffled(nn.Module):
     """Channels change places in a way that the trace does not see (ShuffleNet)."""
 

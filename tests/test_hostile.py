@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +26,11 @@ from ibprune.flags import prune_parser
 from ibprune.folders import write_model
 from ibprune.json_files import read_json
 from ibprune.latency import LatencyTable
+from ibprune.legacy import read_state
 from ibprune.loading import load_any
 from ibprune.markdown import block, code, plain, quoted
 from ibprune.model_card import model_card, renamed_card
+from ibprune.models import find_source, load_dense
 from ibprune.module_files import load_module
 from ibprune.planning import plan
 from ibprune.plans import PruningPlan
@@ -326,6 +331,40 @@ def test_the_longest_names_are_refused_as_others_are():
         for name in ("x" * 300, "x" * 5_000):
             with pytest.raises(refused):
                 call(name)
+
+
+@pytest.mark.parametrize("verb", [
+    ["report", "x" * 300], ["compare", "x" * 300], ["convert-legacy", "x" * 300, "--output", "out"],
+    ["recipes", "copy", "smoke", "x" * 300], ["--recipe", "x" * 300], ["mi-benchmark", "--xy", "x" * 300],
+])  # fmt: skip
+def test_what_the_file_system_refuses_is_one_line(verb, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(verb) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "too long" in error and not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_ends_the_command_in_silence(tmp_path):
+    script = f"{sys.executable} -m ibprune recipes show smoke | true; exit ${{PIPESTATUS[0]}}"
+    plain = os.environ | {"PYTHONUNBUFFERED": "1"}
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=plain)
+    assert run.stderr == "" and run.returncode in (0, 141)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
+def test_weights_of_pytorch_that_are_none_are_refused(content, tmp_path):
+    """An empty file, a pointer of git-lfs, a file with objects: by the loader, and by what converts older tools."""
+    folder = tmp_path / "model"
+    build("bert", "BertModel").save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    if content is None:
+        torch.save({"weight": Path("a")}, folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(BadRecipe, match="damaged, or hold more than tensors"):
+        load_dense(find_source(str(folder)))
+    with pytest.raises(BadRecipe, match="holds more than tensors" if content is None else "damaged one: get it again"):
+        read_state(folder)
 
 
 def test_names_in_a_card_are_shown_and_never_markup():

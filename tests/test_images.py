@@ -146,6 +146,7 @@ def test_batches_are_shuffled_by_the_seed(folder):
         ({"x": np.zeros((30, 8, 8), np.uint8), "y": np.zeros(30)}, "whole numbers as labels"),
         ({"x": np.zeros((30, 8, 8), np.uint8), "y": np.zeros(30, int)}, "at least two classes"),
         ({"x": np.zeros((9, 8, 8), np.uint8), "y": np.arange(9)}, "at least 20 rows"),
+        ({"x": np.zeros((30, 8, 8), np.uint8), "y": np.full(30, 2**63, np.uint64)}, "64 bits hold with a sign"),
         ({"x": np.array([{}]), "y": np.zeros(1, int)}, "could not read .* as npz: Object arrays cannot be loaded"),
     ],
 )
@@ -153,6 +154,37 @@ def test_arrays_that_cannot_be_used(arrays, reason, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(BadData, match=reason):
         load_images(str(tmp_path / "a.npz"))
+
+
+def test_a_damaged_archive_of_arrays_is_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(
+        path, x=np.random.default_rng(0).integers(0, 9, (40, 8, 8)).astype(np.uint8), y=np.arange(40) % 2
+    )
+    whole, rng = path.read_bytes(), np.random.default_rng(1)
+    for place in rng.integers(0, len(whole), 40):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            load_images(str(path))  # a flip may fall where nothing is read
+        except BadData as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("gap", ["picture", "class", "class that is not known"])
+def test_rows_of_a_table_without_a_picture_or_a_class_are_refused(gap, tmp_path):
+    pictures = [Picture.new("RGB", (8, 8), (i, 0, 0)) for i in range(40)]
+    codes = [i % 2 for i in range(40)]
+    if gap == "picture":
+        pictures[7] = None
+    else:
+        codes[7] = None if gap == "class" else -1
+    kind = ClassLabel(names=["a", "b"]) if gap.endswith("known") else Value("int64")
+    features = Features({"image": Image(), "label": kind})
+    Dataset.from_dict({"image": pictures, "label": codes}, features=features).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(BadData, match=f"expected a {gap.split()[0]} in every row of .*, found 1 without: take them"):
+        load_images(str(tmp_path / "rows.parquet"))
 
 
 def test_folders_and_files_that_cannot_be_used(folder, tmp_path):

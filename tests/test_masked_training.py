@@ -240,6 +240,41 @@ def test_decoders_are_masked_too(family, head, dtype, tmp_path):
         assert ibprune.load(tmp_path / "small").dtype == dtype
 
 
+def test_a_batch_that_the_loop_leaves_out_leaves_nothing_in_the_masks():
+    """The model ends as if the batch had never been read; a gradient that is not a number is refused first."""
+    ends = []
+    for left_out in (False, True):
+        torch.manual_seed(0)
+        model = classifier()
+        masked = ibprune.MaskedTraining(model, 0.5, batches=batches(2), round_to=1, shares="equal")
+        masked.begin(steps=6)
+        train(model, masked, 3)
+        if left_out:
+            (model(**batches(1)[0]).loss * float("nan")).backward()
+            with pytest.raises(BadData, match=r"call skip\(\) instead of advance"):
+                masked.advance()
+            assert masked.done == 3
+            (model(**batches(1)[0]).loss * 1e6).backward()
+        model.zero_grad()
+        masked.skip()
+        ends.append({name: value.clone() for name, value in masked.masks.state_dict().items()})
+        train(model, masked, 2)
+        assert masked.cut() is model
+        with pytest.raises(PlanMismatch, match="cut already"):
+            masked.skip()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("shares", ["probe", "cost"])
+def test_a_loss_that_is_not_a_number_ranks_nothing(shares):
+    model = classifier()
+    with pytest.raises(BadData, match="expected a finite loss on the batches that rank the units"):
+        ibprune.MaskedTraining(
+            model, 0.5, batches=batches(2), shares=shares, loss=lambda model, batch: model(**batch).loss * float("nan")
+        )
+    ibprune.MaskedTraining(model, 0.5, batches=batches(2), shares="equal").remove()  # no masks were left in it
+
+
 def test_misuse_is_named():
     model = classifier()
     few = batches(1)
@@ -267,6 +302,11 @@ def test_misuse_is_named():
     model(**few[0]).loss.backward()
     with pytest.raises(BadRecipe, match="found one more"):
         masked.advance()
+    other = ibprune.MaskedTraining(classifier(), 0.5, batches=few, shares="equal")
+    other.remove()
+    for call in (lambda: other.begin(steps=2), other.advance, other.cut, other.remove):
+        with pytest.raises(PlanMismatch, match="they were removed: make a MaskedTraining anew"):
+            call()
     masked.cut()
     for call in (masked.cut, masked.advance, masked.remove):
         with pytest.raises(PlanMismatch, match="cut already"):
