@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -19,14 +19,17 @@ from ibprune.masks import MaskSet
 from ibprune.refit import reconstruct_, rescale_
 from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.scores import (
+    LEARNED,
     blocks_again,
     fisher_scores,
     gate_gradients,
     magnitude_scores,
     random_scores,
+    ranking,
     taylor_scores,
 )
 from ibprune.second_order import obs_multipliers, obs_scores, rearrange
+from ibprune.taps import readers
 from ibprune.trainer import TrainSettings
 
 
@@ -35,7 +38,7 @@ class Choice:
     """How the units that stay are chosen.
 
     Attributes:
-        score, shares, seed: As in `ibprune.recipe.Recipe`.
+        score, start, shares, seed: As in `ibprune.recipe.Recipe`.
         batches: For scores and for comparing candidate cuts, on the device.
         make_batches: Training batches of an epoch, by its seed.
         judge: The dense model, to which candidate cuts are compared; None leaves the labels alone.
@@ -61,6 +64,7 @@ class Choice:
     accelerator: Accelerator
     console: Quiet
     reconstruct: bool = False
+    start: str = "fisher"
     lora: Lora | None = None
     frozen: bool = False
     journal: Journal = NO_JOURNAL
@@ -68,25 +72,49 @@ class Choice:
 
 def score_units(student: nn.Module, sites: dict[str, Site], masks: MaskSet, choice: Choice) -> dict[str, torch.Tensor]:
     """The one-shot scores that a score takes or starts from, of the sites with masks."""
-    batches, console = choice.batches, choice.console
+    batches, console, score = choice.batches, choice.console, ranking(choice.score, choice.start)
     if not sites:  # nothing but the vocabulary is cut
         return {}
+    if score == "flap" and choice.score in LEARNED:
+        read = {name: site for name, site in sites.items() if readers(student, site)}
+        others = score_units(student, sites, masks, replace(choice, start="fisher"))
+        return in_order(others, score_units(student, read, masks, replace(choice, score="flap")), sites)
     with _scoring(student, choice):
-        match choice.score:
+        match score:
             case "magnitude":
                 return magnitude_scores(student, sites)
             case "random":
                 return random_scores(sites, seed=choice.seed)
             case "activation" | "flap":
-                of = activation_scores if choice.score == "activation" else flap_scores
+                of = activation_scores if score == "activation" else flap_scores
                 return of(student, sites, batches, total=len(batches), console=console)
             case "obs":
                 return obs_scores(_gradients(student, masks, choice))
             case _:
-                of = taylor_scores if choice.score == "taylor" else fisher_scores
+                of = taylor_scores if score == "taylor" else fisher_scores
                 return of(
                     student, masks, batches, choice.objective, seed=choice.seed, total=len(batches), console=console
                 )
+
+
+def in_order(
+    values: dict[str, torch.Tensor], order: dict[str, torch.Tensor], sites: dict[str, Site]
+) -> dict[str, torch.Tensor]:
+    """The same values, each kind's in the order of another score among the units that this one ranks.
+
+    So units are in the order of the one, and kinds compare by the other.
+
+    Args:
+        order: Scores of some of the sites.
+    """
+    found = dict(values)
+    for kind in dict.fromkeys(sites[name].kind for name in order):
+        names = [name for name in order if sites[name].kind == kind]
+        had, rank = (torch.cat([scores[name].double() for name in names]) for scores in (values, order))
+        mine = torch.empty_like(had)
+        mine[torch.argsort(-rank, stable=True)] = had.sort(descending=True).values
+        found |= dict(zip(names, mine.split([sites[name].n_units for name in names])))
+    return found
 
 
 def refit_(

@@ -31,7 +31,7 @@ from ibprune.quantised import bits, copied, whole_skeleton
 from ibprune.recipe import Recipe
 from ibprune.resuming import NO_JOURNAL, Journal
 from ibprune.rotation import principal_axes
-from ibprune.scores import LEARNED
+from ibprune.scores import LEARNED, ranking
 from ibprune.shards import compact_checkpoint
 from ibprune.shares import as_pressure, equal_pressure, probe_shares
 from ibprune.sites import came_factorized, find_family
@@ -171,7 +171,7 @@ def prepare_cut(
         judge=dense, teacher=dense if recipe.distill != "none" else None,
         settings=phases(recipe, feed.objective)[0], accelerator=accelerator, console=console,
         probe_steps=probe_steps(recipe.probe_steps, recipe.recover_steps), reconstruct=recipe.reconstruct,
-        lora=lora_of(recipe), frozen=recipe.mode == "faster", journal=journal,
+        start=recipe.start, lora=lora_of(recipe), frozen=recipe.mode == "faster", journal=journal,
     )  # fmt: skip
     return student, structure, choice, kinds, counts
 
@@ -243,8 +243,8 @@ def is_learned(choice: Choice) -> bool:
 
 
 def ranked_by(choice: Choice) -> str:
-    """The score that ranks in the end: one that is learned starts from Fisher's, and without steps stays there."""
-    return choice.score if is_learned(choice) or choice.score not in LEARNED else "fisher"
+    """The score that ranks in the end: one that is learned starts from another, and without steps stays there."""
+    return choice.score if is_learned(choice) else ranking(choice.score, choice.start)
 
 
 def as_before(journal: Journal, name: str, keep: Keep) -> Keep:

@@ -22,7 +22,7 @@ from ibprune.processes import n_processes
 from ibprune.quantised import bits, check_packable, check_quantised
 from ibprune.rates import block_rate
 from ibprune.recipe import Recipe, make_recipe
-from ibprune.scores import LEARNED
+from ibprune.scores import LEARNED, ranking
 from ibprune.shares import MOST_RECOVERED, most_compared
 from ibprune.sites import block_paths, find_family, is_traced, reads_pictures
 from ibprune.sizing import Work, dry_run, measure, objective_of
@@ -181,7 +181,7 @@ def phases(work: Work) -> tuple[Phase, ...]:
         steps = NEW_HEAD_STEPS if work.new_head else 0
     add("training dense", steps * accum, _memory(work, work.dense, 0, step.activation_bytes, copies=0),
         steps * accum * step.flops, 0)  # fmt: skip
-    if recipe.score not in ("magnitude", "random"):
+    if ranking(recipe.score, recipe.start) not in ("magnitude", "random"):
         times = 1 + vocab + (learned and recipe.score == "gradual") * MaskSettings().rescored
         add("scoring units", times * batches, _memory(work, 0, student, score.activation_bytes),
             times * batches * score.flops, 0)  # fmt: skip

@@ -25,9 +25,9 @@ from ibprune.module_files import save_module
 from ibprune.pairs import Pairs
 from ibprune.plans import PruningPlan, model_type
 from ibprune.processes import on_main
-from ibprune.recipe import UNFIT, UNTAUGHT
+from ibprune.recipe import UNFIT, UNSTARTED, UNTAUGHT
 from ibprune.report import MODULE_SCHEMA, Timer, versions
-from ibprune.scores import LEARNED, SCORES
+from ibprune.scores import LEARNED, SCORES, STARTS
 from ibprune.shares import SHARES
 from ibprune.structure import prepare_traced_, with_latency, with_memory
 from ibprune.surgery import compact_module_
@@ -47,6 +47,7 @@ class ModuleSettings:
             "latency" (of the example, as it is).
         latency_table: A latency.json measured on this device before (cost "latency").
         score: One of `ibprune.scores.SCORES`.
+        start: One of `ibprune.scores.STARTS`: the ranking that learned masks start from (score "vib").
         reconstruct: Refit by least squares what reads the cut units (scores that leave the weights).
         shares: How the cut is spread: "cost" by score per cost, "equal" by score alone with the same share of each
             kind, "probe" by the measured loss of candidates.
@@ -78,6 +79,7 @@ class ModuleSettings:
     distill: str | bool = "logits"
     divergence: str = "forward"
     reconstruct: bool = False
+    start: str = "fisher"
     seed: int = 0
 
     def __post_init__(self):
@@ -85,8 +87,8 @@ class ModuleSettings:
             raise BadRecipe(f"budget: expected one share of the dense cost for a module, found {self.budget!r}.")
         if isinstance(self.distill, bool):
             object.__setattr__(self, "distill", "logits" if self.distill else "none")
-        listed = {"cost": COSTS, "score": SCORES, "shares": SHARES, "schedule": SCHEDULES, "divergence": DIVERGENCES}
-        for name, valid in (listed | {"distill": ("logits", "none")}).items():
+        listed = {"cost": COSTS, "score": SCORES, "start": STARTS, "shares": SHARES, "schedule": SCHEDULES}
+        for name, valid in (listed | {"divergence": DIVERGENCES, "distill": ("logits", "none")}).items():
             value = getattr(self, name)
             if value not in valid:
                 raise BadRecipe(f"{name}: found '{value}': {did_you_mean(str(value), valid)}.")
@@ -99,6 +101,8 @@ class ModuleSettings:
                 raise BadRecipe(f"{name}: expected a whole number of at least {least}, found {value!r}.")
         if self.reconstruct and self.score in LEARNED and self.mask_steps:
             raise BadRecipe(f"{UNFIT}.")
+        if self.start != "fisher" and self.score != "vib":
+            raise BadRecipe(f"{UNSTARTED}.")
         if self.divergence != "forward" and self.distill == "none":
             raise BadRecipe(UNTAUGHT + ".")
         if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
@@ -202,6 +206,7 @@ def prune_module(
             teacher=teacher, settings=_phases(settings)[0],
             probe_steps=probe_steps(settings.probe_steps, settings.recover_steps), accelerator=accelerator,
             console=console, reconstruct=settings.reconstruct,
+            start=settings.start,
         )  # fmt: skip
         student, plan, decision = choose_and_compact_(student, structure, budget, choice)
     with timer("recover"):

@@ -44,10 +44,11 @@ def check_quantised(recipe: Recipe) -> None:
         raise BadRecipe(f"{name}: expected one process, found {n_processes()}: leave --num-processes out.")
     if isinstance(recipe.budget, tuple) or recipe.at_least:
         raise BadRecipe(f"{name} cuts one model, to one --budget: leave other budgets and --at-least out.")
-    if recipe.score not in SCORED:
-        raise BadRecipe(
-            f"{name}: score {recipe.score} reads or changes weights, and these are packed: use {', '.join(SCORED)}."
-        )
+    for asked in (recipe.score, recipe.start):
+        if asked not in SCORED:
+            raise BadRecipe(
+                f"{name}: score {asked} reads or changes weights, and these are packed: use {', '.join(SCORED)}."
+            )
     if recipe.score == "vib" and recipe.mode != "faster":
         raise BadRecipe(
             f"{name} leaves the weights as they are, and mode {recipe.mode} trains them while masks learn: use --mode "

@@ -24,6 +24,8 @@ BUFFER = 4096  # windows of 256 tokens take 40 MB
 HUB = {"push_to_hub", "private", "revision", "commit_message"}
 WHERE = HUB | {"output", "log_with", "resume", "save_every", "keep_last"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
+Start = Literal["fisher", "obs", "taylor", "flap", "activation", "magnitude", "random"]
+UNSTARTED = "start is the ranking from which the masks of score vib start to learn: leave it out"
 UNFIT = "reconstruct refits weights that stayed as they were: vib and gradual train the weights around their cuts"
 UNTAUGHT = "divergence says how outputs are distilled, and distill none that they are not"
 
@@ -129,6 +131,7 @@ class Recipe(BaseModel):
         "full", description="fast trains on 3 % of the data; faster learns masks alone, on these"
     )
     score: Score = Field("vib", description="what ranks the units")
+    start: Start = Field("fisher", description="the ranking that learned masks start from (score vib)")
     reconstruct: bool = Field(False, description="refit by least squares what reads the cut units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
     augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")
@@ -276,6 +279,8 @@ class Recipe(BaseModel):
     def _trained(self) -> Self:
         if self.reconstruct and self.score in ("vib", "gradual") and self.mask_steps != 0 and self.mode != "faster":
             raise ValueError(UNFIT + " (vib leaves them in --mode faster)")
+        if self.start != "fisher" and self.score != "vib":
+            raise ValueError(UNSTARTED)
         if self.mode == "faster" and self.score == "gradual":
             raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")
         if self.divergence != "forward" and self.distill == "none":

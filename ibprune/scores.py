@@ -19,6 +19,17 @@ from ibprune.sites import block_paths, find_family, is_traced
 
 SCORES = ("vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random")
 LEARNED = ("vib", "gradual")  # these decide while the weights train
+STARTS = ("fisher", "obs", "taylor", "flap", "activation", "magnitude", "random")  # a ranking masks can start from
+
+
+def ranking(score: str, start: str) -> str:
+    """The one-shot score that ranks the units while nothing is learned yet.
+
+    Example:
+        >>> ranking("vib", "flap"), ranking("gradual", "fisher"), ranking("taylor", "fisher")
+        ('flap', 'fisher', 'taylor')
+    """
+    return start if score in LEARNED else score
 
 
 def _without_cache(forward: Callable, *args: object, **options: object) -> object:

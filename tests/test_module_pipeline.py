@@ -268,6 +268,8 @@ def test_bad_arguments_say_what_to_do(resnet):
     attempt(BadRecipe, "unknown argument 'mask_step' for a module: did you mean 'mask_steps'", mask_step=3)
     attempt(BadRecipe, "cost: found 'mac': did you mean 'macs'", cost="mac")
     attempt(BadRecipe, "schedule: found 'cosin': did you mean 'cosine'", schedule="cosin")
+    attempt(BadRecipe, "start: found 'flpa': did you mean 'flap'", start="flpa")
+    attempt(BadRecipe, "the masks of score vib start to learn: leave it out", start="flap", score="fisher")
     attempt(BadRecipe, "divergence: found 'both'", divergence="both")
     attempt(BadRecipe, "distill: found 'hidden': expected one of logits, none", distill="hidden")
     attempt(BadRecipe, "and distill none that they are not", distill=False, divergence="reverse")

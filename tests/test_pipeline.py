@@ -117,11 +117,27 @@ def test_what_a_score_cannot_do_is_said_in_one_line(folders, reviews, tmp_path, 
         (["--score", "flap"], "embedding_rank, hidden, layers are not: use --kinds ffn,heads, or another score"),
         (["--reconstruct"], "vib and gradual train the weights around their cuts"),
         (["--score", "taylr"], "did you mean 'taylor'"),
+        (["--start", "flap", "--kinds", "hidden"], "of hidden, it ranks none: leave it out"),
+        (["--start", "tailor"], "did you mean 'taylor'"),
+        (["--score", "fisher", "--start", "flap"], "the masks of score vib start to learn: leave it out"),
     ):
         assert cli.main([*flags, *more]) == 2
         error = capsys.readouterr().err
         assert line in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_start_from_the_ranking_that_is_asked_for(folders, stories, tmp_path):
+    """Without steps of learning the ranking decides alone; with some, the same seed ends elsewhere for it."""
+    common = dict(data=stories, kinds="kv_groups,ffn", shares="equal", scope="blocks", audit=False) | SHORT
+
+    def plan(name, **more):
+        values = common | more
+        return ibprune.prune(folders["LlamaForCausalLM"], 0.5, output=str(tmp_path / name), **values).plan
+
+    flap = plan("one-shot", score="flap")
+    assert plan("started", start="flap", mask_steps=0) == flap != plan("fisher", mask_steps=0)
+    assert plan("learned", start="random") != plan("by default")
 
 
 def test_the_saved_recipe_repeats_the_run(folders, reviews, tmp_path, capsys):

@@ -118,6 +118,7 @@ BOTH = "expected one of --load-in-4bit and --load-in-8bit, found both"
 @pytest.mark.parametrize("changed,said", [
     (dict(load_in_8bit=True), BOTH),
     (dict(score="magnitude"), "score magnitude reads or changes weights, and these are packed: use vib, fisher"),
+    (dict(start="flap"), "score flap reads or changes weights"),
     (dict(score="gradual", mode="full"), "score gradual reads or changes weights"),
     (dict(mode="fast"), "mode fast trains them while masks learn: use --mode faster, or a one-shot --score"),
     (dict(recover_steps=5), "--recovery full trains all weights: use --recovery lora, or --recover-steps 0"),

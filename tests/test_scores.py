@@ -8,6 +8,7 @@ import torch
 from conftest import build, inputs_of, random_keep, token_ids
 from torch.nn import functional as F
 
+from ibprune.choosing import in_order
 from ibprune.console import Quiet
 from ibprune.cutting import probe_loss
 from ibprune.embeddings import factorize_
@@ -16,7 +17,7 @@ from ibprune.inject import inject_
 from ibprune.losses import Objective, forward, supervised_loss
 from ibprune.plans import PruningPlan
 from ibprune.recipe import Recipe, make_recipe
-from ibprune.scores import SCORES, blocks_again, fisher_scores, magnitude_scores, random_scores, taylor_scores
+from ibprune.scores import SCORES, STARTS, blocks_again, fisher_scores, magnitude_scores, random_scores, taylor_scores
 from ibprune.sites import find_sites
 from ibprune.surgery import compact_
 
@@ -135,6 +136,20 @@ def test_a_cut_model_is_scored_as_the_smaller_model_that_it_is(family, head):
 
 def test_the_recipe_and_the_scores_name_the_same():
     assert get_args(Recipe.model_fields["score"].annotation) == SCORES
+    assert get_args(Recipe.model_fields["start"].annotation) == STARTS
+
+
+def test_a_kind_takes_the_order_of_another_score_and_keeps_its_values():
+    """FFN units change places, across layers too; sites that the other score leaves out stay as they are."""
+    sites = find_sites(build("llama", "LlamaForCausalLM"))
+    values = random_scores(sites, seed=0)
+    ffn = [name for name, site in sites.items() if site.kind == "ffn"]
+    order = {name: score for name, score in random_scores(sites, seed=1).items() if name in ffn}
+    found = in_order(values, order, sites)
+    assert all(torch.equal(found[name], values[name]) for name in sites if name not in ffn)
+    had, rank, mine = (torch.cat([scores[name] for name in ffn]) for scores in (values, order, found))
+    assert torch.equal(mine.sort().values, had.sort().values) and torch.equal(mine.argsort(), rank.argsort())
+    assert not torch.equal(mine, had)
 
 
 def test_the_command_of_a_refitted_run_asks_for_it():
