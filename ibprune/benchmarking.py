@@ -212,7 +212,8 @@ def _writes(model: PreTrainedModel) -> bool:
 
 def _size(name: str, model: PreTrainedModel) -> dict:
     folder = Path(find_source(name).location)
-    files = [f for ending in ("safetensors", "bin") for f in folder.glob(f"*.{ending}")] if folder.is_dir() else []
+    kinds = ("*.safetensors", "pytorch_model*.bin") if folder.is_dir() else ()
+    files = next((found for found in (list(folder.glob(kind)) for kind in kinds) if found), [])  # what is loaded first
     lookups = lookup_params(model)
     return {
         "id": name,

@@ -59,6 +59,17 @@ class Inputs:
         return sum(len(next(iter(batch.values()))) for batch in self.batches)
 
 
+def _spread(total: int, most: int) -> list[int]:
+    """At most so many of 0 .. total - 1, evenly spaced.
+
+    Example:
+        >>> _spread(10, 4), _spread(3, 4)
+        ([0, 2, 5, 7], [0, 1, 2])
+    """
+    n = min(total, most)
+    return [i * total // n for i in range(n)]
+
+
 def encode_inputs(
     data: TextData,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,7 +79,9 @@ def encode_inputs(
     own: PreTrainedTokenizerBase | None = None,
     batch_size: int = 64,
 ) -> Inputs:
-    """Encodes at most `most` distinct held-out texts; batches hold texts of like length.
+    """Encodes at most `most` distinct held-out texts, evenly spaced: files may lie class by class.
+
+    Batches hold texts of like length.
 
     Of words with tags one word of each text is asked for its tag (`_draw_words`). Answers are not asked for.
 
@@ -79,7 +92,7 @@ def encode_inputs(
     Raises:
         BadData: Fewer than 200 distinct texts.
     """
-    rows = data.held_out.select(range(min(len(data.held_out), 4 * most)))  # a large split is not read whole
+    rows = data.held_out.select(_spread(len(data.held_out), 4 * most))  # a large split is not read whole
     read = data.text_columns[:1] if data.objective == WRITES else data.text_columns
     columns = [[as_text(text) for text in rows[column]] for column in read]
     tagged = data.objective == TAGS
@@ -95,7 +108,7 @@ def encode_inputs(
     if tagged:
         words = _draw_words(rows, data, chosen, encoded["offset_mapping"])
         chosen = [i for i in chosen if i in words]
-    chosen = chosen[:most]
+    chosen = [chosen[i] for i in _spread(len(chosen), most)]
     _check_enough(len(chosen), data.name)
     chosen.sort(key=lambda i: len(encoded["input_ids"][i]))  # less padding; stable, so the order is fixed
     parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
@@ -156,8 +169,7 @@ def encode_pictures(collate: CollatePictures, *, most: int, batch_size: int = 64
         BadData: Fewer than 200 distinct pictures.
     """
     data, total = collate.data, len(collate.data.held_out)
-    n = min(total, most)
-    rows = data.held_out.select([i * total // n for i in range(n)])
+    rows = data.held_out.select(_spread(total, most))
     images = list(rows[IMAGE])
     digests = [stored_digest(image) for image in images]
     first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
@@ -171,7 +183,8 @@ def encode_pictures(collate: CollatePictures, *, most: int, batch_size: int = 64
     rows = rows.select(chosen)
     digest = hashlib.sha256("".join(digests[i] for i in chosen).encode()).hexdigest()
     labels = [int(label) for label in rows[data.label_column]]
-    return Inputs(data.name, PictureBatches(rows, collate, batch_size), labels, n - len(chosen), overlap, digest)
+    repeated = len(images) - len(chosen)
+    return Inputs(data.name, PictureBatches(rows, collate, batch_size), labels, repeated, overlap, digest)
 
 
 def encode_pairs(loader: Iterable, *, most: int) -> Inputs:

@@ -1,6 +1,5 @@
 """Turns checkpoints that older tools pruned into usual folders: their shapes or zeros become a plan."""
 
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from ibprune.errors import BadRecipe, PlanMismatch, UnsupportedModel, first_line
 from ibprune.folders import check_output, probe_inputs, probe_outputs, staged, verify, write_model
 from ibprune.groups import Site, axis_dims, get_tensor
 from ibprune.markdown import code, plain, quoted
-from ibprune.models import Source, build_model, check_finite, load_config, load_tokenizer, model_class
+from ibprune.models import REFUSED, Source, build_model, check_finite, load_config, load_tokenizer, model_class
 from ibprune.plans import PruningPlan
 from ibprune.pruned_config import is_pruned
 from ibprune.report import versions
@@ -130,7 +129,7 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
     except SafetensorError as error:
         raise BadRecipe(f"'{path}' is a damaged safetensors file: {first_line(error)}") from error
     except Exception as error:  # noqa: BLE001  reading raises what it likes
-        if not isinstance(error, pickle.UnpicklingError) or not zipfile.is_zipfile(path):
+        if REFUSED not in str(error) or not zipfile.is_zipfile(path):
             raise BadRecipe(f"'{path}' is no file of PyTorch's, or a damaged one: get it again.") from error
         raise BadRecipe(
             f"'{path}' holds more than tensors, such as a whole model (LLM-Pruner), and is not opened: opening it runs "

@@ -55,7 +55,10 @@ TEXTS = 2000  # held-out texts on which tokenizers are compared
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune` returns: the pruned model in eval mode, the plan, and the dict of report.json."""
+    """What `prune` returns: the pruned model in eval mode, the plan, and the dict of report.json.
+
+    A model to train on and save again is that of the folder (`ibprune.load`), whose config says what shapes there are.
+    """
 
     model: PreTrainedModel
     plan: PruningPlan

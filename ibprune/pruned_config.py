@@ -1,5 +1,6 @@
 """The config of a pruned folder, read without the folder's code, and the class that builds the shapes it describes."""
 
+import functools
 from pathlib import Path
 
 import transformers
@@ -68,7 +69,22 @@ def built_class(base: type[PreTrainedModel], config: PreTrainedConfig) -> type[P
     """The class that builds what a config describes: `base`, or over it one that takes the pruned shapes."""
     if not is_pruned(config) or issubclass(base, Pruned):
         return base
-    return type(f"Pruned{base.__name__}", (Pruned, base), {})
+    return _over(base)
+
+
+@functools.cache
+def _over(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """One class for each base. A model that its user copies or stores whole names the base: its class stands nowhere."""
+
+    def reduced(model: PreTrainedModel, protocol: int) -> tuple:
+        return _blank, (base,), model.__dict__
+
+    return type(f"Pruned{base.__name__}", (Pruned, base), {"__reduce_ex__": reduced})
+
+
+def _blank(base: type[PreTrainedModel]) -> PreTrainedModel:
+    """A model to be filled with what was stored."""
+    return object.__new__(_over(base))
 
 
 def as_dense_class_(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,7 +26,7 @@ class Side:
     Attributes:
         params: Parameters, tied tensors once.
         macs: Multiply-accumulates of one sequence of `macs_length` tokens, or of one picture (a MAC is two FLOPs).
-        file_bytes: Size of the safetensors.
+        file_bytes: Size of the safetensors; of the dense model, the bytes of its parameters in the same type.
         metrics: By name, on the held-out data.
         latency_ms: {"median", "iqr", "layers"} of a forward pass, by `ibprune.timing.time_forward`.
         params_blocks, macs_blocks: The same without embeddings and heads.

@@ -1,6 +1,7 @@
 """The audit of real modules: anchors, checks, statuses, the command, and what it leaves behind."""
 
 import copy
+import itertools
 import json
 import random
 
@@ -8,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, build, inputs_of, random_keep
+from datasets import Dataset
 from torch import nn
 
 import ibprune
 from ibprune import cli
 from ibprune.audit_output import audit_section, audit_table, further_table
 from ibprune.auditing import Side, audit
+from ibprune.data import TextData
 from ibprune.embeddings import factorize_
 from ibprune.errors import BadData, BadRecipe
 from ibprune.features import collect, find_layers
-from ibprune.inputs import Inputs, draw_tokens
-from ibprune.measures import AuditSettings
+from ibprune.inputs import Inputs, draw_tokens, encode_inputs
+from ibprune.measures import AuditSettings, measure_layer
 from ibprune.mi.samples import BadSamples
 from ibprune.model_card import model_card
 from ibprune.plans import PruningPlan
@@ -117,6 +120,32 @@ def test_a_plain_module_with_layers_named_by_the_user():
     assert {layer["kind"] for layer in found["layers"]} == {"module"}
     with pytest.raises(BadRecipe, match="unknown layer '7'"):
         audit(Side("a", cnn), Side("b", cnn), given, layers=("7",), settings=FAST)
+
+
+@pytest.mark.parametrize("n,d,stay", [(400, 8, 4), (1000, 8, 4), (1000, 24, 6)])
+def test_the_retained_interval_holds_the_true_share(n, d, stay):
+    """Of Gaussian features the pruned layer holds as large a share of the bits as of the features."""
+    held = []
+    for seed in range(8):
+        before = np.random.default_rng([seed, 5]).standard_normal((n, d))
+        after = before.copy()
+        after[:, stay:] = 0.0
+        settings = AuditSettings(repeats=1, curve=(1.0, 2.0), seed=seed)
+        found = measure_layer(before, after, None, settings)["I_XL"]
+        assert found["before"]["status"] == found["after"]["status"] == "ok"
+        low, high = found["retained_ci95"]
+        assert low <= found["retained"] <= high and high - low < 0.15
+        held.append(low <= stay / d <= high)
+    assert sum(held) >= 7  # of 8
+
+
+def test_a_split_that_lies_class_by_class_is_read_all_over(tokenizer):
+    """The texts of an audit are evenly spaced, as pictures are: both classes in their shares."""
+    texts = [f"{a} {b} {c} {d}" for a, b, c, d in itertools.product(WORDS[:7], repeat=4)][:2000]
+    rows = Dataset.from_dict({"text": texts, "label": [int(i >= 1500) for i in range(2000)]})
+    data = TextData("sorted", rows, rows, ("text",), "label", ("a", "b"), ("accuracy",))
+    found = encode_inputs(data, tokenizer, max_length=16, most=240)
+    assert len(found.labels) == 240 and sum(found.labels) == 60
 
 
 def test_inputs_in_bfloat16_are_audited_and_a_misspelt_probe_is_one_line():

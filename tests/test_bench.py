@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,15 @@ def test_a_decoder_is_timed_while_it_reads_and_while_it_writes(pairs, tmp_path):
     assert writing["pruned"]["macs"] < writing["dense"]["macs"]
     assert found["env"]["threads"] == torch.get_num_threads() and found["env"]["device"]
     assert [line.partition(",")[0] for line in found["verdict"] if line[0] != " "] == ["prefill", "decode"]
+
+
+def test_weights_that_lie_there_twice_count_once(pairs, tmp_path):
+    folder = tmp_path / "both"
+    shutil.copytree(pairs["llama-tied"][0], folder)
+    for name in ("pytorch_model.bin", "training_args.bin"):
+        shutil.copy(folder / "model.safetensors", folder / name)
+    found = ibprune.bench(str(folder), pairs["llama-tied"][1], batches=(1,), lengths=(9,), rounds=1)
+    assert found["dense"]["file_bytes"] == (folder / "model.safetensors").stat().st_size
 
 
 def test_pictures_have_no_length_and_texts_of_other_models_a_forward_pass(pairs, capsys):

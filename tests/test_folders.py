@@ -1,7 +1,9 @@
 """Exports: the tiers, strict loading, and what happens when something is wrong with the folder."""
 
 import ast
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -260,6 +262,14 @@ def test_plain_transformers_refuses_the_folder_rather_than_guess(what, tmp_path,
     found = fresh.run([sys.executable, "-c", code])
     refusals = ("trust_remote_code", "mismatch", "is not a multiple of")  # the last: BERT checks its own widths first
     assert found.returncode != 0 and any(reason in found.stderr for reason in refusals)
+
+
+def test_a_loaded_model_can_be_copied_and_pickled_by_its_user(folder):
+    """As any model of transformers: to other processes, or by `torch.save`."""
+    model = ibprune.load(folder).eval()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  our own
+        assert type(again) is type(model) and type(ibprune.load(folder)) is type(model)
+        assert torch.equal(outputs(again), outputs(model))
 
 
 def test_the_tokenizer_loads_without_remote_code(folder):

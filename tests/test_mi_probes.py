@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ibprune.mi.critics import Training, infonce
 from ibprune.mi.entropies import attention_entropy, label_entropy
-from ibprune.mi.gaussian import mixture_mi
+from ibprune.mi.gaussian import gaussian_mi, mixture_mi
 from ibprune.mi.neighbours import ksg
 from ibprune.mi.probes import Probe, online_code, shuffled_control, v_information
 from ibprune.mi.samples import BadSamples
@@ -78,6 +79,23 @@ def test_what_cannot_be_estimated_has_no_value():
         v_information(x, y[:-1])
     with pytest.raises(BadSamples):
         v_information(x, y + 0.5)
+
+
+@pytest.mark.parametrize("kinds", [500, 40])
+def test_copies_of_rows_are_no_information(kinds):
+    """Each pair four times is not called sound; fifty times, as rows of few kinds, they pass for something discrete."""
+    rng = np.random.default_rng(0)
+    x, y, labels = rng.normal(size=(kinds, 5)), rng.normal(size=(kinds, 5)), rng.integers(0, 2, kinds)
+    order = rng.permutation(kinds * (2000 // kinds)) % kinds
+    few = Training(steps=40, folds=2)
+    found = infonce(x[order], y[order], training=few), gaussian_mi(x[order], y[order])
+    found += (v_information(x[order], labels[order], probe=LIGHT),)
+    for estimate in found:
+        assert estimate.value is not None
+        assert (estimate.status == "degenerate") == (kinds == 500), estimate
+        assert any("copies read as information" in note for note in estimate.notes) == (kinds == 500)
+    assert v_information(x[order], labels[order], probe=LIGHT, discrete=True).status == "ok"
+    assert infonce(x[order], rng.normal(size=(len(order), 5)), training=few).status != "degenerate"  # one side alone
 
 
 def test_twins_of_the_bracket_and_of_pairs():

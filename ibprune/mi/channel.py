@@ -171,7 +171,7 @@ def bracket_given(features, labels, sigma: float, *, noise: np.ndarray, least: i
 
 
 def calibrate_sigma(features, *, target: float = 0.6, n: int = 800, seed: int = 0) -> float:
-    """The noise at which the lower bound reads `target` * ln n on the first n samples, in feature units.
+    """The noise at which the lower bound reads `target` * ln n on n samples, evenly spaced, in feature units.
 
     The noise is the unit of measurement: too little and every layer reads ln N, too much and all read 0.
     Found on the dense model and then frozen.
@@ -179,7 +179,8 @@ def calibrate_sigma(features, *, target: float = 0.6, n: int = 800, seed: int = 
     Raises:
         BadSamples: The features are constant.
     """
-    f = as_samples(features, "features")[:n]
+    f = as_samples(features, "features")
+    f = f[np.linspace(0, len(f) - 1, min(n, len(f))).round().astype(int)]  # inputs may come in order of their length
     scale = float(np.sqrt(f.var(axis=0).sum()))
     if scale == 0.0 or not _varies(f):
         raise BadSamples("expected features that vary, found a constant layer: there is no noise level to calibrate.")
@@ -204,7 +205,7 @@ def gaussian_cap(features: np.ndarray, sigma: float) -> tuple[float, np.ndarray]
     Returns:
         The cap and its first-order contribution of each sample, (n,), for its standard error.
     """
-    return _cap(*spectrum(features), sigma)
+    return _cap(*spectrum(features), sigma)[:2]
 
 
 def spectrum(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,10 +218,11 @@ def spectrum(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(values, 0.0), (f @ vectors) ** 2
 
 
-def _cap(values: np.ndarray, squares: np.ndarray, sigma: float) -> tuple[float, np.ndarray]:
+def _cap(values: np.ndarray, squares: np.ndarray, sigma: float) -> tuple[float, np.ndarray, float]:
+    """As `gaussian_cap`, and how much of the cap is the bias added back."""
     ratio = values / (values + sigma**2)
-    cap = 0.5 * np.log1p(values / sigma**2).sum() + (ratio.sum() ** 2 + (ratio**2).sum()) / (4 * len(squares))
-    return float(cap), 0.5 * squares @ (1 / (values + sigma**2))
+    bias = (ratio.sum() ** 2 + (ratio**2).sum()) / (4 * len(squares))
+    return float(0.5 * np.log1p(values / sigma**2).sum() + bias), 0.5 * squares @ (1 / (values + sigma**2)), float(bias)
 
 
 def draw_noise(n: int, d: int, *, repeats: int, seed: int) -> np.ndarray:
@@ -272,7 +274,7 @@ def _terms(ratio: torch.Tensor, own: torch.Tensor, n: int) -> tuple[np.ndarray, 
 def _bracket(
     lower: np.ndarray,
     upper: np.ndarray,
-    cap: tuple[float, np.ndarray] | None,
+    cap: tuple[float, np.ndarray, float] | None,
     n: int,
     flaws: tuple[str, ...],
     wide: bool,
@@ -283,7 +285,8 @@ def _bracket(
     lo_error, up_error = (1.96 * float(t.std(ddof=1)) / np.sqrt(n) for t in (lower, upper))
     ends = [loo + up_error]
     if cap is not None:
-        ends.append(cap[0] + 1.96 * float(cap[1].std(ddof=1)) / np.sqrt(n))
+        unsure = cap[2] if wide else 0.0  # a first-order correction is itself off then, by less than itself
+        ends.append(cap[0] + 1.96 * float(cap[1].std(ddof=1)) / np.sqrt(n) + unsure)
     notes = []
     if wide:
         notes.append("more features than a fifth of the samples: the cap rests on a bias correction")

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from ibprune.mi.density_ratio import Critic, Pairs, as_tensor, gaussian_parts, network_inputs
 from ibprune.mi.neighbours import gaussianize
-from ibprune.mi.samples import BadSamples, Estimate, as_pair, mean_with_interval
+from ibprune.mi.samples import BadSamples, Estimate, as_pair, copies, mean_with_interval
 
 LEAST = 100  # samples below which there is nothing left to evaluate on
 SAMPLES_SAFE = 1000
@@ -184,10 +184,10 @@ def _estimate(x, y, bound: _Bound, training: Training | None, seed: int) -> Esti
             with torch.no_grad():
                 terms[part] = bound.terms(critic(data.take(part)).double()).numpy()
             negatives = min(negatives, len(part))
-    return _judged(terms, bound, negatives)
+    return _judged(terms, bound, negatives, copies(x, y))
 
 
-def _judged(terms: np.ndarray, bound: _Bound, negatives: int) -> Estimate:
+def _judged(terms: np.ndarray, bound: _Bound, negatives: int, copied: str) -> Estimate:
     n = len(terms)
     if not np.isfinite(terms).all():
         return Estimate(None, "inconsistent", bound.name, n, notes=(*bound.notes, "the critic diverged"))
@@ -205,6 +205,9 @@ def _judged(terms: np.ndarray, bound: _Bound, negatives: int) -> Estimate:
     if value > SATURATION * ceiling:
         status = "saturated"
         notes.append(f"above {SATURATION} of ln {negatives}: the true value may be anything larger")
+    if copied:
+        status = "degenerate"
+        notes.append(copied)
     return Estimate(value, status, bound.name, n, ci95=ci95, notes=tuple(notes), terms=terms)
 
 

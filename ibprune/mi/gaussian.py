@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.special import gammaln, logsumexp, psi
 
-from ibprune.mi.samples import FEW, BadSamples, Estimate, as_pair, mean_with_interval
+from ibprune.mi.samples import FEW, BadSamples, Estimate, as_pair, copies, mean_with_interval
 
 HEAVY_TAILS = 20.0  # kurtosis above which a covariance says little
 
@@ -61,6 +61,10 @@ def gaussian_mi(x, y, *, debias: bool = True) -> Estimate:
     if n < FEW or n < 5 * (p + q):
         status = "undersampled"
         notes.append(f"{n} samples for {p} + {q} features.")
+    copied = copies(x, y)
+    if copied:
+        status = "degenerate"
+        notes.append(copied)
     return Estimate(value, status, name, n, ci95=ci95, notes=tuple(notes), terms=terms)
 
 

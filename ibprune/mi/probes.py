@@ -14,7 +14,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ibprune.mi.samples import FEW, BadSamples, Estimate, as_labels, as_samples, mean_with_interval
+from ibprune.mi.samples import FEW, BadSamples, Estimate, as_labels, as_samples, copies, mean_with_interval
 
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 LEAST_PER_CLASS = 10
@@ -77,7 +77,14 @@ def fold_codes(features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, see
 
 
 def v_information(
-    features, labels, *, probe: Probe = LOGISTIC, folds: int = 5, seed: int = 0, shared: Folds | None = None
+    features,
+    labels,
+    *,
+    probe: Probe = LOGISTIC,
+    folds: int = 5,
+    seed: int = 0,
+    shared: Folds | None = None,
+    discrete: bool = False,
 ) -> Estimate:
     """I_V(L -> Y) = H_V(Y) - H_V(Y | L), in nats (Xu et al. 2020, def. 2), by cross-fitting.
 
@@ -89,10 +96,11 @@ def v_information(
         features: (n, d). labels: (n,), integers or strings.
         folds: Stratified; the same seed gives two models the same folds, so that differences are paired.
         shared: Codes of these features from `fold_codes`, where they stand already.
+        discrete: Rows may repeat others because the features are draws of something discrete, and no copies.
 
     Returns:
-        Status "undersampled" below 200 samples or 10 of a class, "degenerate" (no value) for one class or
-        constant features.
+        Status "undersampled" below 200 samples or 10 of a class, "degenerate" for one class or constant features (no
+        value) and where rows are copies of others, of which the held-out ones were trained on.
 
     Raises:
         BadSamples: As in `as_samples` and `as_labels`, or their lengths differ.
@@ -121,8 +129,11 @@ def v_information(
         terms[part[1]] = _fold_terms(part, y, probe, dims, penalty, seed)
     value, ci95 = mean_with_interval(terms)
     few = len(y) < FEW or counts.min() < LEAST_PER_CLASS
+    copied = "" if discrete else copies(x, y)
     notes = (f"penalty {penalty:g}",) + ((f"the least class has {counts.min()} samples",) if few else ())
-    return Estimate(value, "undersampled" if few else "ok", name, len(y), ci95, notes, terms)
+    notes += (copied,) if copied else ()
+    status = "degenerate" if copied else "undersampled" if few else "ok"
+    return Estimate(value, status, name, len(y), ci95, notes, terms)
 
 
 def shuffled_control(

@@ -113,6 +113,23 @@ def share_of_duplicates(x: np.ndarray) -> float:
     return 1.0 - len(np.unique(x, axis=0)) / len(x)
 
 
+def copies(x: np.ndarray, y: np.ndarray) -> str:
+    """What must be said where rows repeat others, both sides of them; "" where few do, or where rows are of few kinds.
+
+    An independent draw of something continuous never comes twice: such rows are copies, and a held-out one was trained
+    on. Rows of which each kind comes 20 times and more are taken for draws of something discrete.
+
+    Args:
+        x, y: (n, d_x) and (n, d_y) or (n,).
+    """
+    both = np.hstack([x, y.reshape(len(x), -1)])
+    kinds = len(np.unique(both, axis=0))
+    share = 1.0 - kinds / len(both)
+    if share <= 0.01 or 20 * kinds < len(both):
+        return ""
+    return f"{share:.1%} of the rows repeat others, both sides: copies read as information"
+
+
 def mean_with_interval(terms: np.ndarray) -> tuple[float, tuple[float, float]]:
     """Mean of independent terms and its 95 % normal interval."""
     value = float(terms.mean())
