@@ -74,7 +74,7 @@ def built_class(base: type[PreTrainedModel], config: PreTrainedConfig) -> type[P
 
 @functools.cache
 def _over(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """One class for each base. A model that its user copies or stores whole names the base: its class stands nowhere."""
+    """One class for each base. A model that is copied or stored whole names the base, as its class is in no module."""
 
     def reduced(model: PreTrainedModel, protocol: int) -> tuple:
         return _blank, (base,), model.__dict__
