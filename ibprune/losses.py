@@ -123,6 +123,10 @@ def supervised_loss(objective: Objective, outputs, batch: Batch) -> torch.Tensor
             return each.mean(1)
         case "custom":
             losses = objective.loss(outputs.logits, batch["labels"])
+            if not isinstance(losses, torch.Tensor):
+                raise BadData(
+                    f"expected a tensor from loss(output, target), a loss per sample, found {type(losses).__name__}."
+                )
             if losses.shape != (len(batch["labels"]),):
                 raise BadData(
                     f"expected a loss per sample, ({len(batch['labels'])},), from loss(output, target), found "
@@ -145,6 +149,7 @@ def _class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             "expected outputs (batch, classes), with classes (batch,) or shares (batch, classes), for cross entropy, "
             f"found {tuple(logits.shape)} and {tuple(labels.shape)} of {labels.dtype}: give loss=, a function of both."
         )
+    labels = labels if labels.is_floating_point() else labels.long()  # classes may come in fewer bits, or as truth
     try:
         return F.cross_entropy(logits, labels, reduction="none")
     except IndexError as error:  # on a CPU

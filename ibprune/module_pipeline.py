@@ -172,6 +172,12 @@ def prune_module(
     Raises:
         IBPruneError: Anything the user can mend, in one line.
     """
+    for name, given in (("loss", loss), ("eval_fn", eval_fn)):
+        if given is not None and not callable(given):
+            raise BadRecipe(f"{name}: expected a function, found {type(given).__name__}.")
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    if trains and not any(trains):
+        raise BadRecipe("expected weights that train, found all of them frozen: call model.requires_grad_(True) first.")
     timer = Timer()
     accelerator = make_accelerator("fp32", seed=settings.seed)
     device = accelerator.device

@@ -26,6 +26,7 @@ WHERE = HUB | {"output", "log_with", "resume", "save_every", "keep_last"}
 Score = Literal["vib", "gradual", "fisher", "kwon", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 Start = Literal["fisher", "obs", "taylor", "flap", "activation", "magnitude", "random"]
 UNSTARTED = "start is the ranking from which the masks of score vib start to learn: leave it out"
+PATHS = ("model", "data", "latency_table", "output")
 UNFIT = "reconstruct refits weights that stayed as they were: vib and gradual train the weights around their cuts"
 UNTAUGHT = "divergence says how outputs are distilled, and distill none that they are not"
 
@@ -188,8 +189,9 @@ class Recipe(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value, info):
-        if isinstance(value, os.PathLike):
-            return os.fspath(value)
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if info.field_name in PATHS and isinstance(value, str):
+            return os.path.expanduser(value)  # a shell leaves --output=~/out as it is, and YAML has no shell
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError(f"expected a number or text, found {value}")
         return value

@@ -49,6 +49,13 @@ def test_every_recipe_key_is_a_flag_and_every_flag_a_key():
     assert {a.dest for a in flags.plan_parser()._actions} - {"help", "debug", "json"} - own <= set(Recipe.model_fields)
 
 
+def test_a_home_folder_is_found_where_no_shell_did_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = make_recipe({"model": Path("~/model"), "budget": 0.5, "data": "~/rows.tsv", "output": "~/out"})
+    assert (found.model, found.data, found.output) == tuple(str(tmp_path / x) for x in ("model", "rows.tsv", "out"))
+    assert make_recipe({"model": "user/~name", "budget": 0.5}).model == "user/~name"
+
+
 def test_the_command_of_a_recipe_makes_the_same_recipe():
     """It stands on the model card, without where the result went."""
     for values in (

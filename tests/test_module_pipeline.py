@@ -246,6 +246,14 @@ def test_outputs_that_are_no_classes_need_a_loss(resnet):
             ibprune.prune(model, 0.6, train_loader=[(x, labels)] * 3, **quick())
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.bool])
+def test_classes_of_any_whole_type_are_classes(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 2))
+    loader = [(torch.randn(16, 5), torch.randint(2, (16,)).to(kind)) for _ in range(4)]
+    assert ibprune.prune(net, 0.6, train_loader=loader, **quick()).report["budget"]["achieved"] > 0
+
+
 def test_weights_that_are_computed_or_not_made_yet_are_refused_by_name():
     loader = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,)))] * 3
     for layer, words in (
@@ -290,7 +298,13 @@ def test_bad_arguments_say_what_to_do(resnet):
     )
     attempt(BadData, r"forward fails on float64 of shape \(2, 1, 12, 12\)", example=data.tensors[0][:2, :1])
     attempt(BadData, "found torch.int64. Transformers that read token ids", example=torch.zeros(2, 3, dtype=torch.long))
+    attempt(BadRecipe, "loss: expected a function, found str", loss="cross_entropy")
+    attempt(BadRecipe, "eval_fn: expected a function, found int", eval_fn=3)
+    attempt(BadData, "expected a tensor from loss.*found float", loss=lambda output, target: 0.5)
     attempt(BadData, "a number or a dict of numbers, found None", eval_fn=lambda model: None)
+
+    with pytest.raises(BadRecipe, match=r"found all of them frozen: call model.requires_grad_\(True\)"):
+        ibprune.prune(copy.deepcopy(model).requires_grad_(False), 0.5, train_loader=loader)
 
     class Pair(ResNet):
         def forward(self, x):
