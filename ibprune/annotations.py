@@ -12,7 +12,7 @@ WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "pos_tags", "tags", "labels")
 ANSWER_COLUMNS = ("question", "context"), "answers"
 STARTS = "starts"  # the column of where each answer begins
-TEXT = ("string", "large_string")
+TEXT = ("string", "large_string", "string_view")
 
 
 def find_annotations(

@@ -21,6 +21,7 @@ from datasets import (
 from huggingface_hub import constants
 
 from ibprune.annotations import (
+    TEXT,
     check_answers,
     check_tags,
     find_annotations,
@@ -262,11 +263,11 @@ def read_file(path: Path) -> Dataset:
         raise BadData(f"expected one of {', '.join(READERS)}, found '{path.name}'.")
     try:
         if path.suffix == ".txt":
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             parts = text.split(END_OF_TEXT) if END_OF_TEXT in text else re.split(r"\n\s*\n", text)
             return Dataset.from_dict({"text": [part.strip() for part in parts if part.strip()]})
         if path.suffix == ".conll":
-            return read_conll(path.read_text(encoding="utf-8"))
+            return read_conll(path.read_text(encoding="utf-8-sig"))
         if READERS[path.suffix] == "json":
             check_rows(path)
         rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train", **table_options(path.suffix))
@@ -398,7 +399,7 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
         if column not in rows.column_names:
             raise BadData(f"expected the column '{column}' in the {split} rows of '{name}', found none.")
     for column in text:
-        if _kind(rows, column) not in ("string", "large_string", "null"):
+        if _kind(rows, column) not in (*TEXT, "null"):
             raise BadData(f"expected text in '{column}' of '{name}', found {_kind(rows, column)}.")
     if label and not isinstance(rows.features[label], Value | ClassLabel):
         raise BadData(f"expected one label a row in '{label}' of '{name}', found {_kind(rows, label)}.")
@@ -418,7 +419,11 @@ def _complete(name: str, split: str, rows: Dataset, text: tuple[str, ...], label
 def _as_numbers(splits: dict[str, Dataset], column: str) -> dict[str, Dataset]:
     """The splits with a column as numbers, where only words for a missing one, in any of them, had made it text."""
     present = {split: rows for split, rows in splits.items() if column in rows.column_names}
-    texts = [split for split, rows in present.items() if _kind(rows, column) in ("string", "large_string")]
+    for split, rows in present.items():
+        if _kind(rows, column).startswith("decimal"):  # decimal128(10, 2), or whole: decimal128(10, 0)
+            kind = "int64" if _kind(rows, column).endswith(", 0)") else "float64"
+            splits = splits | {split: rows.cast_column(column, Value(kind))}
+    texts = [split for split, rows in present.items() if _kind(rows, column) in TEXT]
     values = {value for split in texts for value in splits[split].unique(column)} - {None}
     try:
         known = {value: float(value) for value in values - MISSING}
@@ -437,7 +442,7 @@ def _whole(rows: Dataset, column: str) -> bool:
     """Whether a column holds whole numbers, of whatever type."""
     if _is_decimal(rows, column):
         return all(value.is_integer() and abs(value) < EXACT for value in rows[column])
-    return _kind(rows, column).startswith("int")
+    return _kind(rows, column).startswith(("int", "uint"))
 
 
 def _kind(rows: Dataset, column: str) -> str:

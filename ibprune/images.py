@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.vit import ViTImageProcessorPil
@@ -236,6 +236,8 @@ def _open(image: Mapping, name: str) -> Picture.Image:
             picture.close()
             raise ValueError(f"its mode is {picture.mode}; 8 bits a channel are expected.")
         return picture
+    except UnidentifiedImageError as error:
+        raise BadData(f"could not read {_label(image, name)} as a picture: its format is not known.") from error
     except (*UNREADABLE, TypeError) as error:
         raise BadData(f"could not read {_label(image, name)} as a picture: {first_line(error)}") from error
 

@@ -133,7 +133,7 @@ def table_options(suffix: str) -> dict:
 
 
 def _json_lines(file: str) -> Iterator[dict]:
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = parse_json(line) if line.strip() else {}
@@ -146,7 +146,7 @@ def _json_lines(file: str) -> Iterator[dict]:
 
 
 def _texts(file: str) -> Iterator[dict]:
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8-sig") as lines:
         marked = END_OF_TEXT in lines.read(LOOKED_AT)
         lines.seek(0)
         text = ""

@@ -1,7 +1,11 @@
 """Data: the splits, the columns, the embedded prose, and errors that say what to do."""
 
 import json
+from decimal import Decimal
+from functools import partial
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import WORDS
@@ -15,6 +19,7 @@ from ibprune.labels import match_labels
 from ibprune.metrics import load_metric
 from ibprune.prose import load_prose
 from ibprune.reading import open_files
+from ibprune.streaming import stream_data
 
 
 def test_a_folder_gives_its_own_split_and_quotes_are_literal(tmp_path):
@@ -268,6 +273,27 @@ def test_predictions_that_are_all_alike_order_nothing():
     assert load_metric("spearmanr").compute(predictions=[0.5, 0.5], references=[1.0, 2.0]) == {"spearmanr": 0.0}
     with pytest.raises(BadData, match="found 2 alone"):
         load_metric("spearmanr").compute(predictions=[0.5, 0.7], references=[2.0, 2.0])
+
+
+@pytest.mark.parametrize("places,labels,metrics", [(0, ("0", "1"), ("accuracy",)), (2, (), ("spearmanr",))])
+def test_decimals_of_a_database_are_numbers(places, labels, metrics, tmp_path):
+    """decimal128(10, 0) numbers classes, decimal128(10, 2) is what a regressor learns; texts may be string views."""
+    codes = pa.array([Decimal(i % 2).scaleb(-places) for i in range(40)], pa.decimal128(10, places))
+    texts = pa.array([f"row {i}" for i in range(40)], pa.string_view())
+    pq.write_table(pa.table({"text": texts, "label": codes}), tmp_path / "rows.parquet")
+    for read in (load_data, partial(stream_data, buffer=8)):
+        data = read(str(tmp_path / "rows.parquet"))
+        assert (data.labels, data.metrics) == (labels, metrics)
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path):
+    for name, content in (("a.txt", "\ufefffirst text\n\n" + "more\n\n" * 30),
+                          ("a.jsonl", "\ufeff" + '{"text": "first text"}\n' + '{"text": "more"}\n' * 30)):  # fmt: skip
+        (tmp_path / name).write_text(content, "utf-8")
+        for read in (load_data, partial(stream_data, buffer=8)):
+            data = read(str(tmp_path / name))
+            rows = [row["text"] for rows in (data.stream or data.train, data.held_out) for row in rows]
+            assert "first text" in rows and not any("\ufeff" in row for row in rows)
 
 
 def test_rows_that_are_null_are_refused_where_the_parser_would_end_the_process(tmp_path):
