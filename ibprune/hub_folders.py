@@ -33,8 +33,10 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     Raises:
         BadRecipe: Neither a folder nor a repo that can be read.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise BadRecipe(f"expected a folder or a Hub repo such as 'user/model', found a {type(name).__name__}.")
     folder = Path(name)
-    if isinstance(name, Path) or os.path.exists(name) or not _is_repo_id(name):
+    if isinstance(name, os.PathLike) or os.path.exists(name) or not _is_repo_id(name):
         if revision is not None:
             raise BadRecipe(f"expected a Hub repo such as 'user/model' beside revision=, found the folder '{name}'.")
         return folder

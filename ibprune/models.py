@@ -94,12 +94,15 @@ class Loaded:
     processor: BaseImageProcessor | None = None
 
 
-def find_source(name: str) -> Source:
+def find_source(name: str | os.PathLike) -> Source:
     """Resolves what the user typed after --model.
 
     Raises:
         BadRecipe: Neither a folder, an alias nor a Hub id; or the Hub is needed and out of reach.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise BadRecipe(f"expected a model folder, a Hub id or an alias, found a {type(name).__name__}.")
+    name = os.fspath(name)
     if os.path.isdir(name):  # which says no, where Path raises for a name too long
         if not any((Path(name) / file).exists() for file in ("config.json", ADAPTER)):
             raise BadRecipe(f"expected a model folder with a config.json, found none in '{name}'.{inside(name)}")

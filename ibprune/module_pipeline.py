@@ -185,6 +185,7 @@ def prune_module(
     batches = pairs.first(CALIBRATION, device)
     example = batches[0]["inputs"][:2] if example is None else example
     check_weights(model)
+    check_finite(model, "the module")
     dense = copy.deepcopy(model).to(device).eval()
     with timer("trace"):
         found = find_channels(dense, example, kinds=settings.kinds)

@@ -76,6 +76,8 @@ def plan(
         109482240
     """
     named = model if isinstance(model, str | os.PathLike) else None
+    if named is None and not isinstance(model, PreTrainedConfig):
+        raise BadRecipe(f"expected a model folder, a Hub id, an alias or a config, found a {type(model).__name__}.")
     recipe = make_recipe({"model": named or "config", "budget": budget, "cost": cost, "scope": scope, "kinds": kinds,
                           "round_to": round_to, "vanilla": vanilla, "rotate": rotate,
                           "image_size": image_size, "max_length": max_length,

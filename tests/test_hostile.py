@@ -344,6 +344,20 @@ def test_what_the_file_system_refuses_is_one_line(verb, capsys, tmp_path, monkey
     assert error.count("\n") == 1 and "too long" in error and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", [
+    lambda: ibprune.plan(torch.nn.Linear(2, 2), 0.5), lambda: ibprune.plan(None, 0.5),
+    lambda: ibprune.bench(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), lambda: ibprune.load(None),
+    lambda: ibprune.load(3),
+])  # fmt: skip
+def test_objects_where_names_belong_are_named(call):
+    with pytest.raises(BadRecipe, match="found a (Linear|NoneType|int)"):
+        call()
+
+
+def test_paths_are_names(folder):
+    assert find_source(folder) == find_source(str(folder))
+
+
 def test_a_reader_that_leaves_ends_the_command_in_silence(tmp_path):
     script = f"{sys.executable} -m ibprune recipes show smoke | true; exit ${{PIPESTATUS[0]}}"
     plain = os.environ | {"PYTHONUNBUFFERED": "1"}

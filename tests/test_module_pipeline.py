@@ -306,6 +306,11 @@ def test_bad_arguments_say_what_to_do(resnet):
     with pytest.raises(BadRecipe, match=r"found all of them frozen: call model.requires_grad_\(True\)"):
         ibprune.prune(copy.deepcopy(model).requires_grad_(False), 0.5, train_loader=loader)
 
+    broken = copy.deepcopy(model)
+    next(broken.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(IBPruneError, match="expected finite weights in 'the module', found NaN"):
+        ibprune.prune(broken, 0.5, train_loader=loader)
+
     class Pair(ResNet):
         def forward(self, x):
             return super().forward(x), None
