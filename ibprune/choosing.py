@@ -64,7 +64,7 @@ class Choice:
     accelerator: Accelerator
     console: Quiet
     reconstruct: bool = False
-    start: str = "fisher"
+    start: str | None = None
     lora: Lora | None = None
     frozen: bool = False
     journal: Journal = NO_JOURNAL

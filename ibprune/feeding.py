@@ -29,6 +29,7 @@ from ibprune.images import CollatePictures, Data, ImageData, blank_shape, load_i
 from ibprune.losses import LAYERED, Batch, Objective
 from ibprune.names import ANSWERS, TAGS, WRITES
 from ibprune.prose import load_prose
+from ibprune.quantised import bits
 from ibprune.reading import Stream, limited
 from ibprune.recipe import Recipe
 from ibprune.sites import find_family, is_traced
@@ -50,12 +51,13 @@ class Defaults:
     mask_steps: int = 300
     recover_steps: int = 900
     probe_steps: int | None = None
+    start: str = "fisher"
 
 
 DEFAULTS = {
     "classification": Defaults(5e-5, 128),
     "regression": Defaults(5e-5, 128),
-    "causal_lm": Defaults(5e-4, 256),
+    "causal_lm": Defaults(5e-4, 256, start="flap"),
     "masked_lm": Defaults(1e-4, 128),
     WRITES: Defaults(3e-4, 128),
     TAGS: Defaults(5e-5, 128),
@@ -412,7 +414,10 @@ def filled_in(recipe: Recipe, name: str, config: PreTrainedConfig) -> Recipe:
     if recipe.mode == "faster":  # the weights stay as they are, unless a recovery is asked for
         defaults = replace(defaults, recover_steps=0, probe_steps=0)
     steps = {key: getattr(defaults, key) for key in keys if getattr(recipe, key) is None}
-    return recipe.model_copy(update={"lr": recipe.lr or defaults.lr, **steps})
+    start = recipe.start
+    if start is None and recipe.score == "vib":
+        start = "fisher" if bits(recipe) else defaults.start  # FLAP reads weights, which are packed then
+    return recipe.model_copy(update={"lr": recipe.lr or defaults.lr, "start": start, **steps})
 
 
 def _stack(rows: Dataset | Stream, columns: tuple[str, ...]) -> Dataset | Stream:

@@ -100,7 +100,7 @@ def _phases(parser: Parser) -> None:
     add("--mode", help="full (default); fast: on 3 %% of the data; faster: that, and weights stay as they are")
     scores = "vib (default), gradual, fisher, kwon, obs, taylor, flap, activation, magnitude or random"
     add("--score", help=f"what ranks the units: {scores}")
-    starts = "fisher (default), obs, taylor, flap, activation, magnitude or random"
+    starts = "flap (default of causal language models), fisher (of others), obs, taylor, activation, magnitude, random"
     add("--start", help=f"the ranking that learned masks start from: {starts}")
     add("--reconstruct", action="store_true", default=None, help="refit by least squares what reads the cut units")
     add("--shares", help="how the cut is shared between kinds: probe (default), cost or equal")

@@ -44,7 +44,7 @@ def check_quantised(recipe: Recipe) -> None:
         raise BadRecipe(f"{name}: expected one process, found {n_processes()}: leave --num-processes out.")
     if isinstance(recipe.budget, tuple) or recipe.at_least:
         raise BadRecipe(f"{name} cuts one model, to one --budget: leave other budgets and --at-least out.")
-    for asked in (recipe.score, recipe.start):
+    for asked in (recipe.score, recipe.start or "fisher"):
         if asked not in SCORED:
             raise BadRecipe(
                 f"{name}: score {asked} reads or changes weights, and these are packed: use {', '.join(SCORED)}."

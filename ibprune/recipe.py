@@ -132,7 +132,7 @@ class Recipe(BaseModel):
         "full", description="fast trains on 3 % of the data; faster learns masks alone, on these"
     )
     score: Score = Field("vib", description="what ranks the units")
-    start: Start = Field("fisher", description="the ranking that learned masks start from (score vib)")
+    start: Start | None = Field(None, description="the ranking that learned masks start from (score vib)")
     reconstruct: bool = Field(False, description="refit by least squares what reads the cut units")
     shares: Literal["probe", "cost", "equal"] = Field("probe", description="how the cut is shared between kinds")
     augment: tuple[str, ...] = Field(AUGMENTATIONS, description="what is done to training pictures: flip, crop or none")
@@ -281,7 +281,7 @@ class Recipe(BaseModel):
     def _trained(self) -> Self:
         if self.reconstruct and self.score in ("vib", "gradual") and self.mask_steps != 0 and self.mode != "faster":
             raise ValueError(UNFIT + " (vib leaves them in --mode faster)")
-        if self.start != "fisher" and self.score != "vib":
+        if self.start and self.score != "vib":
             raise ValueError(UNSTARTED)
         if self.mode == "faster" and self.score == "gradual":
             raise ValueError("--mode: gradual trains the weights alone, which stay as they are in faster: use fast")

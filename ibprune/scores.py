@@ -22,14 +22,14 @@ LEARNED = ("vib", "gradual")  # these decide while the weights train
 STARTS = ("fisher", "obs", "taylor", "flap", "activation", "magnitude", "random")  # a ranking masks can start from
 
 
-def ranking(score: str, start: str) -> str:
+def ranking(score: str, start: str | None) -> str:
     """The one-shot score that ranks the units while nothing is learned yet.
 
     Example:
-        >>> ranking("vib", "flap"), ranking("gradual", "fisher"), ranking("taylor", "fisher")
+        >>> ranking("vib", "flap"), ranking("gradual", None), ranking("taylor", None)
         ('flap', 'fisher', 'taylor')
     """
-    return start if score in LEARNED else score
+    return start or "fisher" if score in LEARNED else score
 
 
 def _without_cache(forward: Callable, *args: object, **options: object) -> object:

@@ -79,11 +79,8 @@ def check_cut(recipe: Recipe, loaded: Loaded, feed: Feed, found: Found | None) -
         structure, _ = prepare_skeleton_(skeleton, recipe, loaded.dtype)
     if recipe.score == "flap":
         check_read_linearly(skeleton, structure.sites)
-    cut = ", ".join(dict.fromkeys(site.kind for site in structure.sites.values()))
-    read = any(readers(skeleton, site) for site in structure.sites.values())
-    if recipe.start == "flap" and not read:
-        raise BadRecipe(f"--start flap ranks heads, FFN units or channels: of {cut}, it ranks none: leave it out.")
-    if recipe.reconstruct and not read:
+    if recipe.reconstruct and not any(readers(skeleton, site) for site in structure.sites.values()):
+        cut = ", ".join(dict.fromkeys(site.kind for site in structure.sites.values()))
         raise BadRecipe(
             f"--reconstruct refits what reads heads, FFN units or channels: of {cut}, nothing can be refitted."
         )

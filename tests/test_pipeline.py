@@ -117,7 +117,6 @@ def test_what_a_score_cannot_do_is_said_in_one_line(folders, reviews, tmp_path, 
         (["--score", "flap"], "embedding_rank, hidden, layers are not: use --kinds ffn,heads, or another score"),
         (["--reconstruct"], "vib and gradual train the weights around their cuts"),
         (["--score", "taylr"], "did you mean 'taylor'"),
-        (["--start", "flap", "--kinds", "hidden"], "of hidden, it ranks none: leave it out"),
         (["--start", "tailor"], "did you mean 'taylor'"),
         (["--score", "fisher", "--start", "flap"], "the masks of score vib start to learn: leave it out"),
     ):
@@ -136,8 +135,11 @@ def test_masks_start_from_the_ranking_that_is_asked_for(folders, stories, tmp_pa
         return ibprune.prune(folders["LlamaForCausalLM"], 0.5, output=str(tmp_path / name), **values).plan
 
     flap = plan("one-shot", score="flap")
-    assert plan("started", start="flap", mask_steps=0) == flap != plan("fisher", mask_steps=0)
-    assert plan("learned", start="random") != plan("by default")
+    assert plan("by default", mask_steps=0) == flap != plan("fisher", start="fisher", mask_steps=0)
+    assert plan("random", start="random") != plan("learned")
+    assert "start: flap" in (tmp_path / "learned" / "recipe.yaml").read_text()
+    again = ibprune.prune(recipe=str(tmp_path / "one-shot" / "recipe.yaml"), output=str(tmp_path / "again"))
+    assert again.plan == flap  # a recipe of another score names no start
 
 
 def test_the_saved_recipe_repeats_the_run(folders, reviews, tmp_path, capsys):
