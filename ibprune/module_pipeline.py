@@ -17,7 +17,7 @@ from ibprune.costs import COSTS
 from ibprune.cutting import CALIBRATION, choose_and_compact_, mask_and_recovery, probe_steps
 from ibprune.distillation import loss_with
 from ibprune.engine import make_accelerator
-from ibprune.errors import BadData, BadRecipe, did_you_mean
+from ibprune.errors import BadData, BadRecipe, UnsupportedModel, did_you_mean
 from ibprune.latency import LatencyTable
 from ibprune.losses import DIVERGENCES, Objective
 from ibprune.models import check_finite
@@ -190,6 +190,7 @@ def prune_module(
     with timer("trace"):
         found = find_channels(dense, example, kinds=settings.kinds)
     example = example.to(device)
+    _check_modes(dense, batches[0]["inputs"][:8])
     console.say(f"{type(model).__name__}: {len(found.sites)} places to cut, {len(found.refused)} refused.")
     with timer("evaluate"):
         dense_metrics = _judge(dense, eval_fn)
@@ -271,6 +272,26 @@ def _phases(settings: ModuleSettings) -> tuple[TrainSettings, TrainSettings]:
 
 
 @torch.no_grad()
+def _check_modes(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Raises `UnsupportedModel` where layers run in training alone: what is cut is found, and proven, in eval mode."""
+
+    def ran(training: bool) -> set[str]:
+        twin, seen = copy.deepcopy(model).train(training), set()  # a pass in training moves statistics
+        for name, module in twin.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_hook(lambda *_, name=name: seen.add(name))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin(inputs)
+        return seen
+
+    only = sorted(ran(True) - ran(False))
+    if only:
+        raise UnsupportedModel(
+            f"expected layers that run in eval mode too, found '{only[0]}' in training alone, where it would read what "
+            "was cut around it: take it out, or let it run in both."
+        )
+
+
 def _judge(model: nn.Module, eval_fn: Callable[[nn.Module], Metrics] | None) -> dict[str, float]:
     if eval_fn is None:
         return {}

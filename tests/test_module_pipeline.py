@@ -254,6 +254,26 @@ def test_classes_of_any_whole_type_are_classes(kind):
     assert ibprune.prune(net, 0.6, train_loader=loader, **quick()).report["budget"]["achieved"] > 0
 
 
+class Helped(nn.Module):
+    """A head that helps in training alone (GoogLeNet's)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.aux, self.head = nn.Linear(5, 12), nn.Linear(12, 2), nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.body(x))
+        if self.training:
+            self.last = self.aux(x)
+        return self.head(x)
+
+
+def test_layers_that_run_in_training_alone_are_refused():
+    loader = [(torch.randn(16, 5), torch.randint(2, (16,))) for _ in range(4)]
+    with pytest.raises(UnsupportedModel, match="found 'aux' in training alone"):
+        ibprune.prune(Helped(), 0.6, train_loader=loader, **quick())
+
+
 def test_weights_that_are_computed_or_not_made_yet_are_refused_by_name():
     loader = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,)))] * 3
     for layer, words in (
