@@ -130,7 +130,7 @@ def read_state(folder: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
         raise BadRecipe(f"'{path}' is a damaged safetensors file: {first_line(error)}") from error
     except Exception as error:  # noqa: BLE001  reading raises what it likes
         if REFUSED not in str(error) or not zipfile.is_zipfile(path):
-            raise BadRecipe(f"'{path}' is no file that PyTorch writes today, or a damaged one: get it again.") from error
+            raise BadRecipe(f"'{path}' is no file that PyTorch writes now, or a damaged one: get it again.") from error
         raise BadRecipe(
             f"'{path}' holds more than tensors, such as a whole model (LLM-Pruner), and is not opened: opening it runs "
             "its code. Where you trust it, in the tool that wrote it: torch.save(model.state_dict(), "
