@@ -68,7 +68,7 @@ def main() -> None:
     for n in args.samples:
         for kind in (*GAUSSIAN, MIXTURE):
             runs = [run(kind, n, seed) for seed in range(args.runs)]
-            held = sum(low <= r["truth"] <= high for r in runs for low, high in [r["retained_ci95"]])
+            held = sum(bool(low <= r["truth"] <= high) for r in runs for low, high in [r["retained_ci95"]])
             means = {key: float(np.mean([r[key] for r in runs])) for key in ("truth", "retained")}
             width = float(np.mean([np.diff(r["retained_ci95"]) for r in runs]))
             ok = sum(r["statuses"] == ["ok", "ok"] for r in runs)
